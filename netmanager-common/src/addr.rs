@@ -1,0 +1,68 @@
+//! One address type for both families: IPv4 is mapped into IPv6 (`::ffff:a.b.c.d`, RFC 4291 2.5.5.2) in every key and value,
+//! so there is one set of maps and only header parsing knows families.
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// An IPv6 address, or an IPv4 address mapped into one, in network byte order.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Addr(pub [u8; 16]);
+
+impl Addr {
+    /// No address.
+    pub const NONE: Self = Self([0; 16]);
+
+    #[inline(always)]
+    pub const fn v4(bytes: [u8; 4]) -> Self {
+        let [a, b, c, d] = bytes;
+        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+    }
+
+    #[inline(always)]
+    pub const fn v6(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// The last four bytes: the IPv4 address where this is a mapped one.
+    #[inline(always)]
+    pub const fn v4_bytes(&self) -> [u8; 4] {
+        [self.0[12], self.0[13], self.0[14], self.0[15]]
+    }
+
+    #[inline(always)]
+    pub fn is_v4(&self) -> bool {
+        self.0[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
+    }
+
+    #[inline(always)]
+    pub fn is_none(&self) -> bool {
+        u128::from_ne_bytes(self.0) == 0
+    }
+}
+
+impl From<IpAddr> for Addr {
+    fn from(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => v4.into(),
+            IpAddr::V6(v6) => v6.into(),
+        }
+    }
+}
+
+impl From<Ipv4Addr> for Addr {
+    fn from(address: Ipv4Addr) -> Self {
+        Self::v4(address.octets())
+    }
+}
+
+impl From<Ipv6Addr> for Addr {
+    fn from(address: Ipv6Addr) -> Self {
+        Self::v6(address.octets())
+    }
+}
+
+impl From<Addr> for IpAddr {
+    fn from(address: Addr) -> Self {
+        if address.is_v4() { Self::V4(address.v4_bytes().into()) } else { Self::V6(address.0.into()) }
+    }
+}

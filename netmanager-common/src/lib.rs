@@ -1,0 +1,28 @@
+//! The law of a packet: what the overlay does to a frame, written once for the kernel and for user space.
+//!
+//! `no_std`, no allocation, no dependencies. The eBPF programs and the TUN proxy are two thin shells that give the law a
+//! [`frame::Frame`] (where the bytes are) and [`pipeline::Tables`] (where the tables are) and turn its
+//! [`verdict::Verdict`] into an action.
+#![no_std]
+
+pub mod abi;
+pub mod addr;
+pub mod verdict;
+
+/// Version of the layout of everything pinned (maps, programs, links). Part of the pin directory's name.
+pub const ABI_VERSION: u32 = 1;
+
+/// UDP port of the tunnel where nothing else is configured.
+pub const TUNNEL_PORT: u16 = 50103;
+
+/// Outer IPv4 and UDP header around a bare inner packet.
+pub const OUTER_LEN_V4: usize = 28;
+/// Outer IPv6 and UDP header around a bare inner packet.
+pub const OUTER_LEN_V6: usize = 48;
+
+pub const MAX_SERVICES: u32 = 65_536;
+pub const MAX_CANDIDATES: u32 = 262_144;
+pub const MAX_SLOTS: u32 = 65_536;
+pub const MAX_PEERS: u32 = 4_096;
+pub const MAX_ENDPOINTS: u32 = 1_024;
+pub const MAX_FLOWS: u32 = 65_536;

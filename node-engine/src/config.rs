@@ -1,0 +1,108 @@
+//! What was configured, checked: defaults, then the file, then the environment, then the command line.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+/// Everything the daemon needs to know before it starts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub cluster: ClusterConfig,
+    /// The node's identity towards the cluster: its host name unless configured.
+    pub node_name: String,
+    pub network: NetworkConfig,
+    pub runtime: RuntimeConfig,
+    /// What happens to workloads when the daemon is told to stop.
+    pub on_exit: OnExit,
+    /// What outlives a reboot: `/var/lib/node-engine`.
+    pub state_dir: PathBuf,
+    /// What a reboot forgets: `/run/node-engine`. Holds `api.sock`.
+    pub run_dir: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClusterConfig {
+    /// Host name or address of the cluster manager; its broker is on the same host.
+    pub host: String,
+    /// HTTP port of the cluster manager (10100), or of a first-generation one (10000).
+    pub port: Option<u16>,
+    pub tls: bool,
+    /// `None`: found out by probing.
+    pub generation: Option<Generation>,
+    /// Mutual TLS towards the broker.
+    pub mqtt_tls: Option<MqttTls>,
+}
+
+/// Generations of the reference system that differ on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Generation {
+    /// Socket.IO registration on port 10000, subnet assigned with it, overlay questions by HTTP.
+    G1,
+    /// HTTP registration on port 10100, telemetry under the older names.
+    G2,
+    /// HTTP registration on port 10100, telemetry under the newer names.
+    G4,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MqttTls {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// `None`: the system's roots.
+    pub ca: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    pub datapath: DatapathChoice,
+    /// Interface towards the peers; `None`: the one that leads to the cluster, else the default route's.
+    pub uplink: Option<String>,
+    /// This node's address as its peers see it; `None`: the uplink's.
+    pub public_ip: Option<IpAddr>,
+    pub tunnel_port: u16,
+    pub bridge: String,
+    pub tun: String,
+    pub service_v4: (Ipv4Addr, u8),
+    pub service_v6: (Ipv6Addr, u8),
+    /// Where programs, links and maps are pinned.
+    pub bpffs: PathBuf,
+    /// Accept tunnel packets whose outer source is not the known address of the inner source's node (NAT in between).
+    pub relax_source: bool,
+}
+
+impl Default for NetworkConfig {
+    fn default() -> Self {
+        Self {
+            datapath: DatapathChoice::Auto,
+            uplink: None,
+            public_ip: None,
+            tunnel_port: netmanager_common::TUNNEL_PORT,
+            bridge: "edge-bridge".into(),
+            tun: "edge-tun".into(),
+            service_v4: (Ipv4Addr::new(10, 30, 0, 0), 16),
+            service_v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16),
+            bpffs: "/sys/fs/bpf".into(),
+            relax_source: false,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatapathChoice {
+    Auto,
+    Ebpf,
+    Tun,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuntimeConfig {
+    /// `None`: the platform's default socket, or `DOCKER_HOST`.
+    pub docker_host: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnExit {
+    /// Workloads and flows go on; the next start adopts them.
+    Leave,
+    /// Everything is undeployed first.
+    Stop,
+}

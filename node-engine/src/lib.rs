@@ -1,0 +1,17 @@
+//! The daemon on every machine of an edge cluster. Each module is one idea with one door; see ARCHITECTURE.md for the map.
+
+pub mod api;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod drain;
+pub mod engine;
+pub mod model;
+pub mod netmanager;
+pub mod netns;
+pub mod runtime;
+pub mod standalone;
+pub mod store;
+pub mod telemetry;
+pub mod wire;
+pub mod workload;

@@ -1,0 +1,103 @@
+//! What the cluster says to the node and the node to the cluster, as two closed enums.
+
+use std::net::IpAddr;
+
+use super::{Addresses, InstanceId, InstanceSpec, InstanceUsage, NodeIdentity, NodeUsage, ServiceName, Status, Subnet};
+
+/// From the control plane to the node.
+#[derive(Clone, Debug)]
+pub enum Command {
+    /// Bring up this instance. Repeating it for an instance that runs changes nothing.
+    Deploy(Box<InstanceSpec>),
+    /// Take this instance down; answered with `Undeployed` even where it is unknown.
+    Delete(InstanceId),
+    /// The cluster gave the node this identity, at first or anew.
+    Registered(NodeIdentity),
+    /// The connection to the broker stands (again): whatever may have been missed is asked for anew.
+    Connected,
+    /// The connection to the broker is lost; nothing stops because of it.
+    Disconnected,
+    /// Answer to `Report::SubnetRequest`.
+    Subnet(Subnet),
+    /// Answer to `Report::TableQuery`, or unasked.
+    Table(TableAnswer),
+    /// Instances of this service came or went: ask again.
+    ServiceChanged(ServiceName),
+}
+
+/// From the node to the control plane. Each becomes at most one wire message; the control plane adds node id, tunnel port
+/// and node address.
+#[derive(Clone, Debug)]
+pub enum Report {
+    Status {
+        instance: InstanceId,
+        status: Status,
+        detail: String,
+    },
+    /// The instance's network is up: its namespace addresses, reachable through this node.
+    Deployed {
+        instance: InstanceId,
+        addresses: Addresses,
+    },
+    SubnetRequest,
+    TableQuery(Query),
+    /// Hear of changes to this service.
+    InterestAdd(ServiceName),
+    InterestRemove(ServiceName),
+    Node(Box<NodeUsage>),
+    /// Every instance that really runs now. Empty is a statement too.
+    Instances(Vec<InstanceUsage>),
+}
+
+/// What a table is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Query {
+    Name(ServiceName),
+    Address(IpAddr),
+}
+
+/// Rows of the cluster's service table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableAnswer {
+    /// What was asked, where the cluster repeats it (`query_key`; clusters before v0.4.202 do not).
+    pub query: Option<Query>,
+    /// `None` where the cluster knows no such service.
+    pub service: Option<ServiceName>,
+    /// Instances that have an address; those still without one are left out.
+    pub rows: Vec<TableRow>,
+}
+
+/// One instance as the service table has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TableRow {
+    pub number: u32,
+    /// Addresses inside the instance's node subnets.
+    pub namespace: FamilyPair,
+    /// The addresses that mean exactly this instance, and that it sends from.
+    pub instance: FamilyPair,
+    /// The node that runs it, and its tunnel port.
+    pub host: IpAddr,
+    pub host_port: u16,
+    /// Semantic addresses of the service (not those in `instance`).
+    pub services: Vec<SemanticAddress>,
+}
+
+/// An address per family, where there is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FamilyPair {
+    pub v4: Option<std::net::Ipv4Addr>,
+    pub v6: Option<std::net::Ipv6Addr>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SemanticAddress {
+    pub policy: Policy,
+    pub address: IpAddr,
+}
+
+/// How an instance is chosen behind a semantic address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Policy {
+    RoundRobin,
+    Closest,
+}

@@ -1,0 +1,103 @@
+//! The control side of what carries packets. A datapath is told the projection of the service table by [`TableDelta`]s, the only
+//! way its tables change, and says what it misses. Packets never pass through this trait.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use async_trait::async_trait;
+use netmanager_common::abi::{Config, Endpoint, Peer, Service, Slot};
+use netmanager_common::addr::Addr;
+
+/// A carrier of packets under the law of `netmanager-common`.
+#[async_trait]
+pub trait Datapath: Send + Sync {
+    /// `ebpf` or `tun`.
+    fn name(&self) -> &'static str;
+
+    /// Begins (or continues) to carry what the instance behind this port sends. Repeatable.
+    async fn attach(&self, port: &Port) -> Result<(), DatapathError>;
+
+    /// Stops carrying for this port. A port that is not attached, or whose interface is gone, is a success.
+    async fn detach(&self, port: &Port) -> Result<(), DatapathError>;
+
+    /// Changes the tables, in the order that never leaves a packet with a half-written row: peers, slots and endpoints that come,
+    /// then services, then what goes. Applying the same delta twice changes nothing.
+    async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError>;
+
+    /// The next thing the datapath does not know or has heard; pends until there is one. Each address is reported once until it is
+    /// resolved by `apply` or given up by `give_up`, however many packets wait for it.
+    async fn event(&self) -> Event;
+
+    /// Nobody knows this address: what waits for it is dropped, and for a while so is what comes for it.
+    async fn give_up(&self, address: Addr);
+
+    /// Sends a control datagram to a peer's tunnel port, from ours.
+    async fn send_control(&self, to: std::net::SocketAddr, payload: &[u8]) -> Result<(), DatapathError>;
+
+    /// Counter names and values: verdicts, and drops by reason.
+    fn counters(&self) -> Vec<(String, u64)>;
+}
+
+/// The host end of an instance's veth.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    pub name: String,
+    pub ifindex: u32,
+}
+
+/// Changes to the projection of the service table.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TableDelta {
+    /// Replaces the one row of configuration.
+    pub config: Option<Config>,
+    pub peers: Vec<(u32, Peer)>,
+    /// Also removals: a slot whose generation is even.
+    pub slots: Vec<(u32, Slot)>,
+    pub endpoints: Vec<(Addr, Endpoint)>,
+    /// A service row with the whole list of its candidates' slots, in the epoch the row names.
+    pub services: Vec<(Addr, Service, Vec<u32>)>,
+    pub services_gone: Vec<Addr>,
+    pub endpoints_gone: Vec<Addr>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A packet waits for this service address, or came from this instance address, and no row knows it.
+    UnknownService(Addr),
+    /// An instance on this node sends before its own instance address is known. The address is its namespace address.
+    UnknownEndpoint(Addr),
+    /// A datagram on the tunnel port that is not a packet: first nibble neither 4 nor 6.
+    Control { from: std::net::SocketAddr, payload: Vec<u8> },
+    /// The datapath carries no more, for this reason.
+    Failed(String),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DatapathError {
+    /// This datapath cannot work on this machine; the next rung may.
+    #[error("{what}: {reason}")]
+    Unsupported { what: &'static str, reason: String },
+    #[error("{step}: {reason}")]
+    Step { step: &'static str, reason: String },
+    #[error("{0} is full")]
+    Full(&'static str),
+}
+
+/// What a datapath needs to know of the node when it is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Underlay {
+    pub uplink: String,
+    pub uplink_ifindex: u32,
+    /// This node's address towards its peers.
+    pub address: IpAddr,
+    pub tunnel_port: u16,
+    /// The TUN device: the slow path, and the whole path where there is no eBPF.
+    pub tun_name: String,
+    pub tun_v4: Ipv4Addr,
+    pub tun_v6: Ipv6Addr,
+    pub mtu: u32,
+    /// Networks whose addresses are service addresses.
+    pub service_v4: (Ipv4Addr, u8),
+    pub service_v6: (Ipv6Addr, u8),
+    /// Where programs, links and maps are pinned, on a bpffs.
+    pub pin_dir: std::path::PathBuf,
+}

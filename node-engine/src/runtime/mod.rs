@@ -1,0 +1,90 @@
+//! Back-ends that run workloads. A runtime knows containers, not the cluster and not the overlay: it prepares a sandbox with
+//! a network namespace, and whoever called connects that namespace before the first process of the workload runs.
+//!
+//! Everything a runtime makes carries the instance id and the description, so that a restarted daemon adopts it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+
+/// What runs instances of one technology.
+///
+/// Every method may be called again after a failure or a restart; `stop` undoes `prepare` and `start` in any half-done state.
+#[async_trait]
+pub trait Runtime: Send + Sync {
+    /// What this runtime runs, as announced to the cluster.
+    fn technology(&self) -> Technology;
+
+    /// Makes everything the instance needs (image, namespace, container) and runs nothing of it yet.
+    async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError>;
+
+    /// Starts the workload's first process in the prepared sandbox. Starting what runs changes nothing.
+    async fn start(&self, instance: &InstanceId) -> Result<(), RuntimeError>;
+
+    /// Ends the instance, forcibly after `grace`, and removes what `prepare` made. An unknown instance is a success.
+    async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError>;
+
+    /// Everything of ours that this runtime holds: found again after a restart.
+    async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError>;
+
+    /// Usage of every running instance.
+    async fn usage(&self) -> Result<Vec<InstanceUsage>, RuntimeError>;
+
+    /// The last `tail` bytes of the instance's output.
+    async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError>;
+
+    /// The next exit of an instance; pends until there is one. Survives a restart of the back-end.
+    async fn exited(&self) -> Exit;
+}
+
+/// A prepared instance: its network namespace exists, none of its processes runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sandbox {
+    /// A path that opens the namespace, such as `/proc/<pid>/ns/net`.
+    pub netns: PathBuf,
+}
+
+/// An instance found at start.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    pub instance: InstanceId,
+    /// `InstanceSpec::document` as it was given to `prepare`.
+    pub document: Arc<str>,
+    pub state: AdoptedState,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdoptedState {
+    Running(Sandbox),
+    /// It ended while nobody watched.
+    Exited(Exit),
+    /// Prepared and never started, or only half there: to be removed.
+    Incomplete,
+}
+
+/// The end of an instance's first process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    pub instance: InstanceId,
+    pub code: i64,
+    pub out_of_memory: bool,
+}
+
+/// Callers act on these differently: a refused description is final, an absent back-end may come back.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    #[error("{what}: {reason}")]
+    Refused { what: &'static str, reason: String },
+    #[error("image {image} cannot be pulled: {reason}")]
+    Image { image: String, reason: String },
+    #[error("{0} is unknown to the runtime")]
+    Unknown(InstanceId),
+    #[error("the runtime does not answer: {0}")]
+    Unavailable(String),
+    #[error("{step}: {reason}")]
+    Step { step: &'static str, reason: String },
+}
