@@ -13,6 +13,8 @@ pub struct Config {
     pub service_v4_mask: Addr,
     pub service_v6: Addr,
     pub service_v6_mask: Addr,
+    /// This node's address towards its peers: the only outer destination that the kernel program takes in.
+    pub node: Addr,
     /// Source MAC of frames given to instances: the bridge's.
     pub gateway_mac: [u8; 6],
     /// UDP port of the tunnel, network order.
@@ -173,6 +175,6 @@ macro_rules! layouts {
 }
 
 layouts! {
-    Addr = 16, Config = 80, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Endpoint = 28, FlowKey = 40, Flow = 8,
+    Addr = 16, Config = 96, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Endpoint = 28, FlowKey = 40, Flow = 8,
     ReplyKey = 40, Reply = 32,
 }

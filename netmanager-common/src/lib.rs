@@ -7,6 +7,12 @@
 
 pub mod abi;
 pub mod addr;
+pub mod checksum;
+pub mod frame;
+pub mod pipeline;
+pub mod policy;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod verdict;
 
 /// Version of the layout of everything pinned (maps, programs, links). Part of the pin directory's name.

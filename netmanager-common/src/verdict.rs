@@ -27,6 +27,8 @@ pub enum Miss {
     Fragment = 3,
     /// IPv6 extension headers, or a header beyond what the law reads.
     Header = 4,
+    /// The way to the peer is IPv6, which only user space sends (its outer checksum is not optional).
+    Underlay = 5,
 }
 
 /// Why a frame is dropped. The discriminant is its index in the counters.

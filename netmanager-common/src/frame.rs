@@ -1,0 +1,150 @@
+//! Where the bytes of a packet are. The law reads and writes headers through [`Frame`]; each shell implements it over what it
+//! has: a socket buffer in the kernel, a byte slice in user space.
+
+use crate::addr::Addr;
+use crate::checksum;
+
+/// A packet, seen from its IP header. Whatever lies before it (Ethernet, an outer tunnel header) is the shell's business.
+pub trait Frame {
+    /// The header at `offset` bytes from the start of the IP header; `None` where the packet is too short.
+    ///
+    /// Borrows the frame mutably, so that no header outlives a call that may move the packet.
+    fn at<T: Header>(&mut self, offset: usize) -> Option<&mut T>;
+
+    /// Mends the transport checksum field at `offset` after `old` became `new` in the pseudo-header (RFC 1624 for a
+    /// complete checksum). `udp`: the field is UDP's, where 0 means "none" and stays.
+    ///
+    /// The shell does it because only the shell knows whether the checksum is complete or partial (to be completed by a device).
+    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()>;
+}
+
+/// A header as it lies on the wire.
+///
+/// # Safety
+/// Implementors are `repr(C)` or `repr(transparent)`, consist of `u8` arrays only (alignment 1, no padding), and accept
+/// any bytes.
+pub unsafe trait Header: Copy {}
+
+/// RFC 791, without options.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv4 {
+    pub version_ihl: u8,
+    pub tos: u8,
+    pub total_len: [u8; 2],
+    pub id: [u8; 2],
+    /// Flags and fragment offset.
+    pub fragment: [u8; 2],
+    pub ttl: u8,
+    pub protocol: u8,
+    pub checksum: [u8; 2],
+    pub source: [u8; 4],
+    pub destination: [u8; 4],
+}
+
+/// RFC 8200, without extension headers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Ipv6 {
+    pub version_class_flow: [u8; 4],
+    pub payload_len: [u8; 2],
+    pub next_header: u8,
+    pub hop_limit: u8,
+    pub source: [u8; 16],
+    pub destination: [u8; 16],
+}
+
+/// What TCP and UDP begin with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Ports {
+    pub source: [u8; 2],
+    pub destination: [u8; 2],
+}
+
+/// ICMP and ICMPv6 echo.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Echo {
+    pub kind: u8,
+    pub code: u8,
+    pub checksum: [u8; 2],
+    pub id: [u8; 2],
+    pub sequence: [u8; 2],
+}
+
+macro_rules! headers {
+    ($($name:ty = $size:literal),* $(,)?) => {
+        $(
+            const _: () = assert!(size_of::<$name>() == $size && align_of::<$name>() == 1);
+            // SAFETY: repr(C) or an array, bytes only: alignment 1 and no padding, asserted above; any bytes are valid.
+            unsafe impl Header for $name {}
+        )*
+    };
+}
+
+headers! { Ipv4 = 20, Ipv6 = 40, Ports = 4, Echo = 8, [u8; 1] = 1, [u8; 2] = 2 }
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const ICMP: u8 = 1;
+pub const ICMPV6: u8 = 58;
+
+/// A whole IP packet in a byte slice, its checksums complete.
+#[derive(Debug)]
+pub struct SliceFrame<'a>(&'a mut [u8]);
+
+impl<'a> SliceFrame<'a> {
+    /// `packet` begins with the IP header.
+    pub fn new(packet: &'a mut [u8]) -> Self {
+        Self(packet)
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.0
+    }
+}
+
+impl Frame for SliceFrame<'_> {
+    fn at<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        let bytes = self.0.get_mut(offset..)?.get_mut(..size_of::<T>())?;
+        // SAFETY: the slice is exactly as long as T, T has alignment 1 and accepts any bytes (contract of Header), and the
+        // reference borrows the slice mutably for as long as it lives.
+        Some(unsafe { &mut *bytes.as_mut_ptr().cast::<T>() })
+    }
+
+    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
+        let field = self.at::<[u8; 2]>(offset)?;
+        if udp && *field == [0, 0] {
+            return Some(());
+        }
+        *field = checksum::update(*field, old, new);
+        if udp && *field == [0, 0] {
+            *field = [0xff, 0xff];
+        }
+        Some(())
+    }
+}
+
+/// The address bytes that a header holds, by family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+/// Source and destination as they lie side by side in an IPv4 header.
+#[inline(always)]
+pub(crate) fn pair_v4(source: &Addr, destination: &Addr) -> [u8; 8] {
+    let ([a, b, c, d], [e, f, g, h]) = (source.v4_bytes(), destination.v4_bytes());
+    [a, b, c, d, e, f, g, h]
+}
+
+/// Source and destination as they lie side by side in an IPv6 header.
+#[inline(always)]
+pub(crate) fn pair_v6(source: &Addr, destination: &Addr) -> [u8; 32] {
+    let mut pair = [0; 32];
+    pair[..16].copy_from_slice(&source.0);
+    pair[16..].copy_from_slice(&destination.0);
+    pair
+}
