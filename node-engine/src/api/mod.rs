@@ -1,1 +1,3 @@
-//! The local API on a unix socket, and what the command line talks to.
+//! The local API: JSON over HTTP on the unix socket `<run-dir>/api.sock`, mode 0600. The command line is its client.
+
+pub mod dto;
