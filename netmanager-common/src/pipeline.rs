@@ -4,9 +4,11 @@
 //! destination the receiver's namespace address (the invariant of the reference system's overlay); ports, TTL and payload are never
 //! touched.
 
+use core::ops::Deref;
+
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, Flow, FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Reply, ReplyKey,
-    Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, Flow, FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Reply,
+    ReplyKey, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -14,22 +16,40 @@ use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, Ports, TCP, UD
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
 
-/// Where the tables are. Rows are returned by value; a shell over kernel maps copies only what the law uses.
+/// Where the tables are.
+///
+/// A row is a reference where the table is the kernel's (its stack is 512 bytes, a copy of every row would not fit) and an owned
+/// copy elsewhere ([`Owned`]).
 pub trait Tables {
-    fn config(&mut self) -> Config;
-    fn service(&mut self, address: &Addr) -> Option<Service>;
+    type Row<T: Copy + 'static>: Deref<Target = T>;
+
+    /// `None` until the node is configured: then nothing is a service address.
+    fn config(&mut self) -> Option<Self::Row<Config>>;
+    fn service(&mut self, address: &Addr) -> Option<Self::Row<Service>>;
     fn candidate(&mut self, key: &CandidateKey) -> Option<u32>;
-    fn slot(&mut self, index: u32) -> Option<Slot>;
-    fn peer(&mut self, index: u32) -> Option<Peer>;
-    fn endpoint(&mut self, address: &Addr) -> Option<Endpoint>;
-    fn flow(&mut self, key: &FlowKey) -> Option<Flow>;
+    fn slot(&mut self, index: u32) -> Option<Self::Row<Slot>>;
+    fn peer(&mut self, index: u32) -> Option<Self::Row<Peer>>;
+    fn endpoint(&mut self, address: &Addr) -> Option<Self::Row<Endpoint>>;
+    fn flow(&mut self, key: &FlowKey) -> Option<Self::Row<Flow>>;
     /// Remembers a flow; false where there is no room.
     fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool;
-    fn reply(&mut self, key: &ReplyKey) -> Option<Reply>;
+    fn reply(&mut self, key: &ReplyKey) -> Option<Self::Row<Reply>>;
     /// Remembers how a reply regains its service address; false where there is no room.
     fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool;
     /// A random number.
     fn pick(&mut self) -> u32;
+}
+
+/// A row by value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owned<T>(pub T);
+
+impl<T> Deref for Owned<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
 }
 
 /// Decides over a packet that came from an instance on this node, and rewrites it where the verdict is `Send` or `Local`.
@@ -41,7 +61,8 @@ pub trait Tables {
 #[inline(always)]
 pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> Result<Verdict, DropReason> {
     let Some(ip) = Ip::read(frame)? else { return Ok(Verdict::Pass) };
-    if !is_service(&tables.config(), &ip.destination) {
+    let Some(config) = tables.config() else { return Ok(Verdict::Pass) };
+    if !is_service(&config, &ip.destination) {
         return Ok(Verdict::Pass);
     }
     let sender = tables.endpoint(&ip.source).ok_or(DropReason::Spoofed)?;
@@ -84,7 +105,7 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
         Ok(transport) => transport,
         Err(miss) => return Ok(Verdict::Slow(miss)),
     };
-    if tables.config().flags & CONFIG_RELAX_SOURCE == 0 {
+    if tables.config().is_none_or(|config| config.flags & CONFIG_RELAX_SOURCE == 0) {
         let Some(sender) = tables.service(&ip.source) else { return Ok(Verdict::Slow(Miss::Source)) };
         if !belongs(tables, &sender, outer) {
             return Err(DropReason::ForeignSource);
@@ -98,12 +119,17 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
 
 /// The instance that a packet to `service` goes to: the one its flow has, else a new choice that is remembered.
 #[inline(always)]
-fn target(tables: &mut impl Tables, ip: &Ip, transport: &Transport, service: &Service) -> Result<Slot, DropReason> {
+fn target<T: Tables>(
+    tables: &mut T,
+    ip: &Ip,
+    transport: &Transport,
+    service: &Service,
+) -> Result<T::Row<Slot>, DropReason> {
     if service.count == 0 {
         return Err(DropReason::NoInstance);
     }
     if service.policy == POLICY_INSTANCE {
-        return tables.slot(service.first).filter(Slot::live).ok_or(DropReason::NoInstance);
+        return tables.slot(service.first).filter(|slot| slot.live()).ok_or(DropReason::NoInstance);
     }
     let key = FlowKey {
         source: ip.source,
@@ -123,11 +149,11 @@ fn target(tables: &mut impl Tables, ip: &Ip, transport: &Transport, service: &Se
     let candidate = CandidateKey { service: service.id, epoch: service.epoch, index };
     // The list of this epoch may just have been replaced: the first candidate of the row in hand is still good.
     let number = tables.candidate(&candidate).unwrap_or(service.first);
-    let slot = tables.slot(number).filter(Slot::live).ok_or(DropReason::NoInstance)?;
+    let slot = tables.slot(number).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
 
     let reply = Reply { service: ip.destination, peer: slot.instance };
-    let learned = tables.learn(&key, &Flow { slot: number, generation: slot.generation })
-        && learn_reply(tables, &key, &reply);
+    let learned =
+        tables.learn(&key, &Flow { slot: number, generation: slot.generation }) && learn_reply(tables, &key, &reply);
     if learned { Ok(slot) } else { Err(DropReason::TableFull) }
 }
 
@@ -192,7 +218,7 @@ fn belongs(tables: &mut impl Tables, sender: &Service, outer: &Addr) -> bool {
         && sender.count != 0
         && tables
             .slot(sender.first)
-            .filter(Slot::live)
+            .filter(|slot| slot.live())
             .and_then(|slot| tables.peer(slot.peer))
             .is_some_and(|peer| peer.host == *outer)
 }

@@ -1,6 +1,159 @@
+//! The overlay's datapath in the kernel: a thin shell around `netmanager-common`.
+//!
+//! `tc_veth_ingress` sits at the host end of each instance's veth and sees what the instance sends; `tc_uplink_ingress` sits at the
+//! uplink and takes in what peers send to the tunnel port. What the law does not want goes on to the kernel's ordinary path, or to the
+//! TUN device behind which user space runs the same law.
 #![no_std]
 #![no_main]
+
+mod maps;
+mod skb;
+mod tunnel;
+
+use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
+use aya_ebpf::macros::classifier;
+use aya_ebpf::programs::TcContext;
+use netmanager_common::addr::Addr;
+use netmanager_common::frame::UDP;
+use netmanager_common::pipeline::{Tables, inbound, outbound};
+use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_SLOW, DropReason, Verdict};
+
+use crate::maps::{Maps, count};
+use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
+use crate::tunnel::{Ethernet, Outer, pop, push};
+
+/// Not ours: the next program, or the kernel's ordinary path.
+const PASS: i32 = TC_ACT_UNSPEC;
+
+/// What an instance on this node sends.
+#[classifier]
+pub fn tc_veth_ingress(context: TcContext) -> i32 {
+    let protocol = protocol(&context);
+    if protocol != ETH_P_IP && protocol != ETH_P_IPV6 {
+        return PASS;
+    }
+    let mut frame = SkbFrame::<ETH_LEN>::new(&context);
+    match outbound(&mut frame, &mut Maps, ifindex(&context)) {
+        Ok(Verdict::Send { peer }) => send(&context, peer),
+        Ok(Verdict::Local { ifindex, mac }) => {
+            count(COUNT_LOCAL);
+            deliver(&context, ifindex, mac, protocol, true)
+        }
+        Ok(Verdict::Slow(_)) => slow(),
+        Ok(Verdict::Pass) => PASS,
+        Err(reason) => dropped(reason),
+    }
+}
+
+/// What peers send to this node.
+#[classifier]
+pub fn tc_uplink_ingress(context: TcContext) -> i32 {
+    const INNER: usize = size_of::<Outer>();
+
+    if protocol(&context) != ETH_P_IP {
+        return PASS;
+    }
+    let mut frame = SkbFrame::<INNER>::new(&context);
+    let Some(outer) = header_at::<Outer>(&context, 0) else { return PASS };
+    let Some(config) = Maps.config() else { return PASS };
+    let tunnel = outer.ip.version_ihl == 0x45
+        && outer.ip.protocol == UDP
+        && outer.ip.fragment[0] & 0x3f == 0
+        && outer.ip.fragment[1] == 0
+        && outer.udp.destination == config.tunnel_port
+        && outer.ip.destination == config.node.v4_bytes();
+    if !tunnel {
+        return PASS;
+    }
+    let source = Addr::v4(outer.ip.source);
+    let inner_protocol = match header_at::<[u8; 1]>(&context, INNER) {
+        Some([first]) if *first >> 4 == 4 => ETH_P_IP,
+        Some([first]) if *first >> 4 == 6 => ETH_P_IPV6,
+        // Nothing, or a control datagram: for the socket.
+        _ => return PASS,
+    };
+    match inbound(&mut frame, &mut Maps, &source) {
+        Ok(Verdict::Local { ifindex, mac }) => {
+            count(COUNT_RECEIVED);
+            match pop(&context, inner_protocol == ETH_P_IPV6) {
+                Ok(known) => deliver(&context, ifindex, mac, inner_protocol, known),
+                Err(_) => dropped(DropReason::Tunnel),
+            }
+        }
+        // The socket of the slow path gets it, outer header and all.
+        Ok(Verdict::Slow(_)) => {
+            count(COUNT_SLOW);
+            PASS
+        }
+        Ok(Verdict::Send { .. } | Verdict::Pass) => PASS,
+        Err(reason) => dropped(reason),
+    }
+}
+
+#[inline(always)]
+fn send(context: &TcContext, peer: u32) -> i32 {
+    let Some(peer) = Maps.peer(peer) else { return dropped(DropReason::NoInstance) };
+    if push(context, peer).is_err() {
+        return dropped(DropReason::Tunnel);
+    }
+    count(COUNT_SENT);
+    // SAFETY: no parameters are passed, so there is nothing to point to.
+    unsafe { bpf_redirect_neigh(peer.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+}
+
+/// Straight into the instance's namespace. `known`: the buffer's protocol is right, so it need not pass the device again.
+#[inline(always)]
+fn deliver(context: &TcContext, ifindex: u32, mac: [u8; 6], protocol: [u8; 2], known: bool) -> i32 {
+    let Some(config) = Maps.config() else { return dropped(DropReason::NotOurs) };
+    let Some(ethernet) = header_at::<Ethernet>(context, 0) else { return dropped(DropReason::Malformed) };
+    *ethernet = Ethernet { destination: mac, source: config.gateway_mac, protocol };
+    if known {
+        // SAFETY: plain numbers.
+        unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
+    } else {
+        // SAFETY: plain numbers.
+        unsafe { bpf_redirect(ifindex, 0) as i32 }
+    }
+}
+
+/// To the TUN device, past bridge and packet filter; by the ordinary path where there is none yet.
+#[inline(always)]
+fn slow() -> i32 {
+    count(COUNT_SLOW);
+    match Maps.config().map_or(0, |config| config.slow_ifindex) {
+        0 => PASS,
+        // SAFETY: plain numbers.
+        ifindex => unsafe { bpf_redirect(ifindex, 0) as i32 },
+    }
+}
+
+#[inline(always)]
+fn dropped(reason: DropReason) -> i32 {
+    count(reason as u32);
+    TC_ACT_SHOT as i32
+}
+
+/// The buffer's protocol, in network order.
+#[inline(always)]
+fn protocol(context: &TcContext) -> [u8; 2] {
+    // SAFETY: a field of the valid context.
+    (unsafe { (*context.skb.skb).protocol } as u16).to_ne_bytes()
+}
+
+/// The interface the packet came in by.
+#[inline(always)]
+fn ifindex(context: &TcContext) -> u32 {
+    // SAFETY: a field of the valid context.
+    unsafe { (*context.skb.skb).ifindex }
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
 #[panic_handler]
-fn panic(_: &core::panic::PanicInfo) -> ! {
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing on the path panics; the verifier would refuse the loop.
     loop {}
 }

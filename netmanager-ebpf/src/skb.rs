@@ -1,0 +1,61 @@
+//! A packet in a socket buffer, as the law sees it. With `tunnel.rs`, the only file with packet pointers.
+
+use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::helpers::{bpf_csum_diff, bpf_l4_csum_replace};
+use aya_ebpf::programs::TcContext;
+use netmanager_common::frame::{Frame, Header};
+
+pub const ETH_LEN: usize = 14;
+pub const ETH_P_IP: [u8; 2] = [0x08, 0x00];
+pub const ETH_P_IPV6: [u8; 2] = [0x86, 0xdd];
+
+/// The longest run of headers that the law reads: an IPv4 header with all its options, or an IPv6 one, and a transport header.
+const HEADERS_LEN: usize = 60 + 20;
+
+/// The packet whose IP header lies `BASE` bytes into the buffer.
+pub struct SkbFrame<'a, const BASE: usize>(&'a TcContext);
+
+impl<'a, const BASE: usize> SkbFrame<'a, BASE> {
+    /// Makes the headers directly readable where they are not yet: TCP from a local socket has them in the linear part already.
+    #[inline(always)]
+    pub fn new(context: &'a TcContext) -> Self {
+        let wanted = (context.len() as usize).min(BASE + HEADERS_LEN);
+        if context.data() + wanted > context.data_end() {
+            // A failure shows as a header that is not there.
+            let _ = context.skb.pull_data(wanted as u32);
+        }
+        Self(context)
+    }
+}
+
+impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
+    #[inline(always)]
+    fn at<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
+        header_at(self.0, BASE + offset)
+    }
+
+    #[inline(always)]
+    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
+        let flags = u64::from(BPF_F_PSEUDO_HDR) | if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
+        // SAFETY: both arrays are N bytes on the stack, N a multiple of 4.
+        let difference = unsafe {
+            bpf_csum_diff(old.as_ptr().cast_mut().cast(), N as u32, new.as_ptr().cast_mut().cast(), N as u32, 0)
+        };
+        // SAFETY: a valid context; the helper checks the offset against the packet.
+        let result =
+            unsafe { bpf_l4_csum_replace(self.0.skb.skb, (BASE + offset) as u32, 0, difference as u64, flags) };
+        (result == 0).then_some(())
+    }
+}
+
+/// The header at `offset` bytes into the buffer.
+#[inline(always)]
+pub fn header_at<T>(context: &TcContext, offset: usize) -> Option<&mut T> {
+    let start = context.data() + offset;
+    if start + size_of::<T>() > context.data_end() {
+        return None;
+    }
+    // SAFETY: checked against the end of the packet just above (the verifier insists); T is made of bytes. The reference
+    // must not outlive a helper call that moves the packet: the verifier refuses a program in which one does.
+    Some(unsafe { &mut *(start as *mut T) })
+}
