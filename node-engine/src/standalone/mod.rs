@@ -1,8 +1,16 @@
 //! The embedded cluster: a broker and a manager in one process, for one machine, a handful of machines, and tests. It speaks the
 //! cluster's side of the wire, so that a node cannot tell it from a cluster of its own kind; the local API reaches it through
 //! [`ClusterApi`]. It does not run workloads and knows no runtime.
+//!
+//! As in the reference system, the ports of the cluster are open: who reaches them can register a node, read the tables and
+//! publish commands. They listen on every address because other machines name this one as their cluster; a machine that is its
+//! whole cluster sets [`StandaloneConfig::listen`] to a loopback address, one among others to the address of a private network.
+
+#[allow(dead_code, reason = "the manager that hands addresses out lands next")]
+mod address;
 
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,9 +20,13 @@ use tokio::task::JoinHandle;
 use crate::api::dto::{ClusterInstance, ClusterNode};
 use crate::model::{InstanceId, ServiceName};
 
+pub use address::AddressPlan;
+
 /// What the embedded cluster listens on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StandaloneConfig {
+    /// The address that registration and embedded broker listen on.
+    pub listen: IpAddr,
     /// Registration of second and later generations.
     pub http_port: u16,
     /// Registration of the first generation, Socket.IO.
@@ -25,6 +37,23 @@ pub struct StandaloneConfig {
     pub broker: Option<(String, u16)>,
     /// Where the manager keeps nodes, subnets and desired instances over a restart.
     pub state_dir: PathBuf,
+    /// Where addresses are handed out from.
+    pub addresses: AddressPlan,
+}
+
+impl StandaloneConfig {
+    /// The ports and ranges of the reference system, on every address, with an embedded broker.
+    pub fn new(state_dir: PathBuf) -> Self {
+        Self {
+            listen: Ipv4Addr::UNSPECIFIED.into(),
+            http_port: 10100,
+            socketio_port: 10000,
+            broker_port: 10003,
+            broker: None,
+            state_dir,
+            addresses: AddressPlan::default(),
+        }
+    }
 }
 
 /// A started embedded cluster.
@@ -58,8 +87,10 @@ pub trait ClusterApi: Send + Sync {
     /// Brings the service to exactly `replicas` instances. Returns the instances there are then.
     async fn replicate(&self, service: ServiceName, replicas: u32) -> Result<Vec<InstanceId>, ClusterApiError>;
 
-    /// Runs the instance on the named node (id or host name) in place of where it runs, under the same number.
-    async fn move_instance(&self, instance: InstanceId, node: String) -> Result<(), ClusterApiError>;
+    /// Runs the instance on the named node (id or host name) in place of where it runs. A replacement comes up there under the
+    /// next number of the service, and only when it runs and is reachable is the old instance taken down, so that the service
+    /// answers all the while. Returns the replacement.
+    async fn move_instance(&self, instance: InstanceId, node: String) -> Result<InstanceId, ClusterApiError>;
 
     async fn nodes(&self) -> Result<Vec<ClusterNode>, ClusterApiError>;
 
