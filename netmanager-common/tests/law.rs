@@ -1,0 +1,246 @@
+//! What the law promises, without a kernel and without root.
+
+use netmanager_common::abi::{POLICY_ANY, Slot};
+use netmanager_common::addr::Addr;
+use netmanager_common::frame::SliceFrame;
+use netmanager_common::pipeline::{inbound, outbound};
+use netmanager_common::testing::*;
+use netmanager_common::verdict::{DropReason, Miss, Verdict};
+use proptest::prelude::*;
+
+fn judge(world: &mut World, direction: Direction, packet: &mut [u8]) -> Result<Verdict, DropReason> {
+    let mut frame = SliceFrame::new(packet);
+    match direction {
+        Direction::Outbound(port) => outbound(&mut frame, world, port),
+        Direction::Inbound(outer) => inbound(&mut frame, world, &outer),
+    }
+}
+
+#[test]
+fn every_case_of_the_table_holds() {
+    for case in cases() {
+        let mut world = World::sample();
+        world.pick = case.pick;
+        let mut packet = case.packet.clone();
+        assert_eq!(judge(&mut world, case.direction, &mut packet), case.verdict, "{}", case.name);
+        match case.rewritten {
+            None => assert_eq!(packet, case.packet, "{}: the packet must stay", case.name),
+            Some(expected) => {
+                assert_eq!(addresses(&packet), expected, "{}", case.name);
+                assert!(checksums_hold(&packet), "{}: checksums", case.name);
+                assert_only_addresses_and_checksums_changed(&case.packet, &packet, case.name);
+            }
+        }
+    }
+}
+
+fn assert_only_addresses_and_checksums_changed(before: &[u8], after: &[u8], name: &str) {
+    assert_eq!(before.len(), after.len(), "{name}");
+    let v6 = before[0] >> 4 == 6;
+    let header = if v6 { 40 } else { usize::from(before[0] & 15) * 4 };
+    let protocol = if v6 { before[6] } else { before[9] };
+    let transport_sum = header
+        + match protocol {
+            6 => 16,
+            17 => 6,
+            _ => 2,
+        };
+    for (at, (old, new)) in before.iter().zip(after).enumerate() {
+        let may_change = if v6 { (8..40).contains(&at) } else { (10..20).contains(&at) }
+            || (transport_sum..transport_sum + 2).contains(&at);
+        assert!(may_change || old == new, "{name}: byte {at} changed");
+    }
+}
+
+#[test]
+fn reply_regains_service_address() {
+    for v6 in [false, true] {
+        for (there, back) in [
+            (Payload::Tcp(40_000, 80), Payload::Tcp(80, 40_000)),
+            (Payload::Udp(5_000, 53), Payload::Udp(53, 5_000)),
+            (Payload::EchoRequest(9), Payload::EchoReply(9)),
+        ] {
+            let mut world = World::sample();
+            let mut request = packet(CLIENT.of(v6), DB_SERVICE.of(v6), there);
+            let sent = judge(&mut world, Direction::Outbound(PORT), &mut request);
+            assert_eq!(sent, Ok(Verdict::Send { peer: 1 }));
+
+            let mut reply = packet(DB0_INSTANCE.of(v6), CLIENT.of(v6), back);
+            let received = judge(&mut world, Direction::Inbound(OURS), &mut reply);
+            assert_eq!(received, Ok(Verdict::Local { ifindex: PORT, mac: CLIENT_MAC }));
+            assert_eq!(addresses(&reply), (DB_SERVICE.of(v6), CLIENT.of(v6)), "{there:?}");
+            assert!(checksums_hold(&reply));
+        }
+    }
+}
+
+#[test]
+fn local_reply_regains_service_address() {
+    for v6 in [false, true] {
+        let mut world = World::sample();
+        let mut request = packet(CLIENT.of(v6), WEB_SERVICE.of(v6), Payload::Tcp(40_000, 80));
+        judge(&mut world, Direction::Outbound(PORT), &mut request).expect("delivered here");
+        assert_eq!(addresses(&request), (CLIENT_INSTANCE.of(v6), WEB.of(v6)));
+
+        let mut reply = packet(WEB.of(v6), CLIENT_INSTANCE.of(v6), Payload::Tcp(80, 40_000));
+        let verdict = judge(&mut world, Direction::Outbound(PORT), &mut reply);
+        assert_eq!(verdict, Ok(Verdict::Local { ifindex: PORT, mac: CLIENT_MAC }));
+        assert_eq!(addresses(&reply), (WEB_SERVICE.of(v6), CLIENT.of(v6)));
+        assert!(checksums_hold(&reply));
+    }
+}
+
+#[test]
+fn two_services_on_the_same_ports_keep_their_replies_apart() {
+    let mut world = World::sample();
+    let ports = Payload::Tcp(40_000, 80);
+    for service in [DB_SERVICE, WEB_SERVICE] {
+        judge(&mut world, Direction::Outbound(PORT), &mut packet(CLIENT.v4(), service.v4(), ports)).expect("carried");
+    }
+    let mut from_db = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Tcp(80, 40_000));
+    judge(&mut world, Direction::Inbound(OURS), &mut from_db).expect("delivered");
+    assert_eq!(addresses(&from_db).0, DB_SERVICE.v4());
+    let mut from_web = packet(WEB.v4(), CLIENT_INSTANCE.v4(), Payload::Tcp(80, 40_000));
+    judge(&mut world, Direction::Outbound(PORT), &mut from_web).expect("delivered");
+    assert_eq!(addresses(&from_web).0, WEB_SERVICE.v4());
+}
+
+#[test]
+fn a_stranger_on_the_same_ports_is_not_taken_for_the_service() {
+    let mut world = World::sample();
+    let mut request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Udp(5_000, 5_000));
+    judge(&mut world, Direction::Outbound(PORT), &mut request).expect("carried to db#0");
+    let mut stranger = packet(DB1_INSTANCE.v4(), CLIENT.v4(), Payload::Udp(5_000, 5_000));
+    judge(&mut world, Direction::Inbound(UPSTREAM), &mut stranger).expect("delivered");
+    assert_eq!(addresses(&stranger).0, DB1_INSTANCE.v4());
+}
+
+#[test]
+fn a_flow_stays_with_its_instance_until_that_goes() {
+    let mut world = World::sample();
+    let request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, 80));
+    let to = |world: &mut World| judge(world, Direction::Outbound(PORT), &mut request.clone());
+    assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 1 }));
+    world.pick = 1;
+    assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 1 }), "an established flow is never moved");
+
+    let gone = Slot { generation: 2, ..world.slots[&3] };
+    world.slots.insert(3, gone);
+    assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 2 }), "its instance is gone: it chooses again");
+    world.slots.insert(3, Slot { generation: 3, ..gone });
+    assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 2 }), "another instance in the old slot does not draw it back");
+}
+
+#[test]
+fn a_moved_node_keeps_its_flows() {
+    let mut world = World::sample();
+    let request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, 80));
+    judge(&mut world, Direction::Outbound(PORT), &mut request.clone()).expect("carried");
+    let slot = world.slots[&3];
+    world.slots.insert(3, Slot { peer: 2, ..slot });
+    world.pick = 1;
+    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut request.clone()), Ok(Verdict::Send { peer: 2 }));
+}
+
+#[test]
+fn every_instance_is_chosen() {
+    let mut world = World::sample();
+    let mut seen = std::collections::HashSet::new();
+    for port in 0..64 {
+        world.pick = u32::from(port).wrapping_mul(0x9e37_79b9);
+        let mut request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000 + port, 80));
+        seen.insert(format!("{:?}", judge(&mut world, Direction::Outbound(PORT), &mut request)));
+    }
+    assert_eq!(seen.len(), 2, "{seen:?}");
+}
+
+#[test]
+fn relaxed_nodes_take_senders_behind_nat() {
+    let mut world = relaxed();
+    let mut foreign = packet(DB0_INSTANCE.v4(), WEB.v4(), Payload::Tcp(1, 2));
+    assert!(matches!(judge(&mut world, Direction::Inbound(UPSTREAM), &mut foreign), Ok(Verdict::Local { .. })));
+}
+
+#[test]
+fn nothing_is_a_service_before_the_node_is_configured() {
+    let mut world = World::sample();
+    world.config = Default::default();
+    world.config.service_v4 = Addr([0xff; 16]);
+    world.config.service_v6 = Addr([0xff; 16]);
+    let mut request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(1, 2));
+    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut request), Ok(Verdict::Pass));
+}
+
+#[test]
+fn random_frames_reach_every_verdict() {
+    let mut world = World::sample();
+    let mut frames = Frames::new(1);
+    let mut seen = std::collections::BTreeSet::new();
+    for _ in 0..20_000 {
+        let (direction, mut packet) = frames.frame();
+        seen.insert(match judge(&mut world, direction, &mut packet) {
+            Ok(Verdict::Send { .. }) => "send".to_owned(),
+            Ok(Verdict::Local { .. }) => "local".to_owned(),
+            other => format!("{other:?}"),
+        });
+    }
+    for expected in [
+        "send".to_owned(),
+        "local".to_owned(),
+        format!("{:?}", Ok::<_, DropReason>(Verdict::Pass)),
+        format!("{:?}", Ok::<_, DropReason>(Verdict::Slow(Miss::Source))),
+        format!("{:?}", Ok::<_, DropReason>(Verdict::Slow(Miss::Fragment))),
+        format!("{:?}", Err::<Verdict, _>(DropReason::ForeignSource)),
+        format!("{:?}", Err::<Verdict, _>(DropReason::Malformed)),
+        format!("{:?}", Err::<Verdict, _>(DropReason::Spoofed)),
+    ] {
+        assert!(seen.contains(&expected), "{expected} not among {seen:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_input_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200), outer in any::<[u8; 4]>(), way in any::<bool>()) {
+        let mut packet = bytes;
+        let direction = if way { Direction::Outbound(PORT) } else { Direction::Inbound(Addr::v4(outer)) };
+        let _ = judge(&mut World::sample(), direction, &mut packet);
+    }
+
+    #[test]
+    fn checksums_stay_valid(seed in any::<u64>(), pick in any::<u32>()) {
+        let mut world = World::sample();
+        world.pick = pick;
+        let mut frames = Frames::new(seed);
+        for _ in 0..50 {
+            let (direction, mut packet) = frames.frame();
+            let whole = packet.len() >= 60 && {
+                let claimed = if packet[0] >> 4 == 6 { 40 + usize::from(u16::from_be_bytes([packet[4], packet[5]])) }
+                    else { usize::from(u16::from_be_bytes([packet[2], packet[3]])) };
+                claimed == packet.len()
+            };
+            let held = whole && (packet[0] >> 4 == 6 || packet[0] >= 0x45) && checksums_hold(&packet);
+            if let Ok(Verdict::Send { .. } | Verdict::Local { .. }) = judge(&mut world, direction, &mut packet) {
+                prop_assert!(!held || checksums_hold(&packet), "{packet:02x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_refused_packet_is_left_as_it_was(seed in any::<u64>()) {
+        let mut world = World::sample();
+        let mut frames = Frames::new(seed);
+        for _ in 0..50 {
+            let (direction, packet) = frames.frame();
+            let mut after = packet.clone();
+            if matches!(judge(&mut world, direction, &mut after), Ok(Verdict::Slow(_) | Verdict::Pass)) {
+                prop_assert_eq!(&packet, &after);
+            }
+        }
+    }
+
+    #[test]
+    fn a_choice_is_always_a_candidate(count in 1_u32..1000, random in any::<u32>()) {
+        let service = netmanager_common::abi::Service { id: 1, epoch: 1, count, policy: POLICY_ANY, first: 1 };
+        prop_assert!(netmanager_common::policy::choose(&service, random) < count);
+    }
+}
