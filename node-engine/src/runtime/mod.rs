@@ -3,6 +3,8 @@
 //!
 //! Everything a runtime makes carries the instance id and the description, so that a restarted daemon adopts it.
 
+pub mod memory;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +21,8 @@ pub trait Runtime: Send + Sync {
     /// What this runtime runs, as announced to the cluster.
     fn technology(&self) -> Technology;
 
-    /// Makes everything the instance needs (image, namespace, container) and runs nothing of it yet.
+    /// Makes everything the instance needs (image, namespace, container) and runs nothing of it yet. May be dropped at any point:
+    /// a `stop` that follows undoes whatever was made, also what is still being made.
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError>;
 
     /// Starts the workload's first process in the prepared sandbox. Starting what runs changes nothing.
@@ -37,7 +40,8 @@ pub trait Runtime: Send + Sync {
     /// The last `tail` bytes of the instance's output.
     async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError>;
 
-    /// The next exit of an instance; pends until there is one. Survives a restart of the back-end.
+    /// The next exit of an instance that `stop` did not ask for; pends until there is one. Each is told once. Survives a restart of
+    /// the back-end: what ended meanwhile is told afterwards. Dropping the future loses nothing.
     async fn exited(&self) -> Exit;
 }
 

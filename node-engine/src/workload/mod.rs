@@ -1,1 +1,116 @@
-//! The life of the instances on this node: one task owns them, a pure core decides.
+//! The life of the instances on this node: one task owns them, a pure core decides. It brings an instance through image, sandbox,
+//! network and start, undoes what was made when any of that fails, watches for its end, and tells the cluster.
+//!
+//! It knows the runtimes by their trait and the overlay by its handle; it knows neither the cluster's wire nor what is stored.
+
+mod actor;
+mod core;
+mod instance;
+mod outbox;
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+
+use crate::config::OnExit;
+use crate::drain::Drain;
+use crate::model::{Addresses, InstanceId, InstanceSpec, Report, Technology};
+use crate::netmanager::NetManager;
+use crate::runtime::{Runtime, RuntimeError};
+
+/// Commands that may wait for the task.
+const REQUESTS: usize = 256;
+
+/// Handle to the task that owns the instances of this node. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    requests: mpsc::Sender<Request>,
+}
+
+/// What the task works with.
+#[expect(missing_debug_implementations, reason = "runtimes are trait objects")]
+pub struct Setup {
+    /// One runtime for each technology.
+    pub runtimes: Vec<Arc<dyn Runtime>>,
+    pub net: NetManager,
+    pub reports: mpsc::Sender<Report>,
+    /// Reads back `InstanceSpec::document`.
+    pub parse: fn(&str) -> Option<InstanceSpec>,
+    pub drain: Drain,
+}
+
+/// An instance as a person asks for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceInfo {
+    pub id: InstanceId,
+    pub technology: Technology,
+    pub image: String,
+    /// `preparing`, `attaching`, `starting`, `running`, `stopping`, or how it ended: `failed`, `dead`, `completed`.
+    pub state: &'static str,
+    pub addresses: Option<Addresses>,
+    /// Why it ended, or what it waits for; empty where there is nothing to say.
+    pub detail: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WorkloadError {
+    #[error("{0} is not on this node")]
+    Unknown(InstanceId),
+    #[error(transparent)]
+    Runtime(#[from] RuntimeError),
+    #[error("the workload manager has stopped")]
+    Stopped,
+}
+
+#[derive(Debug)]
+enum Request {
+    Deploy(Box<InstanceSpec>),
+    Delete(InstanceId),
+    List(oneshot::Sender<Vec<InstanceInfo>>),
+    Logs(InstanceId, usize, oneshot::Sender<Result<Vec<u8>, WorkloadError>>),
+    Drain(OnExit, oneshot::Sender<()>),
+}
+
+/// Adopts what the runtimes hold from an earlier run and goes on from there.
+pub fn start(setup: Setup) -> (Workload, JoinHandle<()>) {
+    let (requests, inbox) = mpsc::channel(REQUESTS);
+    (Workload { requests }, tokio::spawn(actor::run(setup, inbox)))
+}
+
+impl Workload {
+    /// Brings the instance up. Answered by reports; what already runs as described is left alone.
+    pub async fn deploy(&self, spec: InstanceSpec) -> Result<(), WorkloadError> {
+        self.send(Request::Deploy(Box::new(spec))).await
+    }
+
+    /// Takes the instance down. Answered by `Undeployed`, also where it is unknown.
+    pub async fn delete(&self, instance: InstanceId) -> Result<(), WorkloadError> {
+        self.send(Request::Delete(instance)).await
+    }
+
+    /// Every instance on this node, and those that ended lately.
+    pub async fn list(&self) -> Result<Vec<InstanceInfo>, WorkloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::List(reply)).await?;
+        answer.await.map_err(|_| WorkloadError::Stopped)
+    }
+
+    /// The last `tail` bytes of the instance's output; of one that ended lately, what was kept of it.
+    pub async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, WorkloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::Logs(instance, tail, reply)).await?;
+        answer.await.map_err(|_| WorkloadError::Stopped)?
+    }
+
+    /// Finishes the step in hand and ends the task; with `OnExit::Stop`, after everything has been taken down.
+    pub async fn drain(&self, on_exit: OnExit) -> Result<(), WorkloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::Drain(on_exit, reply)).await?;
+        answer.await.map_err(|_| WorkloadError::Stopped)
+    }
+
+    async fn send(&self, request: Request) -> Result<(), WorkloadError> {
+        self.requests.send(request).await.map_err(|_| WorkloadError::Stopped)
+    }
+}

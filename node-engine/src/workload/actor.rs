@@ -1,0 +1,436 @@
+//! Runs what the core decides. Effects are spawned, at most one for each instance, and come back as events; a panic in one is that
+//! effect's failure and nobody else's.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::core::{Core, Effect, Event, Failure, Found, FoundState, Output};
+use super::outbox::Outbox;
+use super::{Request, Setup, WorkloadError};
+use crate::config::OnExit;
+use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Limits, Report, Status, Technology};
+use crate::netmanager::{Attachment, NetError};
+use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
+
+/// Usage of what runs is reported this often; the cluster gives up an instance after 30 s without.
+const TELEMETRY: Duration = Duration::from_secs(2);
+/// A runtime that takes longer is reported with the values it gave before.
+const USAGE_DEADLINE: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_secs(1);
+const ADOPT_RETRY: Duration = Duration::from_secs(1);
+/// Of an ended instance's output, this much is kept.
+const KEPT_LOG: usize = 16 * 1024;
+/// No more of an output is handed out at once.
+const LONGEST_LOG: usize = 1 << 20;
+const EXITS: usize = 256;
+
+/// What a spawned effect comes back with.
+enum Answer {
+    Event(Event),
+    /// `None` for a runtime that did not say.
+    Usage(Vec<(Technology, Option<Vec<InstanceUsage>>)>),
+    Served,
+}
+
+struct Actor {
+    core: Core,
+    setup: Setup,
+    began: Instant,
+    outbox: Outbox,
+    steps: JoinSet<Answer>,
+    prepares: HashMap<InstanceId, CancellationToken>,
+    exits: mpsc::Sender<Exit>,
+    sampling: bool,
+    usage: HashMap<Technology, Vec<InstanceUsage>>,
+    drained: Option<oneshot::Sender<()>>,
+}
+
+pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
+    let (exits, mut exited) = mpsc::channel(EXITS);
+    let technologies = setup.runtimes.iter().map(|runtime| runtime.technology()).collect();
+    let (reports, drain) = (setup.reports.clone(), setup.drain.clone());
+    let mut actor = Actor {
+        core: Core::new(technologies),
+        setup,
+        began: Instant::now(),
+        outbox: Outbox::default(),
+        steps: JoinSet::new(),
+        prepares: HashMap::new(),
+        exits,
+        sampling: false,
+        usage: HashMap::new(),
+        drained: None,
+    };
+    actor.adopt();
+    let mut tick = interval(TICK);
+    let mut telemetry = interval(TELEMETRY);
+    let mut deadline = None;
+    let mut open = true;
+    // A control plane that has gone takes no reports any more.
+    let mut listening = true;
+    while !actor.core.drained() {
+        tokio::select! {
+            // Ends before answers: a stale end must not meet the instance's next copy.
+            biased;
+            Some(exit) = exited.recv() => actor.exited(exit),
+            Some(answer) = actor.steps.join_next() => match answer {
+                Ok(answer) => actor.answered(answer),
+                Err(error) => tracing::error!(%error, "a step of a workload ended without an answer"),
+            },
+            permit = reports.reserve(), if listening && !actor.outbox.is_empty() => match (permit, actor.outbox.pop()) {
+                (Ok(permit), Some(report)) => permit.send(report),
+                _ => listening = false,
+            },
+            request = inbox.recv(), if open => match request {
+                Some(request) => actor.asked(request),
+                None => {
+                    open = false;
+                    actor.event(Event::Drain { stop: false });
+                }
+            },
+            _ = tick.tick() => actor.event(Event::Tick),
+            _ = telemetry.tick() => actor.sample(),
+            by = drain.wait(), if deadline.is_none() => deadline = Some(by),
+            () = until(deadline), if deadline.is_some() => {
+                tracing::warn!("the time to stop is over, workloads are left as they are");
+                break;
+            }
+        }
+    }
+    actor.finish(deadline).await;
+}
+
+fn interval(period: Duration) -> tokio::time::Interval {
+    let mut interval = tokio::time::interval(period);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl Actor {
+    /// Asks every runtime what it holds, until it says.
+    fn adopt(&mut self) {
+        for runtime in &self.setup.runtimes {
+            let (runtime, parse) = (Arc::clone(runtime), self.setup.parse);
+            self.steps.spawn(async move {
+                let technology = runtime.technology();
+                let mut told = false;
+                loop {
+                    match contained(runtime.adopt()).await {
+                        Ok(Ok(adopted)) => {
+                            let found = adopted.into_iter().map(|adopted| found(&technology, adopted, parse)).collect();
+                            return Answer::Event(Event::Adopted { technology, found });
+                        }
+                        Ok(Err(error)) if !told => {
+                            tracing::warn!(%technology, %error, "the runtime does not say what it holds yet");
+                            told = true;
+                        }
+                        Ok(Err(_)) => {}
+                        Err(panic) => tracing::error!(%technology, panic, "adopting workloads went wrong"),
+                    }
+                    tokio::time::sleep(ADOPT_RETRY).await;
+                }
+            });
+        }
+    }
+
+    /// Hands on the ends a runtime reports. Begins when its instances are adopted: an end of one that the core does not know yet
+    /// would be lost.
+    fn watch(&mut self, technology: &Technology) {
+        let Some(runtime) = self.runtime(technology) else { return };
+        let exits = self.exits.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = exits.closed() => return,
+                    exit = contained(runtime.exited()) => match exit {
+                        Ok(exit) => {
+                            if exits.send(exit).await.is_err() {
+                                return;
+                            }
+                        }
+                        Err(panic) => {
+                            tracing::error!(panic, "watching for ends of workloads went wrong");
+                            tokio::time::sleep(ADOPT_RETRY).await;
+                        }
+                    },
+                }
+            }
+        });
+    }
+
+    fn asked(&mut self, request: Request) {
+        match request {
+            Request::Deploy(spec) => self.event(Event::Deploy(spec)),
+            Request::Delete(instance) => self.event(Event::Delete(instance)),
+            // Whoever asked may have left; that is no fault of ours.
+            Request::List(reply) => {
+                let _ = reply.send(self.core.list());
+            }
+            Request::Logs(instance, tail, reply) => self.logs(instance, tail.min(LONGEST_LOG), reply),
+            Request::Drain(on_exit, reply) => {
+                self.drained = Some(reply);
+                self.event(Event::Drain { stop: on_exit == OnExit::Stop });
+            }
+        }
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        match answer {
+            Answer::Event(event) => {
+                let adopted = match &event {
+                    Event::Adopted { technology, .. } => Some(technology.clone()),
+                    Event::Prepared { instance, .. } => {
+                        self.prepares.remove(instance);
+                        None
+                    }
+                    _ => None,
+                };
+                self.event(event);
+                if let Some(technology) = adopted {
+                    self.watch(&technology);
+                }
+            }
+            Answer::Usage(sampled) => self.sampled(sampled),
+            Answer::Served => {}
+        }
+    }
+
+    fn exited(&mut self, exit: Exit) {
+        let Exit { instance, code, out_of_memory } = exit;
+        self.event(Event::Exited { instance, code, out_of_memory });
+    }
+
+    fn event(&mut self, event: Event) {
+        for effect in self.core.handle(self.began.elapsed(), event) {
+            self.run(effect);
+        }
+    }
+
+    fn run(&mut self, effect: Effect) {
+        match effect {
+            Effect::Prepare(spec) => self.prepare(spec),
+            Effect::CancelPrepare(instance) => {
+                if let Some(token) = self.prepares.get(&instance) {
+                    token.cancel();
+                }
+            }
+            Effect::Attach { instance, netns, ports } => {
+                let net = self.setup.net.clone();
+                let attachment = Attachment { instance: instance.clone(), netns, ports };
+                let step = async move { net.attach(attachment).await.map(|lease| lease.addresses) };
+                self.spawn(step, |result| Event::Attached { instance, result });
+            }
+            Effect::Start { instance, technology } => {
+                let (runtime, id) = (self.runtime(&technology), instance.clone());
+                let step = async move { held(runtime)?.start(&id).await };
+                self.spawn(step, |result| Event::Started { instance, result });
+            }
+            Effect::Stop { instance, technology, grace, keep_log } => {
+                let (runtime, id) = (self.runtime(&technology), instance.clone());
+                let step = async move {
+                    let runtime = held(runtime)?;
+                    // The output is worth keeping, and not worth failing for.
+                    let log = if keep_log { runtime.logs(&id, KEPT_LOG).await.unwrap_or_default() } else { Vec::new() };
+                    runtime.stop(&id, grace).await.map(|()| log)
+                };
+                self.spawn(step, |result| Event::Stopped { instance, result });
+            }
+            Effect::Detach(instance) => {
+                let (net, id) = (self.setup.net.clone(), instance.clone());
+                self.spawn(async move { net.detach(id).await }, |result| Event::Detached { instance, result });
+            }
+            Effect::Report { instance, status, detail } => {
+                match status {
+                    Status::Creating => tracing::debug!(%instance, "creating"),
+                    Status::Failed => tracing::warn!(%instance, reason = detail, "workload failed"),
+                    _ => tracing::info!(%instance, %status, detail, "workload"),
+                }
+                self.outbox.push(Report::Status { instance, status, detail });
+            }
+        }
+    }
+
+    fn prepare(&mut self, spec: Arc<InstanceSpec>) {
+        let (runtime, instance, token) = (self.runtime(&spec.technology), spec.id.clone(), CancellationToken::new());
+        self.prepares.insert(instance.clone(), token.clone());
+        let step = async move {
+            let runtime = held(runtime)?;
+            // Dropping the prepare is allowed at any point; the stop that follows cleans up.
+            tokio::select! {
+                sandbox = runtime.prepare(&spec) => sandbox.map(|sandbox| sandbox.netns),
+                () = token.cancelled() => Err(RuntimeError::Step { step: "prepare", reason: "no longer wanted".into() }),
+            }
+        };
+        self.spawn(step, |result| Event::Prepared { instance, result });
+    }
+
+    fn spawn<T: Send + 'static, E: Into<Failure>>(
+        &mut self,
+        step: impl Future<Output = Result<T, E>> + Send + 'static,
+        event: impl FnOnce(Result<T, Failure>) -> Event + Send + 'static,
+    ) {
+        self.steps.spawn(async move {
+            let result = match contained(step).await {
+                Ok(result) => result.map_err(Into::into),
+                Err(panic) => Err(Failure { reason: format!("internal error: {panic}"), transient: false }),
+            };
+            Answer::Event(event(result))
+        });
+    }
+
+    fn logs(&mut self, instance: InstanceId, tail: usize, reply: oneshot::Sender<Result<Vec<u8>, WorkloadError>>) {
+        let technology = match self.core.output(&instance) {
+            Output::Runtime(technology) => technology,
+            Output::Kept(log) => {
+                let _ = reply.send(Ok(log[log.len().saturating_sub(tail)..].to_vec()));
+                return;
+            }
+            Output::Nowhere => {
+                let _ = reply.send(Err(WorkloadError::Unknown(instance)));
+                return;
+            }
+        };
+        let runtime = self.runtime(&technology);
+        self.steps.spawn(async move {
+            let read = async { held(runtime)?.logs(&instance, tail).await };
+            if let Ok(result) = contained(read).await {
+                let _ = reply.send(result.map_err(WorkloadError::from));
+            }
+            Answer::Served
+        });
+    }
+
+    fn sample(&mut self) {
+        if std::mem::replace(&mut self.sampling, true) {
+            return;
+        }
+        let runtimes = self.setup.runtimes.clone();
+        self.steps.spawn(async move {
+            let sampled = runtimes.iter().map(|runtime| async {
+                let technology = runtime.technology();
+                match tokio::time::timeout(USAGE_DEADLINE, contained(runtime.usage())).await {
+                    Ok(Ok(Ok(usage))) => (technology, Some(usage)),
+                    failure => {
+                        tracing::debug!(%technology, ?failure, "the runtime gives no usage");
+                        (technology, None)
+                    }
+                }
+            });
+            Answer::Usage(futures_util::future::join_all(sampled).await)
+        });
+    }
+
+    /// Reports what runs. A runtime that gave no values is reported with those it gave before: what runs must not look lost
+    /// because it cannot be measured.
+    fn sampled(&mut self, sampled: Vec<(Technology, Option<Vec<InstanceUsage>>)>) {
+        self.sampling = false;
+        for (technology, usage) in sampled {
+            if let Some(usage) = usage {
+                self.usage.insert(technology, usage);
+            }
+        }
+        let running = |usage: &&InstanceUsage| self.core.runs(&usage.instance);
+        let usage = self.usage.values().flatten().filter(running).cloned().collect();
+        self.outbox.push(Report::Instances(usage));
+    }
+
+    fn runtime(&self, technology: &Technology) -> Option<Arc<dyn Runtime>> {
+        self.setup.runtimes.iter().find(|runtime| runtime.technology() == *technology).cloned()
+    }
+
+    /// Hands over the reports that still wait, and says that all is done.
+    async fn finish(mut self, deadline: Option<Instant>) {
+        let flush = async {
+            while let Some(report) = self.outbox.pop() {
+                if self.setup.reports.send(report).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let deadline = deadline.unwrap_or_else(|| Instant::now() + TELEMETRY);
+        if tokio::time::timeout_at(deadline, flush).await.is_err() {
+            tracing::warn!("reports were still waiting when the time to stop was over");
+        }
+        if let Some(drained) = self.drained {
+            let _ = drained.send(());
+        }
+    }
+}
+
+fn held(runtime: Option<Arc<dyn Runtime>>) -> Result<Arc<dyn Runtime>, RuntimeError> {
+    runtime.ok_or_else(|| RuntimeError::Unavailable("there is no runtime for this technology".into()))
+}
+
+fn found(technology: &Technology, adopted: Adopted, parse: fn(&str) -> Option<InstanceSpec>) -> Found {
+    let Adopted { instance, document, state } = adopted;
+    match parse(&document).filter(|spec| spec.id == instance) {
+        Some(spec) => {
+            let state = match state {
+                AdoptedState::Running(sandbox) => FoundState::Running { netns: sandbox.netns },
+                AdoptedState::Exited(exit) => FoundState::Exited { code: exit.code, out_of_memory: exit.out_of_memory },
+                AdoptedState::Incomplete => FoundState::Incomplete,
+            };
+            Found { spec: InstanceSpec { technology: technology.clone(), ..spec }, state }
+        }
+        None => Found { spec: nameless(instance, technology.clone(), document), state: FoundState::Unreadable },
+    }
+}
+
+/// A description that says no more than what is to be removed.
+fn nameless(id: InstanceId, technology: Technology, document: Arc<str>) -> InstanceSpec {
+    InstanceSpec {
+        id,
+        job: String::new(),
+        technology,
+        image: String::new(),
+        command: Vec::new(),
+        environment: Vec::new(),
+        ports: Vec::new(),
+        platform: None,
+        limits: Limits::default(),
+        one_shot: false,
+        privileged: false,
+        document,
+    }
+}
+
+async fn contained<T>(step: impl Future<Output = T>) -> Result<T, String> {
+    AssertUnwindSafe(step).catch_unwind().await.map_err(|panic| message(&*panic))
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => (*text).to_owned(),
+        (_, Some(text)) => text.clone(),
+        _ => "panic".to_owned(),
+    }
+}
+
+impl From<RuntimeError> for Failure {
+    fn from(error: RuntimeError) -> Self {
+        Self { transient: matches!(error, RuntimeError::Unavailable(_)), reason: error.to_string() }
+    }
+}
+
+impl From<NetError> for Failure {
+    fn from(error: NetError) -> Self {
+        Self { transient: matches!(error, NetError::NoSubnet), reason: format!("network: {error}") }
+    }
+}
