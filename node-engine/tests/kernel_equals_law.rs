@@ -1,0 +1,258 @@
+//! The kernel's programs decide as the law does: the table of packet cases and random frames, through `BPF_PROG_TEST_RUN` and
+//! through user space, give the same verdict and the same bytes.
+//!
+//! Needs root and the eBPF object (`cargo xtask build-ebpf`, or `NODE_ENGINE_EBPF_OBJECT`).
+
+use std::path::PathBuf;
+
+use aya::maps::{Array, HashMap, MapData};
+use aya::programs::SchedClassifier;
+use aya::{Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions};
+use netmanager_common::addr::Addr;
+use netmanager_common::frame::SliceFrame;
+use netmanager_common::pipeline::{inbound, outbound};
+use netmanager_common::testing::{Case, Direction, Frames, GATEWAY_MAC, HERE, PORT, World, cases};
+use netmanager_common::verdict::{DropReason, Miss, Verdict};
+
+const ETH_LEN: usize = 14;
+const OUTER_LEN: usize = ETH_LEN + 28;
+/// What the ordinary path gets: `TC_ACT_UNSPEC`.
+const PASS: u32 = u32::MAX;
+const DROPPED: u32 = 2;
+const REDIRECTED: u32 = 7;
+/// The MACs that a frame arrives with.
+const ARRIVAL: [u8; 12] = [0x02, 0xaa, 0, 0, 0, 1, 0x02, 0xbb, 0, 0, 0, 2];
+
+#[test]
+#[ignore = "needs root"]
+fn every_case_is_decided_as_the_law_says() {
+    for case in cases() {
+        let Case { name, direction, packet, pick, .. } = case;
+        let mut world = World::sample();
+        world.pick = pick;
+        let kernel = Kernel::load(&world);
+        check(&kernel, &mut world, direction, &packet, name);
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn random_frames_are_decided_as_the_law_says() {
+    let count: usize = std::env::var("NODE_ENGINE_FRAMES").map_or(120_000, |text| text.parse().expect("a number"));
+    let mut redirected = 0;
+    for (seed, pick) in [(7, 0), (11, 1)] {
+        let mut world = World::sample();
+        world.pick = pick;
+        let kernel = Kernel::load(&world);
+        let mut frames = Frames::new(seed);
+        for number in 0..count / 2 {
+            let (direction, packet) = frames.frame();
+            if runnable(direction, &packet) {
+                let action = check(&kernel, &mut world, direction, &packet, &format!("frame {number} of seed {seed}"));
+                redirected += usize::from(action == REDIRECTED);
+            }
+        }
+        kernel.assert_same_flows(&world);
+    }
+    assert!(redirected > count / 20, "only {redirected} of {count} frames were carried: the generator is off");
+}
+
+/// The test run refuses Ethernet frames that are shorter than an IP header.
+fn runnable(direction: Direction, packet: &[u8]) -> bool {
+    match direction {
+        Direction::Outbound(_) => packet.first().is_some_and(|first| match first >> 4 {
+            6 => packet.len() >= 40,
+            _ => packet.len() >= 20,
+        }),
+        Direction::Inbound(_) => !packet.is_empty(),
+    }
+}
+
+/// Runs one packet both ways and compares; the kernel's action is returned.
+fn check(kernel: &Kernel, world: &mut World, direction: Direction, packet: &[u8], name: &str) -> u32 {
+    let mut after = packet.to_vec();
+    let mut frame = SliceFrame::new(&mut after);
+    let verdict = match direction {
+        Direction::Outbound(port) => outbound(&mut frame, world, port),
+        Direction::Inbound(outer) => inbound(&mut frame, world, &outer),
+    };
+    let arrived = arrival(direction, packet);
+    let expected = expectation(world, direction, packet, verdict, &after, &arrived);
+    let (action, mut bytes) = kernel.run(direction, &arrived);
+    let wrapped = matches!(direction, Direction::Outbound(_)) && matches!(verdict, Ok(Verdict::Send { .. }));
+    if wrapped && bytes.len() >= OUTER_LEN {
+        let port = u16::from_be_bytes([bytes[34], bytes[35]]);
+        assert!(port >= 0xc000, "{name}: outer source port {port}");
+        // by the kernel's flow hash
+        bytes[34..36].fill(0);
+    }
+    // After a drop nobody sees the bytes.
+    if expected.0 == DROPPED {
+        assert_eq!(action, DROPPED, "{name}: law says {verdict:?}\n{direction:?} {packet:02x?}");
+        return action;
+    }
+    assert_eq!(
+        (action, &bytes),
+        (expected.0, &expected.1),
+        "{name}: law says {verdict:?}\n{direction:?}\n given {packet:02x?}\n kernel {bytes:02x?}\n law    {:02x?}",
+        expected.1
+    );
+    action
+}
+
+/// The Ethernet frame in which a packet arrives.
+fn arrival(direction: Direction, packet: &[u8]) -> Vec<u8> {
+    let mut frame = ARRIVAL.to_vec();
+    match direction {
+        Direction::Outbound(_) => {
+            frame.extend(ethertype(packet));
+            frame.extend(packet);
+        }
+        Direction::Inbound(outer) => {
+            frame.extend([0x08, 0x00]);
+            frame.extend(outer_headers(&outer, &HERE, packet.len()));
+            frame.extend(packet);
+        }
+    }
+    frame
+}
+
+/// The action and the bytes that follow from what the law said.
+fn expectation(
+    world: &World,
+    direction: Direction,
+    packet: &[u8],
+    verdict: Result<Verdict, DropReason>,
+    after: &[u8],
+    arrived: &[u8],
+) -> (u32, Vec<u8>) {
+    // Neither IPv4 nor IPv6: the programs leave it to the ordinary path before they ask the law.
+    if matches!(direction, Direction::Inbound(_)) && packet.first().is_none_or(|first| !matches!(first >> 4, 4 | 6)) {
+        return (PASS, arrived.to_vec());
+    }
+    match verdict {
+        Err(_) => (DROPPED, Vec::new()),
+        Ok(Verdict::Pass | Verdict::Slow(_)) => (PASS, arrived.to_vec()),
+        Ok(Verdict::Local { mac, .. }) => {
+            let mut frame = [mac, GATEWAY_MAC].concat();
+            frame.extend(ethertype(after));
+            frame.extend(after);
+            (REDIRECTED, frame)
+        }
+        Ok(Verdict::Send { peer }) => {
+            let peer = world.peers[&peer];
+            let mut frame = ARRIVAL.to_vec();
+            frame.extend([0x08, 0x00]);
+            frame.extend(outer_headers(&peer.source, &peer.host, after.len()));
+            frame.extend(after);
+            (REDIRECTED, frame)
+        }
+    }
+}
+
+fn ethertype(packet: &[u8]) -> [u8; 2] {
+    if packet.first().is_some_and(|first| first >> 4 == 6) { [0x86, 0xdd] } else { [0x08, 0x00] }
+}
+
+/// Outer IPv4 and UDP header, source port 0.
+fn outer_headers(source: &Addr, destination: &Addr, inner_len: usize) -> Vec<u8> {
+    let mut header = vec![0x45, 0];
+    header.extend(((inner_len + 28) as u16).to_be_bytes());
+    header.extend([0, 0, 0x40, 0, 64, 17, 0, 0]);
+    header.extend(source.v4_bytes());
+    header.extend(destination.v4_bytes());
+    let sum = !netmanager_common::checksum::fold(netmanager_common::checksum::sum(0, &header));
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    header.extend([0, 0]);
+    header.extend(netmanager_common::TUNNEL_PORT.to_be_bytes());
+    header.extend(((inner_len + 8) as u16).to_be_bytes());
+    header.extend([0, 0]);
+    header
+}
+
+/// The programs and maps in this kernel, attached to nothing.
+struct Kernel {
+    ebpf: Ebpf,
+}
+
+impl Kernel {
+    fn load(world: &World) -> Self {
+        let path = object_path();
+        let object = std::fs::read(&path)
+            .unwrap_or_else(|error| panic!("{}: {error} (run `cargo xtask build-ebpf`)", path.display()));
+        let pick = u64::from(world.pick) + 1;
+        let mut ebpf =
+            EbpfLoader::new().override_global("FIXED_PICK", &pick, true).load(&object).expect("the object loads");
+        for name in ["tc_veth_ingress", "tc_uplink_ingress"] {
+            let program: &mut SchedClassifier =
+                ebpf.program_mut(name).expect("the program is there").try_into().expect("a classifier");
+            program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
+        }
+        let mut kernel = Self { ebpf };
+        kernel.fill(world);
+        kernel
+    }
+
+    fn fill(&mut self, world: &World) {
+        self.array("CONFIG").set(0, world.config, 0).expect("CONFIG");
+        for (index, slot) in &world.slots {
+            self.array("SLOTS").set(*index, *slot, 0).expect("SLOTS");
+        }
+        for (index, peer) in &world.peers {
+            self.array("PEERS").set(*index, *peer, 0).expect("PEERS");
+        }
+        self.fill_hash("SERVICES", &world.services);
+        self.fill_hash("CANDIDATES", &world.candidates);
+        self.fill_hash("ENDPOINTS", &world.endpoints);
+    }
+
+    fn array<T: Pod>(&mut self, name: &str) -> Array<&mut MapData, T> {
+        self.ebpf.map_mut(name).expect("the map is there").try_into().expect("an array")
+    }
+
+    fn fill_hash<K: Pod, V: Pod>(&mut self, name: &str, rows: &std::collections::HashMap<K, V>) {
+        let map = self.ebpf.map_mut(name).expect("the map is there");
+        let mut map: HashMap<_, K, V> = map.try_into().expect("a hash");
+        for (key, value) in rows {
+            map.insert(key, value, 0).expect(name);
+        }
+    }
+
+    fn run(&self, direction: Direction, frame: &[u8]) -> (u32, Vec<u8>) {
+        let name = match direction {
+            Direction::Outbound(_) => "tc_veth_ingress",
+            Direction::Inbound(_) => "tc_uplink_ingress",
+        };
+        let program: &SchedClassifier = self.ebpf.program(name).expect("loaded").try_into().expect("a classifier");
+        let mut out = vec![0; frame.len() + 128];
+        let options = TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::default() };
+        let result = program.test_run(options).unwrap_or_else(|error| panic!("{name}: {error:?} {frame:02x?}"));
+        out.truncate(result.data_size_out as usize);
+        (result.return_value, out)
+    }
+
+    /// What was learned on the way is the same too.
+    fn assert_same_flows(&self, world: &World) {
+        let flows: HashMap<_, netmanager_common::abi::FlowKey, netmanager_common::abi::Flow> =
+            self.ebpf.map("FLOWS").expect("FLOWS").try_into().expect("an LRU hash");
+        let learned: std::collections::HashMap<_, _> = flows.iter().map(|row| row.expect("a row")).collect();
+        assert_eq!(learned, world.flows);
+        assert!(!learned.is_empty());
+    }
+}
+
+fn object_path() -> PathBuf {
+    std::env::var_os("NODE_ENGINE_EBPF_OBJECT").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/ebpf/bpfel-unknown-none/release/netmanager"),
+        PathBuf::from,
+    )
+}
+
+#[test]
+fn the_generator_is_worth_its_name() {
+    let mut frames = Frames::new(3);
+    let runnable = (0..1_000).map(|_| frames.frame()).filter(|(way, packet)| runnable(*way, packet)).count();
+    assert!(runnable > 900, "{runnable}");
+    assert_eq!(PORT, 1, "test runs arrive by loopback");
+    assert!(matches!(Verdict::Slow(Miss::Service), Verdict::Slow(_)));
+}
