@@ -306,21 +306,28 @@ fn pseudo_sum(source: &Addr, destination: &Addr, protocol: u8, len: usize) -> u3
     checksum::sum(sum, &[0, protocol, (len >> 8) as u8, len as u8])
 }
 
-/// Are all checksums of this packet right? A UDP checksum of 0 over IPv4 counts as right.
+/// Are all checksums of this packet right? A UDP checksum of 0 over IPv4 counts as right; a packet cut short does not.
 pub fn checksums_hold(packet: &[u8]) -> bool {
-    let Some(v6) = packet.first().map(|first| first >> 4 == 6) else { return false };
-    let (header, protocol) = if v6 { (40, packet[6]) } else { (usize::from(packet[0] & 15) * 4, packet[9]) };
+    hold(packet).unwrap_or(false)
+}
+
+/// `None`: something is cut off.
+fn hold(packet: &[u8]) -> Option<bool> {
+    let v6 = packet.first()? >> 4 == 6;
+    let (header, protocol) =
+        if v6 { (40, *packet.get(6)?) } else { (usize::from(packet.first()? & 15) * 4, *packet.get(9)?) };
+    let transport = packet.get(header..).filter(|_| header >= 20)?;
     if !v6 && checksum::fold(checksum::sum(0, &packet[..header])) != 0xffff {
-        return false;
+        return Some(false);
     }
     let (source, destination) = addresses(packet);
-    let transport = &packet[header..];
-    let Some(field) = checksum_field(v6, protocol) else { return true };
-    if !v6 && protocol == UDP && transport[field..field + 2] == [0, 0] {
-        return true;
+    let Some(field) = checksum_field(v6, protocol) else { return Some(true) };
+    let sum = transport.get(field..field + 2)?;
+    if !v6 && protocol == UDP && sum == [0, 0] {
+        return Some(true);
     }
     let seed = if protocol == ICMP { 0 } else { pseudo_sum(&source, &destination, protocol, transport.len()) };
-    checksum::fold(checksum::sum(seed, transport)) == 0xffff
+    Some(checksum::fold(checksum::sum(seed, transport)) == 0xffff)
 }
 
 /// Source and destination of a packet that has a whole IP header.
