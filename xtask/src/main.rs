@@ -1,1 +1,87 @@
-fn main() {}
+//! The project's own driver: everything a person or a CI job does with this repository is one `cargo xtask` command.
+//!
+//! `setup` and `build-ebpf` prepare, `lint` and `tidy` judge, `test`, `demo` and `bench` run, `ci` is all of it. Commands need
+//! nothing but cargo at first; what else they need they install (`setup`) and say so.
+
+mod bench;
+mod bpf_toolchain;
+mod ci;
+mod demo;
+mod ebpf;
+mod elf;
+mod lint;
+mod process;
+mod setup;
+mod source;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Builds, checks and shows node-engine")]
+struct Args {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install what is missing on this machine to build and test everything
+    Setup {
+        /// Only what building the eBPF programs needs
+        #[arg(long)]
+        ebpf: bool,
+    },
+    /// Build the eBPF programs into target/ebpf
+    BuildEbpf,
+    /// Check format, clippy (host and eBPF) and tidiness
+    Lint,
+    /// Check the rules of the house that no compiler checks
+    Tidy,
+    /// Build everything and run every test, those that need root and Docker included
+    Test {
+        /// Only lab scenarios whose name contains this; no unit tests
+        #[arg(long)]
+        scenario: Option<String>,
+        /// Only unit tests; no lab
+        #[arg(long, conflicts_with = "scenario")]
+        unit: bool,
+    },
+    /// Two nodes and a cluster on this machine: deploy, reach, measure, clean up
+    Demo,
+    /// Compare the datapaths with plain routing
+    Bench {
+        /// Seconds of each measurement
+        #[arg(long, default_value_t = 3)]
+        seconds: u32,
+        /// Alternating rounds
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+    },
+    /// lint, demo and test, as CI does
+    Ci,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Args::parse().task {
+        Task::Setup { ebpf: true } => setup::ebpf(),
+        Task::Setup { ebpf: false } => setup::everything(),
+        Task::BuildEbpf => ebpf::build().map(drop),
+        Task::Lint => lint::run(),
+        Task::Tidy => tidy::run(),
+        Task::Test { scenario, unit } => test::run(&test::Selection { scenario, unit }),
+        Task::Demo => demo::run(),
+        Task::Bench { seconds, rounds } => bench::run(seconds, rounds),
+        Task::Ci => ci::run(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

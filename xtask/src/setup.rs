@@ -1,0 +1,102 @@
+//! Installs what is missing: nothing is asked for twice, nothing that is there is touched.
+
+use std::env;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::bpf_toolchain;
+use crate::elf;
+use crate::process::{as_root, run, which};
+
+/// A program the tests need, the package that brings it, and what for.
+struct Need {
+    program: &'static str,
+    package: &'static str,
+    purpose: &'static str,
+}
+
+const NEEDS: [Need; 13] = [
+    Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
+    Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
+    Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
+    Need { program: "runc", package: "runc", purpose: "starts containers" },
+    Need { program: "iptables", package: "iptables", purpose: "is what dockerd filters with" },
+    Need { program: "busybox", package: "busybox-static", purpose: "is the user land of the test image" },
+    Need { program: "mosquitto", package: "mosquitto", purpose: "is a real broker for the cluster" },
+    Need { program: "mosquitto_pub", package: "mosquitto-clients", purpose: "speaks to the broker as a foreigner" },
+    Need { program: "iperf3", package: "iperf3", purpose: "measures streams" },
+    Need { program: "nft", package: "nftables", purpose: "shows the packet filter" },
+    Need { program: "ip", package: "iproute2", purpose: "builds and shows namespaces and links" },
+    Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
+    Need { program: "bpftool", package: "bpftool", purpose: "shows loaded programs" },
+];
+
+/// Everything `cargo xtask ci` needs.
+pub(crate) fn everything() -> Result<()> {
+    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !present(need)).collect();
+    for need in &missing {
+        println!("missing: {} {} (package {})", need.program, need.purpose, need.package);
+    }
+    apt_install(&missing.iter().flat_map(|need| need.package.split(' ')).collect::<Vec<_>>())?;
+    if let Some(need) = NEEDS.iter().find(|need| !present(need)) {
+        bail!("{} is still missing after installing {}", need.program, need.package);
+    }
+    ebpf()?;
+    println!("setup: everything is there");
+    Ok(())
+}
+
+fn present(need: &Need) -> bool {
+    match which(need.program) {
+        // In an image `FROM scratch` only a static one runs.
+        Some(path) if need.program == "busybox" => elf::is_static(&path).unwrap_or(false),
+        Some(_) => true,
+        None => false,
+    }
+}
+
+/// What building the eBPF programs needs.
+pub(crate) fn ebpf() -> Result<()> {
+    if env::var_os("NODE_ENGINE_EBPF_OBJECT").is_some() {
+        println!("setup: NODE_ENGINE_EBPF_OBJECT names a finished object; no BPF toolchain is needed");
+        return Ok(());
+    }
+    let compiler = match bpf_toolchain::compiler() {
+        Ok(compiler) => compiler,
+        Err(reason) if which("apt-get").is_some() => {
+            println!("missing: a compiler for eBPF (packages rustc-web, libstd-rust-web-dev-bpf)");
+            apt_install(&["rustc-web", "libstd-rust-web-dev-bpf"]).with_context(|| format!("{reason:#}"))?;
+            bpf_toolchain::compiler()?
+        }
+        Err(reason) => return Err(reason),
+    };
+    // Clippy of the eBPF crate has to match its compiler; rustup's brings its own.
+    if compiler.rustc == Path::new("/usr/bin/rustc") && !Path::new("/usr/bin/cargo-clippy").exists() {
+        println!("missing: clippy for the eBPF crate (package rust-web-clippy)");
+        apt_install(&["rust-web-clippy"])?;
+    }
+    let linker = bpf_toolchain::ensure_linker(&compiler)?;
+    println!("setup: eBPF is built by {} and {}", compiler.rustc.display(), linker.display());
+    Ok(())
+}
+
+fn apt_install(packages: &[&str]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if which("apt-get").is_none() {
+        bail!("this machine has no apt-get; install by its own means what these packages hold: {}", packages.join(" "));
+    }
+    let install = || {
+        let mut command = as_root("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(["install", "-y", "--no-install-recommends"]);
+        run(command.args(packages))
+    };
+    // A fresh image has no package lists, an old one has stale ones; where they are good the update is saved.
+    if install().is_ok() {
+        return Ok(());
+    }
+    run(as_root("apt-get").env("DEBIAN_FRONTEND", "noninteractive").arg("update"))?;
+    install()
+}

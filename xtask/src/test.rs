@@ -1,0 +1,156 @@
+//! Every test there is, counted.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::{self, cargo, root};
+use crate::{ebpf, setup};
+
+/// What to run; everything by default.
+#[derive(Debug, Default)]
+pub(crate) struct Selection {
+    pub(crate) scenario: Option<String>,
+    pub(crate) unit: bool,
+}
+
+/// Sums of libtest's result lines.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+}
+
+pub(crate) fn run(selection: &Selection) -> Result<()> {
+    require_root()?;
+    setup::everything()?;
+    ebpf::build()?;
+    build_programs()?;
+
+    let mut tally = Tally::default();
+    if selection.scenario.is_none() {
+        tally.add(unit_tests()?);
+    }
+    if !selection.unit {
+        tally.add(scenarios(selection.scenario.as_deref())?);
+    }
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
+    if tally.failed > 0 {
+        // The count is the last line for whoever reads only that; the exit code says the rest.
+        std::process::exit(1);
+    }
+    if tally.passed == 0 {
+        bail!("no test ran");
+    }
+    Ok(())
+}
+
+pub(crate) fn require_root() -> Result<()> {
+    if !process::is_root() {
+        bail!("network namespaces and Docker need the superuser: run this as root (`cargo test` alone does not)");
+    }
+    Ok(())
+}
+
+/// The daemon with the eBPF object in it, and the lab's own programs.
+pub(crate) fn build_programs() -> Result<()> {
+    process::run(cargo().args(["build", "--package", "node-engine", "--package", "lab", "--bins"]))
+}
+
+/// Runs the `lab` program of this build.
+pub(crate) fn lab() -> Command {
+    let mut command = Command::new(root().join("target/debug/lab"));
+    command.current_dir(root());
+    command
+}
+
+/// The tests beside the code, those that need root included, inside a simulated host: its own interfaces, mounts, processes and
+/// dockerd, so that whatever a test leaves or breaks is gone with it.
+fn unit_tests() -> Result<Tally> {
+    let build = |verb: &[&str]| {
+        let mut command = cargo();
+        command.args(["test", "--workspace", "--exclude", "lab", "--exclude", "netmanager-ebpf"]).args(verb);
+        command
+    };
+    process::run(&mut build(&["--no-run"]))?;
+    let tests = build(&["--no-fail-fast", "--offline", "--", "--include-ignored", "--test-threads", "1"]);
+    let mut command = lab();
+    command.args(["host-run", "--"]).arg(tests.get_program()).args(tests.get_args());
+    command.env("NODE_ENGINE_TEST_DOCKER", "/var/run/docker.sock");
+    counted(&mut command)
+}
+
+fn scenarios(filter: Option<&str>) -> Result<Tally> {
+    let mut command = cargo();
+    command.args(["test", "--package", "lab", "--no-fail-fast", "--"]).args(filter);
+    command.args(["--include-ignored", "--test-threads", "1"]);
+    counted(&mut command)
+}
+
+/// Runs tests, shows what they print, and sums their result lines. A test program that dies without one counts as a failure.
+fn counted(command: &mut Command) -> Result<Tally> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {name}"))?;
+    let output = child.stdout.take().context("the tests' output is not piped")?;
+    let mut tally = Tally::default();
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("cannot read the tests' output")?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        if let Some(result) = Tally::parse(&line) {
+            tally.add(result);
+        }
+    }
+    let status = child.wait().with_context(|| format!("cannot wait for {name}"))?;
+    if !status.success() && tally.failed == 0 {
+        eprintln!("a test program ended with {status} and no result");
+        tally.failed += 1;
+    }
+    Ok(tally)
+}
+
+impl Tally {
+    /// `test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.02s`
+    fn parse(line: &str) -> Option<Self> {
+        let rest = line.trim_start().strip_prefix("test result: ")?;
+        let counts = rest.split_once(". ")?.1;
+        let count =
+            |what: &str| counts.split(';').find_map(|part| part.trim().strip_suffix(what)?.trim().parse::<u64>().ok());
+        Some(Self { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
+    }
+
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_lines_are_summed() {
+        let mut tally = Tally::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.02s",
+            "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 7 filtered out; finished in 1.50s",
+            "test result: nonsense",
+        ] {
+            if let Some(result) = Tally::parse(line) {
+                tally.add(result);
+            }
+        }
+        assert_eq!(tally, Tally { passed: 14, failed: 3, skipped: 1 });
+    }
+
+    #[test]
+    fn a_program_that_dies_is_a_failure() {
+        let dies = counted(Command::new("sh").args(["-c", "echo running 1 test; exit 101"])).expect("sh runs");
+        assert_eq!(dies, Tally { passed: 0, failed: 1, skipped: 0 });
+    }
+}
