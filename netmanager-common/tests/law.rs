@@ -134,12 +134,12 @@ fn a_flow_stays_with_its_instance_until_that_goes() {
 #[test]
 fn a_moved_node_keeps_its_flows() {
     let mut world = World::sample();
-    let request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, 80));
+    let mut request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, 80));
     judge(&mut world, Direction::Outbound(PORT), &mut request.clone()).expect("carried");
     let slot = world.slots[&3];
     world.slots.insert(3, Slot { peer: 2, ..slot });
     world.pick = 1;
-    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut request.clone()), Ok(Verdict::Send { peer: 2 }));
+    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut request), Ok(Verdict::Send { peer: 2 }));
 }
 
 #[test]

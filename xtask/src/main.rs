@@ -38,7 +38,11 @@ enum Task {
     /// Build the eBPF programs into target/ebpf
     BuildEbpf,
     /// Check format, clippy (host and eBPF) and tidiness
-    Lint,
+    Lint {
+        /// Only clippy of the eBPF crate
+        #[arg(long)]
+        ebpf: bool,
+    },
     /// Check the rules of the house that no compiler checks
     Tidy,
     /// Build everything and run every test, those that need root and Docker included
@@ -70,7 +74,8 @@ fn main() -> ExitCode {
         Task::Setup { ebpf: true } => setup::ebpf(),
         Task::Setup { ebpf: false } => setup::everything(),
         Task::BuildEbpf => ebpf::build().map(drop),
-        Task::Lint => lint::run(),
+        Task::Lint { ebpf: true } => ebpf::clippy(),
+        Task::Lint { ebpf: false } => lint::run(),
         Task::Tidy => tidy::run(),
         Task::Test { scenario, unit } => test::run(&test::Selection { scenario, unit }),
         Task::Demo => demo::run(),
