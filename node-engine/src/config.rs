@@ -3,6 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
+pub use crate::model::Generation;
+
 /// Everything the daemon needs to know before it starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -30,17 +32,6 @@ pub struct ClusterConfig {
     pub generation: Option<Generation>,
     /// Mutual TLS towards the broker.
     pub mqtt_tls: Option<MqttTls>,
-}
-
-/// Generations of the reference system that differ on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Generation {
-    /// Socket.IO registration on port 10000, subnet assigned with it, overlay questions by HTTP.
-    G1,
-    /// HTTP registration on port 10100, telemetry under the older names.
-    G2,
-    /// HTTP registration on port 10100, telemetry under the newer names.
-    G4,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

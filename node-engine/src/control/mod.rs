@@ -1,6 +1,8 @@
 //! The wire to the cluster. A control plane is a pump between the cluster and two closed enums; it holds no state of instances
 //! or networks, decides nothing about them, and never ends because of what the cluster says.
 
+pub mod memory;
+
 use async_trait::async_trait;
 use tokio::sync::mpsc::{Receiver, Sender};
 

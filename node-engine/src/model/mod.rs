@@ -7,7 +7,9 @@ pub mod service;
 pub mod status;
 
 pub use message::{Command, FamilyPair, Policy, Query, Report, SemanticAddress, TableAnswer, TableRow};
-pub use node::{DiskUsage, GpuUsage, InstanceUsage, NetworkUsage, NodeFacts, NodeId, NodeIdentity, NodeUsage, Subnet};
+pub use node::{
+    DiskUsage, Generation, GpuUsage, InstanceUsage, NetworkUsage, NodeFacts, NodeId, NodeIdentity, NodeUsage, Subnet,
+};
 pub use service::{
     Addresses, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName, Technology,
 };

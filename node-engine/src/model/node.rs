@@ -45,8 +45,21 @@ impl fmt::Display for NodeId {
 pub struct NodeIdentity {
     pub id: NodeId,
     pub broker_port: u16,
+    /// What kind of cluster gave it.
+    pub generation: Generation,
     /// Only a first-generation cluster assigns the subnet with the registration.
     pub subnet: Option<Subnet>,
+}
+
+/// Generations of the reference system that differ on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Generation {
+    /// Socket.IO registration on port 10000, subnet assigned with it, overlay questions by HTTP.
+    G1,
+    /// HTTP registration on port 10100, telemetry under the older names.
+    G2,
+    /// HTTP registration on port 10100, telemetry under the newer names.
+    G4,
 }
 
 /// The namespace subnets of a node: a /26 and a /120. +1 is the bridge, +2 and up are instances.

@@ -1,0 +1,374 @@
+//! The job document: what a cluster says when it wants an instance.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::json::{MAX_DOCUMENT, Malformed, Members, excerpt};
+use super::service_name;
+use crate::model::{
+    InstanceId, InstanceSpec, InvalidName, Limits, NodeId, PortMapping, Protocol, ServiceName, Technology,
+};
+
+/// Why a job document cannot be carried out. Carries the instance where that much was understood, so that the cluster can
+/// be told which one failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct DeployError {
+    pub instance: Option<InstanceId>,
+    #[source]
+    pub reason: DeployFault,
+}
+
+/// What is wrong with a job document.
+#[derive(Debug, thiserror::Error)]
+pub enum DeployFault {
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    #[error("instance number {0} is too large")]
+    Number(u64),
+    #[error("the document names no instance for this node")]
+    NotForThisNode,
+    #[error("image {0} is empty, longer than 4096 bytes or has a space or control character")]
+    Image(String),
+    #[error("`{0}` is not a technology")]
+    Technology(String),
+    #[error("platform {0} is not of the form os/architecture")]
+    Platform(String),
+    #[error("{0} has a NUL character")]
+    Nul(&'static str),
+    #[error("environment entry {0} is not of the form NAME=value")]
+    Environment(String),
+    #[error("port mapping {text}: {reason} (expected host:container/tcp|udp, several joined by `;`)")]
+    Port { text: String, reason: &'static str },
+    #[error("this node has no volume driver, and the job wants {0} volumes")]
+    Volumes(usize),
+    #[error("none of the images is for {0} (offered: {1})")]
+    Architecture(&'static str, String),
+}
+
+const MAX_PORTS: usize = 256;
+
+/// Reads a job document of any generation. `node` is this node's id, by which a first-generation document (which lists all
+/// instances and singles out none) says which instance is meant.
+///
+/// # Errors
+/// Where a member that is acted on is missing or wrong; all others may be anything.
+pub fn deploy(bytes: &[u8], node: Option<&NodeId>) -> Result<InstanceSpec, DeployError> {
+    let members = Members::parse(bytes, MAX_DOCUMENT).map_err(|error| DeployError::unnamed(error.into()))?;
+    let service = service(&members, "job_name").map_err(DeployError::unnamed)?;
+    let number = match number(&members).and_then(|number| number.map_or_else(|| waiting(&members, node), Ok)) {
+        Ok(number) => number,
+        Err(reason) => return Err(DeployError::unnamed(reason)),
+    };
+    read(&members, InstanceId { service, number })
+}
+
+impl DeployError {
+    pub(super) fn unnamed(reason: DeployFault) -> Self {
+        Self { instance: None, reason }
+    }
+}
+
+/// Reads the description of an instance that is already known. Names are those of the document, first-generation ones, or
+/// those of the common message form.
+pub(super) fn read(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployError> {
+    let instance = Some(id.clone());
+    description(members, id).map_err(|reason| DeployError { instance, reason })
+}
+
+fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployFault> {
+    let technology = technology(members)?.unwrap_or(Technology::Container);
+    let volumes = members.objects("volumes")?.len();
+    if volumes > 0 {
+        return Err(DeployFault::Volumes(volumes));
+    }
+    let mut command = members.texts("cmd")?;
+    if command.is_empty() {
+        command = first_generation_command(members)?;
+    }
+    if command.iter().any(|word| word.contains('\0')) {
+        return Err(DeployFault::Nul("the command"));
+    }
+    let mut spec = InstanceSpec {
+        id,
+        job: job(members),
+        image: image(members, &technology)?,
+        technology,
+        command,
+        environment: environment(members)?,
+        ports: ports(members)?,
+        platform: platform(members)?,
+        limits: limits(members)?,
+        one_shot: members.flag("one_shot")?,
+        privileged: members.flag("privileged")?,
+        document: Arc::from(""),
+    };
+    spec.document = document(&spec).into();
+    Ok(spec)
+}
+
+pub(super) fn service(members: &Members<'_>, member: &'static str) -> Result<ServiceName, DeployFault> {
+    let name = members.said(member)?.ok_or(Malformed::Missing(member))?;
+    Ok(name.parse()?)
+}
+
+pub(super) fn short_service(members: &Members<'_>, member: &'static str) -> Result<ServiceName, DeployFault> {
+    let name = members.said(member)?.ok_or(Malformed::Missing(member))?;
+    Ok(service_name(&name)?)
+}
+
+pub(super) fn number(members: &Members<'_>) -> Result<Option<u32>, DeployFault> {
+    let Some(number) = members.whole("instance_number")? else { return Ok(None) };
+    number.try_into().map(Some).map_err(|_| DeployFault::Number(number))
+}
+
+/// The instance of a first-generation document that is ours and has no address yet.
+fn waiting(members: &Members<'_>, node: Option<&NodeId>) -> Result<u32, DeployFault> {
+    if !members.has("instance_list") {
+        return Err(Malformed::Missing("instance_number").into());
+    }
+    for entry in members.objects("instance_list")? {
+        if is_ours(&entry, node)? && entry.said("namespace_ip")?.is_none() {
+            return number(&entry)?.ok_or_else(|| Malformed::Missing("instance_number").into());
+        }
+    }
+    Err(DeployFault::NotForThisNode)
+}
+
+/// Every instance of a first-generation document that is ours.
+pub(super) fn ours(members: &Members<'_>, node: Option<&NodeId>) -> Result<Vec<u32>, DeployFault> {
+    let mut numbers = Vec::new();
+    for entry in members.objects("instance_list")? {
+        if is_ours(&entry, node)? {
+            numbers.extend(number(&entry)?);
+        }
+    }
+    if numbers.is_empty() { Err(DeployFault::NotForThisNode) } else { Ok(numbers) }
+}
+
+fn is_ours(entry: &Members<'_>, node: Option<&NodeId>) -> Result<bool, DeployFault> {
+    let Some(node) = node else { return Ok(false) };
+    Ok(entry.said("worker_id")?.as_deref() == Some(node.as_str()))
+}
+
+/// The cluster's own id of the job. Only ever repeated to it, so whatever is no plain text counts as absent.
+fn job(members: &Members<'_>) -> String {
+    let id = members.said("_id").ok().flatten().or_else(|| members.said("id").ok().flatten());
+    id.filter(|id| id.len() <= 128).unwrap_or_default()
+}
+
+pub(super) fn technology(members: &Members<'_>) -> Result<Option<Technology>, DeployFault> {
+    for member in ["virtualization", "image_runtime", "technology"] {
+        if let Some(name) = members.said(member)? {
+            let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._/-".contains(&byte);
+            if name.len() > 64 || !name.bytes().all(plain) {
+                return Err(DeployFault::Technology(excerpt(name.as_bytes())));
+            }
+            return Ok(Some(Technology::from(name.as_str())));
+        }
+    }
+    Ok(None)
+}
+
+fn image(members: &Members<'_>, technology: &Technology) -> Result<String, DeployFault> {
+    let offered = members.texts("vm_images")?;
+    let image = if *technology == Technology::Unikernel && !offered.is_empty() {
+        for_this_machine(&offered, &members.texts("arch")?)?
+    } else {
+        members.said("image")?.ok_or(Malformed::Missing("image"))?
+    };
+    let bad = |letter: char| letter.is_control() || letter.is_whitespace();
+    if image.is_empty() || image.len() > 4096 || image.contains(bad) {
+        return Err(DeployFault::Image(excerpt(image.as_bytes())));
+    }
+    Ok(image)
+}
+
+/// `vm_images` has one entry for each of `arch`; where that says nothing, all of them stay on offer.
+fn for_this_machine(images: &[String], architectures: &[String]) -> Result<String, DeployFault> {
+    if architectures.is_empty() {
+        return Ok(images.join(","));
+    }
+    let here = architecture();
+    let found = architectures.iter().zip(images).find(|(architecture, _)| *architecture == here);
+    let (_, image) =
+        found.ok_or_else(|| DeployFault::Architecture(here, excerpt(architectures.join(", ").as_bytes())))?;
+    Ok(image.clone())
+}
+
+/// This machine's architecture as clusters spell it.
+pub fn architecture() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        other => other,
+    }
+}
+
+/// `commands` is a list in one document and one text in another.
+fn first_generation_command(members: &Members<'_>) -> Result<Vec<String>, DeployFault> {
+    match members.get("commands") {
+        Some(text) if text.starts_with('"') => {
+            let line = members.text("commands")?.unwrap_or_default();
+            Ok(line.split_whitespace().map(str::to_owned).collect())
+        }
+        _ => Ok(members.texts("commands")?),
+    }
+}
+
+fn environment(members: &Members<'_>) -> Result<Vec<String>, DeployFault> {
+    let entries = members.texts("environment")?;
+    for entry in &entries {
+        if entry.contains('\0') {
+            return Err(DeployFault::Nul("the environment"));
+        }
+        // Only the name is repeated: values may be secrets.
+        if entry.split_once('=').is_none_or(|(name, _)| name.is_empty()) {
+            let name = entry.split('=').next().unwrap_or_default();
+            return Err(DeployFault::Environment(excerpt(name.as_bytes())));
+        }
+    }
+    Ok(entries)
+}
+
+fn ports(members: &Members<'_>) -> Result<Vec<PortMapping>, DeployFault> {
+    if members.get("port").is_some_and(|text| !text.starts_with('"')) {
+        let number = members.whole("port")?.unwrap_or_default();
+        return port_mappings(&number.to_string());
+    }
+    port_mappings(&members.text("port")?.unwrap_or_default())
+}
+
+/// Reads `80:80/tcp;53:53/udp`: the host's port first, tcp unless said, one number for both sides.
+///
+/// # Errors
+/// Where an entry is none, or two entries want the same port of the host.
+pub fn port_mappings(text: &str) -> Result<Vec<PortMapping>, DeployFault> {
+    let mut mappings: Vec<PortMapping> = Vec::new();
+    let mut taken = BTreeSet::new();
+    for entry in text.split(';').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let wrong = |reason| DeployFault::Port { text: excerpt(entry.as_bytes()), reason };
+        let mapping = port_mapping(entry).map_err(wrong)?;
+        if mappings.contains(&mapping) {
+            continue;
+        }
+        if !taken.insert((mapping.host, mapping.protocol)) {
+            return Err(wrong("the host port is mapped twice"));
+        }
+        if mappings.len() == MAX_PORTS {
+            return Err(wrong("more than 256 mappings"));
+        }
+        mappings.push(mapping);
+    }
+    Ok(mappings)
+}
+
+fn port_mapping(entry: &str) -> Result<PortMapping, &'static str> {
+    let (ports, protocol) = match entry.split_once('/') {
+        None => (entry, Protocol::Tcp),
+        Some((ports, "tcp" | "TCP")) => (ports, Protocol::Tcp),
+        Some((ports, "udp" | "UDP")) => (ports, Protocol::Udp),
+        Some(_) => return Err("the protocol is neither tcp nor udp"),
+    };
+    let (host, container) = ports.split_once(':').unwrap_or((ports, ports));
+    Ok(PortMapping { host: port(host)?, container: port(container)?, protocol })
+}
+
+fn port(text: &str) -> Result<u16, &'static str> {
+    match text.trim().parse() {
+        Ok(0) | Err(_) => Err("a port is a number from 1 to 65535"),
+        Ok(port) => Ok(port),
+    }
+}
+
+fn platform(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
+    let Some(platform) = members.said("platform")? else { return Ok(None) };
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._/-".contains(&byte);
+    if platform.len() > 64 || !platform.bytes().all(plain) {
+        return Err(DeployFault::Platform(excerpt(platform.as_bytes())));
+    }
+    Ok(Some(platform))
+}
+
+/// Zero asks for nothing in particular. First-generation documents keep their wishes in `requirements`.
+fn limits(members: &Members<'_>) -> Result<Limits, DeployFault> {
+    let wishes = if members.has("vcpus") || members.has("memory") { None } else { members.object("requirements").ok() };
+    let (vcpus, memory) = match wishes.flatten() {
+        // A share of a processor was a legal wish then; it is rounded up.
+        Some(wishes) => (wishes.number("cpu").ok().flatten().map(|cpus| cpus.max(0.0).ceil() as u64), {
+            wishes.number("memory").ok().flatten().map(|memory| memory.max(0.0).ceil() as u64)
+        }),
+        None => (members.whole("vcpus")?, members.whole("memory")?),
+    };
+    let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
+    Ok(Limits {
+        vcpus: vcpus.filter(|number| *number > 0).map(narrow),
+        memory_mib: memory.filter(|number| *number > 0),
+        vgpus: members.whole("vgpus")?.map(narrow).unwrap_or_default(),
+    })
+}
+
+/// The members acted on, in the newest form: what [`deploy`] reads back into the same description.
+pub fn document(spec: &InstanceSpec) -> String {
+    super::text(&Document::from(spec))
+}
+
+/// A job document as a cluster of the newest generation writes it, as far as a node acts on it.
+#[derive(Debug, Serialize)]
+pub struct Document {
+    #[serde(rename = "_id", skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    pub job_name: String,
+    pub instance_number: u32,
+    pub virtualization: String,
+    pub image: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cmd: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub environment: Vec<String>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub port: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<u64>,
+    #[serde(skip_serializing_if = "is_zero")]
+    pub vgpus: u32,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub one_shot: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub privileged: bool,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+impl From<&InstanceSpec> for Document {
+    fn from(spec: &InstanceSpec) -> Self {
+        let ports: Vec<String> = spec.ports.iter().map(PortMapping::to_string).collect();
+        Self {
+            id: spec.job.clone(),
+            job_name: spec.id.service.to_string(),
+            instance_number: spec.id.number,
+            virtualization: spec.technology.to_string(),
+            image: spec.image.clone(),
+            cmd: spec.command.clone(),
+            environment: spec.environment.clone(),
+            port: ports.join(";"),
+            platform: spec.platform.clone(),
+            vcpus: spec.limits.vcpus,
+            memory: spec.limits.memory_mib,
+            vgpus: spec.limits.vgpus,
+            one_shot: spec.one_shot,
+            privileged: spec.privileged,
+        }
+    }
+}
