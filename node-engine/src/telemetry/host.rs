@@ -1,0 +1,203 @@
+//! CPU, memory, disks and networks of the machine.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+use sysinfo::{CpuRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, Networks, RefreshKind, System};
+
+use super::SensorError;
+use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeUsage, Technology};
+
+/// Disks and interfaces that one report carries at most: it has to fit one wire message.
+const MOST_DISKS: usize = 32;
+const MOST_NETWORKS: usize = 32;
+
+const MIB: u64 = 1 << 20;
+
+/// The open sensors. CPU usage is what was used since the sample before.
+#[derive(Debug)]
+pub(super) struct Host {
+    system: System,
+    disks: Disks,
+    networks: Networks,
+}
+
+impl Host {
+    /// Opens the sensors; waits as long as a first value for CPU usage takes.
+    pub(super) fn open() -> Result<Self, SensorError> {
+        let kinds = RefreshKind::nothing()
+            .with_cpu(CpuRefreshKind::nothing().with_usage())
+            .with_memory(MemoryRefreshKind::nothing().with_ram());
+        let system = System::new_with_specifics(kinds).map_err(unreadable("cpu and memory"))?;
+        let host = Self {
+            system,
+            disks: Disks::new_with_refreshed_list().map_err(unreadable("disks"))?,
+            networks: Networks::new_with_refreshed_list().map_err(unreadable("networks"))?,
+        };
+        std::thread::sleep(MINIMUM_CPU_UPDATE_INTERVAL);
+        Ok(host)
+    }
+
+    pub(super) fn sample(&mut self) -> NodeUsage {
+        self.system.refresh_cpu_usage();
+        self.system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
+        self.disks.refresh(true);
+        self.networks.refresh(true);
+        let total = self.system.total_memory();
+        let available = self.system.available_memory().min(total);
+        NodeUsage {
+            cpu_percent: f64::from(self.system.global_cpu_usage()).clamp(0.0, 100.0),
+            cpus_logical: count(self.system.cpus().len()),
+            memory_percent: if total == 0 { 0.0 } else { 100.0 * (total - available) as f64 / total as f64 },
+            memory_available_mib: available / MIB,
+            memory_total_mib: total / MIB,
+            uptime_seconds: System::uptime().unwrap_or(0),
+            disks: self.disks(),
+            networks: self.networks(),
+            gpus: Vec::new(),
+        }
+    }
+
+    /// One entry a device: a device that is mounted many times (bind mounts) is reported at its first mount point.
+    fn disks(&self) -> Vec<DiskUsage> {
+        let mut seen = HashSet::new();
+        self.disks
+            .iter()
+            .filter(|disk| disk.total_space() > 0 && seen.insert(disk.name().to_owned()))
+            .take(MOST_DISKS)
+            .map(|disk| DiskUsage {
+                device: disk.name().to_string_lossy().into_owned(),
+                mount_point: disk.mount_point().to_string_lossy().into_owned(),
+                file_system: disk.file_system().to_string_lossy().into_owned(),
+                total_bytes: disk.total_space(),
+                available_bytes: disk.available_space(),
+            })
+            .collect()
+    }
+
+    /// Interfaces with an address of their own, which leaves out the host ends of containers' veths.
+    fn networks(&self) -> Vec<NetworkUsage> {
+        let mut networks: Vec<_> = self
+            .networks
+            .iter()
+            .map(|(name, data)| NetworkUsage {
+                interface: name.to_string_lossy().into_owned(),
+                addresses: data.ip_networks().iter().map(|network| network.addr).filter(is_own).collect(),
+                received_bytes: data.total_received(),
+                sent_bytes: data.total_transmitted(),
+            })
+            .filter(|network| !network.addresses.is_empty())
+            .collect();
+        networks.sort_by(|left, right| left.interface.cmp(&right.interface));
+        networks.truncate(MOST_NETWORKS);
+        networks
+    }
+}
+
+fn is_own(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => !v4.is_loopback(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    }
+}
+
+pub(super) fn facts(node_name: &str, technologies: Vec<Technology>) -> NodeFacts {
+    NodeFacts {
+        host: node_name.to_owned(),
+        kernel_version: System::kernel_version().unwrap_or_default(),
+        os_version: System::long_os_version().unwrap_or_default(),
+        architecture: go_architecture(std::env::consts::ARCH).to_owned(),
+        boot_time_seconds: System::boot_time().unwrap_or(0),
+        cpus_physical: count(System::physical_core_count().unwrap_or(0)),
+        cpus_logical: count(std::thread::available_parallelism().map_or(1, usize::from)),
+        technologies,
+    }
+}
+
+/// The name Go has for an architecture, which is what schedulers compare.
+fn go_architecture(rust: &str) -> &str {
+    match rust {
+        "x86_64" => "amd64",
+        "aarch64" => "arm64",
+        "x86" => "386",
+        "powerpc64" => "ppc64",
+        "loongarch64" => "loong64",
+        other => other,
+    }
+}
+
+fn count(number: usize) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
+
+fn unreadable<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> SensorError {
+    move |error| SensorError { what, reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sample_agrees_with_proc() {
+        let usage = Host::open().unwrap().sample();
+        assert!((0.0..=100.0).contains(&usage.cpu_percent), "{usage:?}");
+        assert!((0.0..=100.0).contains(&usage.memory_percent), "{usage:?}");
+
+        let total_kib = meminfo("MemTotal:");
+        assert_eq!(usage.memory_total_mib, total_kib / 1024);
+        let available_mib = meminfo("MemAvailable:") / 1024;
+        let apart = usage.memory_available_mib.abs_diff(available_mib);
+        assert!(apart <= usage.memory_total_mib / 4, "{} and {available_mib} MiB", usage.memory_available_mib);
+
+        let stat = std::fs::read_to_string("/proc/stat").unwrap();
+        let cpus = stat.lines().filter(|line| line.starts_with("cpu") && !line.starts_with("cpu ")).count();
+        assert_eq!(usage.cpus_logical as usize, cpus);
+
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        let uptime: f64 = uptime.split(' ').next().unwrap().parse().unwrap();
+        assert!((usage.uptime_seconds as f64 - uptime).abs() < 60.0, "{} and {uptime} s", usage.uptime_seconds);
+    }
+
+    #[test]
+    fn disks_are_reported_once_a_device_and_hold_what_they_can() {
+        let usage = Host::open().unwrap().sample();
+        let devices: HashSet<_> = usage.disks.iter().map(|disk| &disk.device).collect();
+        assert_eq!(devices.len(), usage.disks.len(), "{:?}", usage.disks);
+        for disk in &usage.disks {
+            assert!(disk.available_bytes <= disk.total_bytes, "{disk:?}");
+        }
+    }
+
+    #[test]
+    fn networks_have_an_address_of_their_own() {
+        for network in Host::open().unwrap().sample().networks {
+            assert!(network.addresses.iter().all(is_own), "{network:?}");
+            assert!(std::path::Path::new("/sys/class/net").join(&network.interface).exists(), "{network:?}");
+        }
+    }
+
+    #[test]
+    fn facts_are_those_of_uname() {
+        let facts = facts("edge-1", vec![Technology::Container]);
+        assert_eq!(facts.host, "edge-1");
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(facts.kernel_version, release.trim());
+        assert!(facts.cpus_logical >= 1);
+        assert!(facts.boot_time_seconds > 1_000_000_000, "{facts:?}");
+        assert_eq!(facts.technologies, [Technology::Container]);
+    }
+
+    #[test]
+    fn architectures_are_named_as_in_go() {
+        for (rust, go) in [("x86_64", "amd64"), ("aarch64", "arm64"), ("arm", "arm"), ("riscv64", "riscv64")] {
+            assert_eq!(go_architecture(rust), go);
+        }
+    }
+
+    fn meminfo(key: &str) -> u64 {
+        let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+        let line = text.lines().find(|line| line.starts_with(key)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
