@@ -1,9 +1,14 @@
 //! What was configured, checked: defaults, then the file, then the environment, then the command line.
 
+mod load;
+mod nearest;
+mod settings;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 pub use crate::model::Generation;
+pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
 
 /// Everything the daemon needs to know before it starts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,6 +16,8 @@ pub struct Config {
     pub cluster: ClusterConfig,
     /// The node's identity towards the cluster: its host name unless configured.
     pub node_name: String,
+    /// `port` of the node's registration: where first-generation nodes served HTTP. Stored by clusters, used by none.
+    pub announced_port: u16,
     pub network: NetworkConfig,
     pub runtime: RuntimeConfig,
     /// What happens to workloads when the daemon is told to stop.
@@ -74,6 +81,13 @@ impl Default for NetworkConfig {
             bpffs: "/sys/fs/bpf".into(),
             relax_source: false,
         }
+    }
+}
+
+impl ClusterConfig {
+    /// `host:port` as a URL has it.
+    pub fn authority(&self, port: u16) -> String {
+        if self.host.contains(':') { format!("[{}]:{port}", self.host) } else { format!("{}:{port}", self.host) }
     }
 }
 
