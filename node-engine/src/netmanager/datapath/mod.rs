@@ -1,11 +1,32 @@
 //! The control side of what carries packets. A datapath is told the projection of the service table by [`TableDelta`]s, the only
 //! way its tables change, and says what it misses. Packets never pass through this trait.
+//!
+//! ```text
+//! tun      TUN device + UDP socket ── proxy (the law in user space, held packets) ── MemoryTables
+//! ebpf     kernel programs at veths and uplink; what they leave alone goes the same way, over BpfTables
+//! memory   a fake for tests of whoever steers a datapath
+//! ```
+//!
+//! This directory knows neither where rows come from nor who asks the cluster for missing ones.
+
+mod counters;
+mod flows;
+mod held;
+mod memory;
+mod projection;
+mod proxy;
+mod socket;
+mod tables;
+mod tun;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use async_trait::async_trait;
 use netmanager_common::abi::{Config, Endpoint, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
+
+pub use memory::Memory;
+pub use tun::Tun;
 
 /// A carrier of packets under the law of `netmanager-common`.
 #[async_trait]
@@ -18,6 +39,14 @@ pub trait Datapath: Send + Sync {
 
     /// Stops carrying for this port. A port that is not attached, or whose interface is gone, is a success.
     async fn detach(&self, port: &Port) -> Result<(), DatapathError>;
+
+    /// What the tables hold: after a restart the rows of the previous run, so that slots keep their numbers and generations, services
+    /// their ids, and flows their instances. Empty where nothing outlives the process.
+    async fn snapshot(&self) -> Result<Snapshot, DatapathError>;
+
+    /// Applies `full` and then removes every service, endpoint and candidate it does not name; a live slot it does not name loses its
+    /// instance. Flows stay. For the first change after a start.
+    async fn reconcile(&self, full: &TableDelta) -> Result<(), DatapathError>;
 
     /// Changes the tables, in the order that never leaves a packet with a half-written row: peers, slots and endpoints that come,
     /// then services, then what goes. Applying the same delta twice changes nothing.
@@ -57,6 +86,16 @@ pub struct TableDelta {
     pub services: Vec<(Addr, Service, Vec<u32>)>,
     pub services_gone: Vec<Addr>,
     pub endpoints_gone: Vec<Addr>,
+}
+
+/// What the tables hold, as far as it was written by [`Datapath::apply`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Every slot that ever had an instance, live or not: its generation must go on from there.
+    pub slots: Vec<(u32, Slot)>,
+    pub peers: Vec<(u32, Peer)>,
+    pub services: Vec<(Addr, Service)>,
+    pub endpoints: Vec<(Addr, Endpoint)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

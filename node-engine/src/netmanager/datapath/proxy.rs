@@ -1,0 +1,308 @@
+//! The law in user space: one task that reads the TUN device and the tunnel socket, decides by the tables, and holds what waits for an
+//! address. The whole of the TUN datapath, and the slow path of the eBPF datapath.
+
+use std::collections::VecDeque;
+use std::future::pending;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use netmanager_common::addr::Addr;
+use netmanager_common::frame::SliceFrame;
+use netmanager_common::pipeline::{inbound, outbound};
+use netmanager_common::verdict::{Miss, Verdict};
+use tokio::sync::{mpsc, oneshot};
+use tun_rs::AsyncDevice;
+
+use super::counters::{Count, Counters};
+use super::held::{Held, Outcome, Packet};
+use super::projection::Projection;
+use super::socket::TunnelSocket;
+use super::{DatapathError, Event, Snapshot, TableDelta};
+
+/// Packets taken from one side before the other gets its turn.
+const BATCH: usize = 64;
+/// The largest packet there is.
+const PACKET: usize = 65_535;
+/// The largest control datagram that is passed on.
+const CONTROL: usize = 1_500;
+
+/// What the proxy is asked from outside.
+#[derive(Debug)]
+pub(super) enum Request {
+    Apply(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
+    Reconcile(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
+    Snapshot(oneshot::Sender<Result<Snapshot, DatapathError>>),
+    GiveUp(Addr),
+}
+
+/// Where a packet came from.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// An instance on this node, by way of the TUN device.
+    Instance,
+    /// The node at this address.
+    Node(Addr),
+}
+
+pub(super) struct Proxy<T> {
+    pub(super) tables: T,
+    pub(super) device: AsyncDevice,
+    pub(super) socket: Arc<TunnelSocket>,
+    pub(super) counters: Arc<Counters>,
+    pub(super) events: mpsc::Sender<Event>,
+    pub(super) held: Held<Origin>,
+}
+
+impl<T: Projection> Proxy<T> {
+    /// Carries packets until the other end of `requests` is gone. What ends it early is the last event.
+    pub(super) async fn run(mut self, mut requests: mpsc::Receiver<Request>) {
+        if let Err(reason) = self.carry_all(&mut requests).await {
+            // Whoever listens learns it also by the closed channel, should this one be full.
+            let _ = self.events.try_send(Event::Failed(reason));
+        }
+    }
+
+    async fn carry_all(&mut self, requests: &mut mpsc::Receiver<Request>) -> Result<(), String> {
+        let mut buffer = vec![0; PACKET];
+        // The first writes rely on readiness that is known only after it was waited for.
+        self.device.writable().await.map_err(|error| format!("TUN device: {error}"))?;
+        self.socket.writable().await.map_err(|error| format!("tunnel socket: {error}"))?;
+        loop {
+            let deadline = self.held.next_deadline();
+            tokio::select! {
+                request = requests.recv() => match request {
+                    Some(request) => self.answer(request),
+                    None => return Ok(()),
+                },
+                ready = self.device.readable() => {
+                    ready.map_err(|error| format!("TUN device: {error}"))?;
+                    self.drain_device(&mut buffer).map_err(|error| format!("TUN device: {error}"))?;
+                }
+                ready = self.socket.readable() => {
+                    ready.map_err(|error| format!("tunnel socket: {error}"))?;
+                    self.drain_socket(&mut buffer);
+                }
+                () = sleep_until(deadline) => {
+                    let expired = self.held.expire(Instant::now());
+                    self.counters.add(Count::Expired, expired);
+                }
+            }
+        }
+    }
+
+    fn drain_device(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        for _ in 0..BATCH {
+            match self.device.try_recv(buffer) {
+                Ok(len) => self.carry(&mut buffer[..len], Origin::Instance),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // EIO: the device is down, which may pass. Anything else: it is gone.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn drain_socket(&mut self, buffer: &mut [u8]) {
+        for _ in 0..BATCH {
+            match self.socket.try_recv(buffer) {
+                Ok((len, from)) => self.receive(&mut buffer[..len], from),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                // An ICMP error for something sent earlier; the socket is as good as before.
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn receive(&mut self, datagram: &mut [u8], from: SocketAddr) {
+        match datagram.first().map(|byte| byte >> 4) {
+            Some(4 | 6) => self.carry(datagram, Origin::Node(from.ip().into())),
+            Some(_) if datagram.len() <= CONTROL => {
+                if self.events.try_send(Event::Control { from, payload: datagram.to_vec() }).is_err() {
+                    self.counters.add(Count::Control, 1);
+                }
+            }
+            _ => self.counters.add(Count::Garbage, 1),
+        }
+    }
+
+    /// Decides over a packet and does what was decided.
+    fn carry(&mut self, bytes: &mut [u8], origin: Origin) {
+        let Some(packet) = whole(bytes) else {
+            return self.counters.add(Count::Garbage, 1);
+        };
+        let mut frame = SliceFrame::new(packet);
+        let verdict = match origin {
+            Origin::Instance => outbound(&mut frame, &mut self.tables, 0),
+            Origin::Node(outer) => inbound(&mut frame, &mut self.tables, &outer),
+        };
+        match verdict {
+            Ok(Verdict::Send { peer }) => self.send(packet, peer),
+            Ok(Verdict::Local { .. }) => self.deliver(packet, origin),
+            Ok(Verdict::Slow(Miss::Service)) => self.hold(destination(packet), packet, origin),
+            Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin),
+            Ok(Verdict::Slow(Miss::Fragment)) => self.counters.add(Count::Fragment, 1),
+            Ok(Verdict::Slow(Miss::Header)) => self.counters.add(Count::Header, 1),
+            // Asked only of the kernel; from here every underlay is reached.
+            Ok(Verdict::Slow(Miss::Underlay)) => self.counters.add(Count::Send, 1),
+            Ok(Verdict::Pass) => self.counters.add(Count::NotService, 1),
+            Err(reason) => self.counters.dropped(reason),
+        }
+    }
+
+    fn send(&mut self, packet: &[u8], peer: u32) {
+        let sent = match self.tables.peer(peer) {
+            Some(peer) => self.socket.try_send(packet, &peer).is_ok(),
+            None => false,
+        };
+        self.counters.add(if sent { Count::Sent } else { Count::Send }, 1);
+    }
+
+    /// Into the TUN device: the kernel knows the way to an instance on this node.
+    fn deliver(&mut self, packet: &[u8], origin: Origin) {
+        let delivered = match origin {
+            Origin::Instance => Count::Local,
+            Origin::Node(_) => Count::Received,
+        };
+        let written = self.device.try_send(packet).is_ok();
+        self.counters.add(if written { delivered } else { Count::Write }, 1);
+    }
+
+    fn hold(&mut self, address: Option<Addr>, packet: &[u8], origin: Origin) {
+        let Some(address) = address else {
+            return self.counters.add(Count::Garbage, 1);
+        };
+        let (outcome, crowded_out) = self.held.hold(address, origin, packet, Instant::now());
+        self.counters.add(Count::HeldFull, crowded_out);
+        match outcome {
+            Outcome::Ask => {
+                self.counters.add(Count::Held, 1);
+                self.ask(address, origin);
+            }
+            Outcome::Waits => self.counters.add(Count::Held, 1),
+            Outcome::GivenUp => self.counters.add(Count::GivenUp, 1),
+            Outcome::Refused => self.counters.add(Count::HeldFull, 1),
+        }
+    }
+
+    fn ask(&mut self, address: Addr, origin: Origin) {
+        // Of an instance on this node only its own row can be missing where its address is the one that is unknown.
+        let own = matches!(origin, Origin::Instance) && self.tables.endpoint(&address).is_some();
+        let event = if own { Event::UnknownEndpoint(address) } else { Event::UnknownService(address) };
+        if self.events.try_send(event).is_err() {
+            // Nobody is told, so nobody will answer: let the next packet ask again.
+            let dropped = self.held.release(&address).len() as u64;
+            self.counters.add(Count::HeldFull, dropped);
+        }
+    }
+
+    fn answer(&mut self, request: Request) {
+        match request {
+            Request::Apply(delta, reply) => {
+                let done = self.tables.apply(&delta);
+                let _ = reply.send(done);
+                self.resume(&delta);
+            }
+            Request::Reconcile(full, reply) => {
+                let done = self.tables.reconcile(&full);
+                let _ = reply.send(done);
+                self.resume(&full);
+            }
+            Request::Snapshot(reply) => drop(reply.send(self.tables.snapshot())),
+            Request::GiveUp(address) => {
+                let dropped = self.held.give_up(address, Instant::now());
+                self.counters.add(Count::GivenUp, dropped);
+            }
+        }
+    }
+
+    /// Lets what waited for the rows of this change run through the law again.
+    fn resume(&mut self, delta: &TableDelta) {
+        let services = delta.services.iter().map(|(address, ..)| address);
+        let endpoints = delta.endpoints.iter().map(|(address, _)| address);
+        for address in services.chain(endpoints) {
+            let packets: VecDeque<Packet<Origin>> = self.held.release(address);
+            for mut packet in packets {
+                self.carry(&mut packet.bytes, packet.origin);
+            }
+        }
+    }
+}
+
+/// The packet as long as its header says; `None` where there is less of it, or no header.
+fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
+    let field = |at: usize| Some(usize::from(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])));
+    let len = match bytes.first()? >> 4 {
+        4 => field(2)?,
+        6 => 40 + field(4)?,
+        _ => return None,
+    };
+    bytes.get_mut(..len).filter(|packet| !packet.is_empty())
+}
+
+fn source(packet: &[u8]) -> Option<Addr> {
+    address(packet, 12, 8)
+}
+
+fn destination(packet: &[u8]) -> Option<Addr> {
+    address(packet, 16, 24)
+}
+
+/// The address at one of two offsets, by family.
+fn address(packet: &[u8], v4: usize, v6: usize) -> Option<Addr> {
+    match packet.first()? >> 4 {
+        4 => packet.get(v4..v4 + 4)?.try_into().map(Addr::v4).ok(),
+        6 => packet.get(v6..v6 + 16)?.try_into().map(Addr::v6).ok(),
+        _ => None,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packet_is_as_long_as_its_header_says() {
+        let mut packet = [0_u8; 64];
+        packet[0] = 0x45;
+        packet[3] = 40;
+        assert_eq!(whole(&mut packet).map(|p| p.len()), Some(40), "padding is cut");
+        packet[3] = 65;
+        assert_eq!(whole(&mut packet), None, "more claimed than there is");
+        packet[0] = 0x60;
+        packet[5] = 24;
+        assert_eq!(whole(&mut packet).map(|p| p.len()), Some(64));
+        packet[5] = 25;
+        assert_eq!(whole(&mut packet), None);
+        for short in 0..6 {
+            assert_eq!(whole(&mut [0x45, 0, 0, 0, 0, 0][..short]), None, "{short} bytes");
+            assert_eq!(whole(&mut [0x60, 0, 0, 0, 0, 0][..short]), None, "{short} bytes");
+        }
+    }
+
+    #[test]
+    fn addresses_are_where_the_families_have_them() {
+        let mut packet = [0_u8; 40];
+        packet[0] = 0x45;
+        packet[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+        assert_eq!(
+            (source(&packet), destination(&packet)),
+            (Some(Addr::v4([10, 0, 0, 1])), Some(Addr::v4([10, 0, 0, 2])))
+        );
+        packet[0] = 0x60;
+        packet[8..24].fill(1);
+        packet[24..40].fill(2);
+        assert_eq!((source(&packet), destination(&packet)), (Some(Addr::v6([1; 16])), Some(Addr::v6([2; 16]))));
+        assert_eq!(source(&packet[..23]), None);
+    }
+}

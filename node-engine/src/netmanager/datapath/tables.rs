@@ -1,0 +1,207 @@
+//! The tables of the law in this process's memory.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+
+use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Reply, ReplyKey, Service, Slot};
+use netmanager_common::addr::Addr;
+use netmanager_common::pipeline::{Owned, Tables};
+use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_FLOWS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
+
+use super::flows::Flows;
+use super::projection::{Projection, Write};
+use super::{DatapathError, Snapshot};
+
+/// Rows under the same limits as the kernel's maps.
+#[derive(Debug)]
+pub(super) struct MemoryTables {
+    config: Option<Config>,
+    services: HashMap<Addr, Service>,
+    candidates: HashMap<CandidateKey, u32>,
+    slots: Vec<Slot>,
+    peers: Vec<Peer>,
+    endpoints: HashMap<Addr, Endpoint>,
+    flows: Flows<FlowKey, Flow>,
+    replies: Flows<ReplyKey, Reply>,
+    random: Random,
+}
+
+impl Default for MemoryTables {
+    fn default() -> Self {
+        Self {
+            config: None,
+            services: HashMap::new(),
+            candidates: HashMap::new(),
+            slots: Vec::new(),
+            peers: Vec::new(),
+            endpoints: HashMap::new(),
+            flows: Flows::new(MAX_FLOWS as usize),
+            replies: Flows::new(MAX_FLOWS as usize),
+            random: Random::default(),
+        }
+    }
+}
+
+impl Tables for MemoryTables {
+    type Row<T: Copy + 'static> = Owned<T>;
+
+    fn config(&mut self) -> Option<Owned<Config>> {
+        self.config.map(Owned)
+    }
+
+    fn service(&mut self, address: &Addr) -> Option<Owned<Service>> {
+        self.services.get(address).copied().map(Owned)
+    }
+
+    fn candidate(&mut self, key: &CandidateKey) -> Option<u32> {
+        self.candidates.get(key).copied()
+    }
+
+    fn slot(&mut self, index: u32) -> Option<Owned<Slot>> {
+        self.slots.get(index as usize).copied().map(Owned)
+    }
+
+    fn peer(&mut self, index: u32) -> Option<Owned<Peer>> {
+        self.peers.get(index as usize).copied().map(Owned)
+    }
+
+    fn endpoint(&mut self, address: &Addr) -> Option<Owned<Endpoint>> {
+        self.endpoints.get(address).copied().map(Owned)
+    }
+
+    fn flow(&mut self, key: &FlowKey) -> Option<Owned<Flow>> {
+        self.flows.get(key).map(Owned)
+    }
+
+    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        self.flows.insert(*key, *flow);
+        true
+    }
+
+    fn reply(&mut self, key: &ReplyKey) -> Option<Owned<Reply>> {
+        self.replies.get(key).map(Owned)
+    }
+
+    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
+        self.replies.insert(*key, *reply);
+        true
+    }
+
+    fn pick(&mut self) -> u32 {
+        self.random.next()
+    }
+}
+
+impl Projection for MemoryTables {
+    fn write(&mut self, write: &Write) -> Result<(), DatapathError> {
+        match *write {
+            Write::Config(config) => self.config = Some(config),
+            Write::Peer(index, peer) => put(&mut self.peers, index, peer, MAX_PEERS, "PEERS")?,
+            Write::Slot(index, slot) => put(&mut self.slots, index, slot, MAX_SLOTS, "SLOTS")?,
+            Write::Endpoint(address, row) => insert(&mut self.endpoints, address, row, MAX_ENDPOINTS, "ENDPOINTS")?,
+            Write::Candidate(key, slot) => insert(&mut self.candidates, key, slot, MAX_CANDIDATES, "CANDIDATES")?,
+            Write::Service(address, row) => insert(&mut self.services, address, row, MAX_SERVICES, "SERVICES")?,
+            Write::CandidateGone(key) => drop(self.candidates.remove(&key)),
+            Write::ServiceGone(address) => drop(self.services.remove(&address)),
+            Write::EndpointGone(address) => drop(self.endpoints.remove(&address)),
+        }
+        Ok(())
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, DatapathError> {
+        Ok(Snapshot {
+            slots: indexed(&self.slots).filter(|(_, slot)| slot.generation != 0).collect(),
+            peers: indexed(&self.peers).filter(|(_, peer)| !peer.host.is_none()).collect(),
+            services: self.services.iter().map(|(address, row)| (*address, *row)).collect(),
+            endpoints: self.endpoints.iter().map(|(address, row)| (*address, *row)).collect(),
+        })
+    }
+
+    fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError> {
+        Ok(self.candidates.keys().copied().collect())
+    }
+}
+
+fn put<T: Copy + Default>(
+    rows: &mut Vec<T>,
+    index: u32,
+    row: T,
+    limit: u32,
+    name: &'static str,
+) -> Result<(), DatapathError> {
+    if index >= limit {
+        return Err(DatapathError::Full(name));
+    }
+    let index = index as usize;
+    if rows.len() <= index {
+        rows.resize(index + 1, T::default());
+    }
+    rows[index] = row;
+    Ok(())
+}
+
+fn insert<K: Eq + std::hash::Hash, V>(
+    rows: &mut HashMap<K, V>,
+    key: K,
+    row: V,
+    limit: u32,
+    name: &'static str,
+) -> Result<(), DatapathError> {
+    if rows.len() >= limit as usize && !rows.contains_key(&key) {
+        return Err(DatapathError::Full(name));
+    }
+    rows.insert(key, row);
+    Ok(())
+}
+
+fn indexed<T: Copy>(rows: &[T]) -> impl Iterator<Item = (u32, T)> {
+    (0..).zip(rows.iter().copied())
+}
+
+/// Random enough to spread flows over instances: xorshift64* (Vigna 2016), seeded by the process.
+#[derive(Debug)]
+pub(super) struct Random(u64);
+
+impl Default for Random {
+    fn default() -> Self {
+        Self(RandomState::new().hash_one(0) | 1)
+    }
+}
+
+impl Random {
+    pub(super) fn next(&mut self) -> u32 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn picks_spread_evenly() {
+        let mut random = Random::default();
+        let mut counts = [0_u32; 8];
+        for _ in 0..80_000 {
+            counts[(random.next() % 8) as usize] += 1;
+        }
+        assert!(counts.iter().all(|count| (9_000..11_000).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn limits_are_those_of_the_kernel() {
+        let mut tables = MemoryTables::default();
+        let address = |i: u32| Addr::v4(i.to_be_bytes());
+        for i in 0..MAX_ENDPOINTS {
+            tables.write(&Write::Endpoint(address(i), Endpoint::default())).unwrap();
+        }
+        let full = tables.write(&Write::Endpoint(address(MAX_ENDPOINTS), Endpoint::default()));
+        assert!(matches!(full, Err(DatapathError::Full("ENDPOINTS"))));
+        tables.write(&Write::Endpoint(address(0), Endpoint::default())).expect("a row that is there is replaced");
+        tables.write(&Write::EndpointGone(address(1))).unwrap();
+        tables.write(&Write::Endpoint(address(MAX_ENDPOINTS), Endpoint::default())).expect("there is room again");
+    }
+}

@@ -1,0 +1,188 @@
+//! The datapath that works everywhere: a TUN device, to which the kernel routes service addresses, and the law in user space.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use netmanager_common::addr::Addr;
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tun_rs::{AsyncDevice, DeviceBuilder};
+
+use super::counters::Counters;
+use super::held::Held;
+use super::projection::Projection;
+use super::proxy::{Proxy, Request};
+use super::socket::TunnelSocket;
+use super::tables::MemoryTables;
+use super::{Datapath, DatapathError, Event, Port, Snapshot, TableDelta, Underlay};
+
+/// Requests that may wait for the proxy.
+const REQUESTS: usize = 64;
+/// Events that may wait for whoever listens.
+const EVENTS: usize = 1024;
+
+/// Carries every packet through user space.
+#[derive(Debug)]
+pub struct Tun(Proxied);
+
+impl Tun {
+    /// Makes or adopts the TUN device, binds the tunnel's port, and begins to carry.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no TUN driver or no permission for it.
+    pub fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
+        Proxied::open(underlay, MemoryTables::default()).map(Self)
+    }
+}
+
+#[async_trait]
+impl Datapath for Tun {
+    fn name(&self) -> &'static str {
+        "tun"
+    }
+
+    /// The kernel's routes bring what the instance sends; there is nothing to attach.
+    async fn attach(&self, _port: &Port) -> Result<(), DatapathError> {
+        Ok(())
+    }
+
+    async fn detach(&self, _port: &Port) -> Result<(), DatapathError> {
+        Ok(())
+    }
+
+    async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
+        self.0.snapshot().await
+    }
+
+    async fn reconcile(&self, full: &TableDelta) -> Result<(), DatapathError> {
+        self.0.reconcile(full.clone()).await
+    }
+
+    async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError> {
+        self.0.apply(delta.clone()).await
+    }
+
+    async fn event(&self) -> Event {
+        self.0.event().await
+    }
+
+    async fn give_up(&self, address: Addr) {
+        self.0.give_up(address).await;
+    }
+
+    async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.0.send_control(to, payload).await
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.0.counters()
+    }
+}
+
+/// A running proxy, seen from outside.
+#[derive(Debug)]
+pub(super) struct Proxied {
+    requests: mpsc::Sender<Request>,
+    events: Mutex<mpsc::Receiver<Event>>,
+    socket: Arc<TunnelSocket>,
+    counters: Arc<Counters>,
+    task: JoinHandle<()>,
+    /// Of the TUN device.
+    ifindex: u32,
+}
+
+impl Proxied {
+    pub(super) fn open<T>(underlay: &Underlay, tables: T) -> Result<Self, DatapathError>
+    where
+        T: Projection + Send + 'static,
+    {
+        let device = open_device(underlay)?;
+        let ifindex = device.if_index().map_err(|error| step("find TUN device", &error))?;
+        let socket = Arc::new(TunnelSocket::open(underlay.tunnel_port)?);
+        let counters = Arc::new(Counters::default());
+        let (requests, inbox) = mpsc::channel(REQUESTS);
+        let (events, outbox) = mpsc::channel(EVENTS);
+        let proxy =
+            Proxy { tables, device, socket: socket.clone(), counters: counters.clone(), events, held: Held::default() };
+        let task = tokio::spawn(proxy.run(inbox));
+        Ok(Self { requests, events: Mutex::new(outbox), socket, counters, task, ifindex })
+    }
+
+    pub(super) fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+
+    pub(super) async fn apply(&self, delta: TableDelta) -> Result<(), DatapathError> {
+        self.ask(|reply| Request::Apply(delta, reply)).await
+    }
+
+    pub(super) async fn reconcile(&self, full: TableDelta) -> Result<(), DatapathError> {
+        self.ask(|reply| Request::Reconcile(full, reply)).await
+    }
+
+    pub(super) async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
+        self.ask(Request::Snapshot).await
+    }
+
+    pub(super) async fn give_up(&self, address: Addr) {
+        // A proxy that has ended holds nothing.
+        let _ = self.requests.send(Request::GiveUp(address)).await;
+    }
+
+    pub(super) async fn event(&self) -> Event {
+        self.events.lock().await.recv().await.unwrap_or_else(|| Event::Failed("the packet proxy has ended".into()))
+    }
+
+    pub(super) async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.socket.send(payload, to).await.map_err(|error| step("send control datagram", &error))
+    }
+
+    pub(super) fn counters(&self) -> Vec<(String, u64)> {
+        self.counters.read()
+    }
+
+    async fn ask<R>(
+        &self,
+        request: impl FnOnce(oneshot::Sender<Result<R, DatapathError>>) -> Request,
+    ) -> Result<R, DatapathError> {
+        let ended = || DatapathError::Step { step: "ask the packet proxy", reason: "it has ended".into() };
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).await.map_err(|_| ended())?;
+        answer.await.map_err(|_| ended())?
+    }
+}
+
+impl Drop for Proxied {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Makes the device, or takes over the one of an earlier run: it is persistent, so that its index, addresses and routes outlive the
+/// process and a restart is a matter of opening it.
+fn open_device(underlay: &Underlay) -> Result<AsyncDevice, DatapathError> {
+    let mtu = u16::try_from(underlay.mtu).map_err(|_| DatapathError::Step {
+        step: "make TUN device",
+        reason: format!("MTU {} is too large", underlay.mtu),
+    })?;
+    let device =
+        DeviceBuilder::new().name(&underlay.tun_name).mtu(mtu).enable(true).build_async().map_err(|error| {
+            let reason = match error.raw_os_error() {
+                _ if !Path::new("/dev/net/tun").exists() => {
+                    "/dev/net/tun is missing: load the kernel module tun".into()
+                }
+                Some(libc::EPERM) => "not permitted: CAP_NET_ADMIN is needed".into(),
+                Some(libc::EBUSY) => format!("{} is in use by another process", underlay.tun_name),
+                _ => format!("{}: {error}", underlay.tun_name),
+            };
+            DatapathError::Unsupported { what: "make TUN device", reason }
+        })?;
+    device.persist().map_err(|error| step("keep TUN device", &error))?;
+    Ok(device)
+}
+
+fn step(step: &'static str, error: &std::io::Error) -> DatapathError {
+    DatapathError::Step { step, reason: error.to_string() }
+}
