@@ -1,0 +1,99 @@
+//! News from the kernel: links, addresses or routes have changed. A burst is told once; what happens between two questions is kept.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::Stream;
+use futures_util::{FutureExt, StreamExt};
+use rtnetlink::MulticastGroup;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tracing::warn;
+
+/// A deploy makes some twenty changes within a few milliseconds; one look at the result is enough.
+const COALESCE: Duration = Duration::from_millis(50);
+/// More than this within one window are told in two.
+const BURST: usize = 65_536;
+const REOPEN: Duration = Duration::from_secs(1);
+
+const GROUPS: [MulticastGroup; 5] = [
+    MulticastGroup::Link,
+    MulticastGroup::Ipv4Ifaddr,
+    MulticastGroup::Ipv6Ifaddr,
+    MulticastGroup::Ipv4Route,
+    MulticastGroup::Ipv6Route,
+];
+
+#[derive(Debug)]
+pub(super) struct Changes {
+    notify: Arc<Notify>,
+    watcher: AbortHandle,
+}
+
+impl Changes {
+    /// Watches the calling thread's namespace from now on.
+    pub(super) fn watch() -> io::Result<Self> {
+        let notify = Arc::new(Notify::new());
+        let first = Subscription::open()?;
+        let watcher = tokio::spawn(run(first, notify.clone())).abort_handle();
+        Ok(Self { notify, watcher })
+    }
+
+    /// Resolves when something has changed since the last time. Cancelling it loses nothing.
+    pub(super) async fn next(&self) {
+        self.notify.notified().await;
+    }
+}
+
+impl Drop for Changes {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+/// A socket that overflowed or broke leaves us blind for a moment: that counts as a change.
+async fn run(first: Subscription, notify: Arc<Notify>) {
+    let mut subscription = Some(first);
+    loop {
+        if let Some(mut subscription) = subscription.take() {
+            while subscription.messages.next().await.is_some() {
+                tokio::time::sleep(COALESCE).await;
+                for _ in 0..BURST {
+                    if subscription.messages.next().now_or_never().flatten().is_none() {
+                        break;
+                    }
+                }
+                notify.notify_one();
+            }
+        }
+        tokio::time::sleep(REOPEN).await;
+        match Subscription::open() {
+            Ok(again) => subscription = Some(again),
+            Err(error) => warn!(%error, "changes of links, addresses and routes are not seen: netlink does not open"),
+        }
+        notify.notify_one();
+    }
+}
+
+struct Subscription {
+    messages: Pin<Box<dyn Stream<Item = ()> + Send>>,
+    /// The connection ends when both this and the stream are gone.
+    _handle: rtnetlink::Handle,
+    pump: AbortHandle,
+}
+
+impl Subscription {
+    fn open() -> io::Result<Self> {
+        let (connection, handle, messages) = rtnetlink::new_multicast_connection(&GROUPS)?;
+        let pump = tokio::spawn(connection).abort_handle();
+        Ok(Self { messages: Box::pin(messages.map(|_| ())), _handle: handle, pump })
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.pump.abort();
+    }
+}

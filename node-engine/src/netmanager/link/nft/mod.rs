@@ -1,0 +1,397 @@
+//! nf_tables by netlink: just enough to keep a table of our own and a few marked rules in the tables of others (ADR 3).
+//!
+//! A [`Batch`] is one transaction: the kernel takes all of it or nothing. Rules carry a comment, by which we know them again; what
+//! is in the way of others is read as chains and rule comments only, never interpreted.
+
+mod attribute;
+mod expression;
+
+use std::io;
+
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::journal::Family;
+use attribute::{Writer, as_be32, as_be64, as_text, find};
+
+pub(super) use expression::Expression;
+
+/// What a base chain hangs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hook {
+    Prerouting = 0,
+    Forward = 2,
+    Output = 3,
+    Postrouting = 4,
+}
+
+/// A chain of the kernel's, as far as we care.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ChainState {
+    /// As `nft` numbers them: 1 inet, 2 ip, 10 ip6.
+    pub(super) family: u8,
+    pub(super) table: String,
+    pub(super) name: String,
+    pub(super) hook: Option<u32>,
+    pub(super) drops_by_default: bool,
+}
+
+/// A rule of the kernel's, as far as we care.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RuleState {
+    pub(super) chain: String,
+    pub(super) handle: u64,
+    pub(super) comment: Option<String>,
+}
+
+/// Where a new rule goes in its chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    First,
+    Last,
+}
+
+impl Family {
+    pub(super) fn number(self) -> u8 {
+        match self {
+            Self::V4 => 2,
+            Self::V6 => 10,
+        }
+    }
+}
+
+/// One transaction.
+#[derive(Debug)]
+pub(super) struct Batch {
+    bytes: Vec<u8>,
+    /// What each message is about, by sequence number from 1, for the error.
+    steps: Vec<String>,
+}
+
+impl Batch {
+    pub(super) fn new() -> Self {
+        let mut batch = Self { bytes: Vec::new(), steps: Vec::new() };
+        batch.message(BATCH_BEGIN, 0, 0, SUBSYSTEM, |_| {});
+        batch
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    /// Makes the table unless it exists.
+    pub(super) fn table(&mut self, family: Family, table: &str) {
+        self.step(format!("table {family} {table}"));
+        self.change(NEW_TABLE, CREATE, family, |message| {
+            message.text(1, table);
+            message.be32(2, 0);
+        });
+    }
+
+    pub(super) fn delete_table(&mut self, family: Family, table: &str) {
+        self.step(format!("delete table {family} {table}"));
+        self.change(DEL_TABLE, 0, family, |message| message.text(1, table));
+    }
+
+    /// Makes a plain chain unless it exists.
+    pub(super) fn chain(&mut self, family: Family, table: &str, chain: &str) {
+        self.step(format!("chain {family} {table} {chain}"));
+        self.change(NEW_CHAIN, CREATE, family, |message| {
+            message.text(1, table);
+            message.text(3, chain);
+        });
+    }
+
+    /// Makes a chain of type `nat` at this hook unless it exists.
+    pub(super) fn nat_chain(&mut self, family: Family, table: &str, chain: &str, hook: Hook, priority: i32) {
+        self.step(format!("chain {family} {table} {chain}"));
+        self.change(NEW_CHAIN, CREATE, family, |message| {
+            message.text(1, table);
+            message.text(3, chain);
+            message.nest(4, |nested| {
+                nested.be32(1, hook as u32);
+                nested.put(2, &priority.to_be_bytes());
+            });
+            message.be32(5, NF_ACCEPT);
+            message.text(7, "nat");
+        });
+    }
+
+    /// Removes all rules of the chain.
+    pub(super) fn flush(&mut self, family: Family, table: &str, chain: &str) {
+        self.step(format!("flush chain {family} {table} {chain}"));
+        self.change(DEL_RULE, 0, family, |message| {
+            message.text(1, table);
+            message.text(2, chain);
+        });
+    }
+
+    pub(super) fn delete_rule(&mut self, family: Family, table: &str, chain: &str, handle: u64) {
+        self.step(format!("delete rule {handle} of {family} {table} {chain}"));
+        self.change(DEL_RULE, 0, family, |message| {
+            message.text(1, table);
+            message.text(2, chain);
+            message.be64(3, handle);
+        });
+    }
+
+    pub(super) fn rule(
+        &mut self,
+        family: Family,
+        table: &str,
+        chain: &str,
+        place: Place,
+        comment: &str,
+        expressions: &[Expression],
+    ) {
+        self.step(format!("rule \"{comment}\" in {family} {table} {chain}"));
+        let flags = match place {
+            Place::First => CREATE,
+            Place::Last => CREATE | APPEND,
+        };
+        self.change(NEW_RULE, flags, family, |message| {
+            message.text(1, table);
+            message.text(2, chain);
+            message.nest(4, |list| expressions.iter().for_each(|expression| expression.write(list)));
+            message.put(7, &user_data(comment));
+        });
+    }
+
+    /// The transaction's bytes, with an answer asked for its last step.
+    fn finish(mut self) -> (Vec<u8>, Vec<String>) {
+        self.message(BATCH_END, 0, 0, SUBSYSTEM, |_| {});
+        (self.bytes, self.steps)
+    }
+
+    fn step(&mut self, what: String) {
+        self.steps.push(what);
+    }
+
+    fn change(&mut self, kind: u16, flags: u16, family: Family, inside: impl FnOnce(&mut Writer)) {
+        self.message(SUBSYSTEM << 8 | kind, flags | ACK, family.number(), 0, inside);
+    }
+
+    fn message(&mut self, kind: u16, flags: u16, family: u8, resource: u16, inside: impl FnOnce(&mut Writer)) {
+        let sequence = u32::try_from(self.steps.len()).expect("far fewer steps");
+        self.bytes.extend(message(kind, flags, sequence, family, resource, inside));
+    }
+
+    /// Commits the transaction in the calling thread's namespace: all of it, or an error that names the step in the way.
+    pub(super) fn commit(self) -> Result<(), Refused> {
+        let (bytes, steps) = self.finish();
+        let refused = |step: &str, errno| Refused { step: step.to_owned(), errno };
+        let failed = |error: io::Error| refused("commit", Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+        let socket = open(bytes.len() + steps.len() * 64).map_err(failed)?;
+        socket.send(&bytes, 0).map_err(failed)?;
+        let mut acknowledged = 0;
+        for answer in receive(&socket).map_err(failed)? {
+            match answer.error() {
+                Some(0) => acknowledged += 1,
+                Some(errno) => {
+                    let step = usize::try_from(answer.sequence).ok().and_then(|at| steps.get(at.checked_sub(1)?));
+                    return Err(refused(step.map_or("commit", String::as_str), Errno::from_raw(errno)));
+                }
+                None => {}
+            }
+        }
+        // The kernel answers before send returns: what is missing now does not come any more.
+        if acknowledged < steps.len() { Err(refused("commit", Errno::ENOMSG)) } else { Ok(()) }
+    }
+}
+
+/// The kernel took nothing of the transaction.
+#[derive(Debug)]
+pub(super) struct Refused {
+    pub(super) step: String,
+    pub(super) errno: Errno,
+}
+
+/// The rules of a table, in order; none where the table does not exist.
+pub(super) fn rules(family: Family, table: &str) -> io::Result<Vec<RuleState>> {
+    let request = message(SUBSYSTEM << 8 | GET_RULE, DUMP, 1, family.number(), 0, |message| message.text(1, table));
+    let rule = |attributes: &[u8]| {
+        // Old kernels dump every table.
+        (as_text(find(attributes, 1)?) == table).then_some(RuleState {
+            chain: as_text(find(attributes, 2)?),
+            handle: as_be64(find(attributes, 3)?)?,
+            comment: find(attributes, 7).and_then(comment),
+        })
+    };
+    Ok(dump(&request, NEW_RULE)?.iter().filter_map(|answer| rule(answer.attributes())).collect())
+}
+
+/// All chains of all tables and families.
+pub(super) fn chains() -> io::Result<Vec<ChainState>> {
+    let request = message(SUBSYSTEM << 8 | GET_CHAIN, DUMP, 1, 0, 0, |_| {});
+    let chain = |answer: &Answer| {
+        let attributes = answer.attributes();
+        Some(ChainState {
+            family: answer.family()?,
+            table: as_text(find(attributes, 1)?),
+            name: as_text(find(attributes, 3)?),
+            hook: find(attributes, 4).and_then(|hook| find(hook, 1)).and_then(as_be32),
+            drops_by_default: find(attributes, 5).and_then(as_be32) == Some(NF_DROP),
+        })
+    };
+    Ok(dump(&request, NEW_CHAIN)?.iter().filter_map(chain).collect())
+}
+
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const SUBSYSTEM: u16 = 10;
+const NEW_TABLE: u16 = 0;
+const DEL_TABLE: u16 = 2;
+const NEW_CHAIN: u16 = 3;
+const GET_CHAIN: u16 = 4;
+const NEW_RULE: u16 = 6;
+const GET_RULE: u16 = 7;
+const DEL_RULE: u16 = 8;
+
+const REQUEST: u16 = 1;
+const ACK: u16 = 4;
+const DUMP: u16 = 0x300;
+const CREATE: u16 = 0x400;
+const APPEND: u16 = 0x800;
+
+const ERROR: u16 = 2;
+const DONE: u16 = 3;
+
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+
+/// `nlmsghdr` and `nfgenmsg`.
+const NETLINK_HEADER: usize = 16;
+const HEADERS: usize = 20;
+
+fn message(
+    kind: u16,
+    flags: u16,
+    sequence: u32,
+    family: u8,
+    resource: u16,
+    inside: impl FnOnce(&mut Writer),
+) -> Vec<u8> {
+    let mut writer = Writer::default();
+    writer.bytes.extend([0; 4]);
+    writer.bytes.extend(kind.to_ne_bytes());
+    writer.bytes.extend((flags | REQUEST).to_ne_bytes());
+    writer.bytes.extend(sequence.to_ne_bytes());
+    writer.bytes.extend([0; 4]);
+    writer.bytes.extend([family, 0]);
+    writer.bytes.extend(resource.to_be_bytes());
+    inside(&mut writer);
+    let length = u32::try_from(writer.bytes.len()).expect("no rule of ours comes near 64 KiB");
+    writer.bytes[..4].copy_from_slice(&length.to_ne_bytes());
+    writer.bytes
+}
+
+/// A comment as `nft` writes and shows it: type 0, length, text, zero.
+fn user_data(comment: &str) -> Vec<u8> {
+    let text = comment.as_bytes().get(..COMMENT_LIMIT).unwrap_or(comment.as_bytes());
+    let mut bytes = vec![0, u8::try_from(text.len() + 1).expect("limited above")];
+    bytes.extend(text);
+    bytes.push(0);
+    bytes
+}
+
+/// `nft` shows at most so much.
+const COMMENT_LIMIT: usize = 127;
+
+fn comment(mut bytes: &[u8]) -> Option<String> {
+    while let [kind, length, rest @ ..] = bytes {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == 0 {
+            return Some(as_text(value));
+        }
+        bytes = &rest[value.len()..];
+    }
+    None
+}
+
+/// One message from the kernel.
+#[derive(Debug)]
+struct Answer {
+    kind: u16,
+    sequence: u32,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    /// The errno of a refusal; 0 of an acknowledgement.
+    fn error(&self) -> Option<i32> {
+        let code = i32::from_ne_bytes(self.body.get(..4)?.try_into().ok()?);
+        (self.kind == ERROR).then_some(code.wrapping_neg())
+    }
+
+    fn family(&self) -> Option<u8> {
+        self.body.first().copied()
+    }
+
+    fn attributes(&self) -> &[u8] {
+        self.body.get(HEADERS - NETLINK_HEADER..).unwrap_or_default()
+    }
+}
+
+fn dump(request: &[u8], wanted: u16) -> io::Result<Vec<Answer>> {
+    // A dump that the tables changed under is told as interrupted only on new kernels; the next look is soon enough.
+    let socket = open(request.len())?;
+    socket.send(request, 0)?;
+    let mut found = Vec::new();
+    for answer in receive(&socket)? {
+        match answer.error().map(Errno::from_raw) {
+            None if answer.kind == SUBSYSTEM << 8 | wanted => found.push(answer),
+            None => {}
+            // No such table; no IPv6 in nf_tables.
+            Some(Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP) => return Ok(Vec::new()),
+            Some(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(found)
+}
+
+/// A socket that can send so many bytes at once, in the calling thread's namespace.
+fn open(bytes: usize) -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_NETFILTER)?;
+    socket.bind_auto()?;
+    socket.connect(&SocketAddr::new(0, 0))?;
+    socket.set_non_blocking(true)?;
+    // Without it every refusal sends back the whole message.
+    socket.set_cap_ack(true)?;
+    let size = bytes * 2 + 65_536;
+    setsockopt(&socket, sockopt::SndBufForce, &size)?;
+    setsockopt(&socket, sockopt::RcvBufForce, &(size * 4))?;
+    Ok(socket)
+}
+
+/// All that the kernel has to say now.
+fn receive(socket: &Socket) -> io::Result<Vec<Answer>> {
+    let mut answers = Vec::new();
+    loop {
+        let (bytes, _) = match socket.recv_from_full() {
+            Ok(received) => received,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(answers),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        let before = answers.len();
+        split(&bytes, &mut answers);
+        if answers[before..].iter().any(|answer| answer.kind == DONE) {
+            return Ok(answers);
+        }
+    }
+}
+
+fn split(mut bytes: &[u8], answers: &mut Vec<Answer>) {
+    let field =
+        |bytes: &[u8], at: usize| -> Option<u32> { Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?)) };
+    while let (Some(length), Some(kind), Some(sequence)) = (field(bytes, 0), field(bytes, 4), field(bytes, 8)) {
+        let Ok(length) = usize::try_from(length) else { return };
+        let Some(body) = bytes.get(NETLINK_HEADER..length) else { return };
+        // Type in the first two bytes in memory, flags in the other two.
+        let [first, second, ..] = kind.to_ne_bytes();
+        answers.push(Answer { kind: u16::from_ne_bytes([first, second]), sequence, body: body.to_vec() });
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+}

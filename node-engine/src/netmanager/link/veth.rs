@@ -1,0 +1,239 @@
+//! The wire of an instance: a veth pair from the bridge into its namespace, where it is called `eth0`.
+//!
+//! The host end is named after a hash of the instance id, since an id does not fit into fifteen characters, and carries the whole id
+//! as its alias: `ip link` shows it to people, and a restarted daemon reads it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
+use tracing::{info, warn};
+
+use crate::model::{Addresses, InstanceId, Subnet};
+use crate::netns::Netns;
+
+use super::journal::Undo;
+use super::kernel::{LinkState, Netlink};
+use super::{LinkError, Links, Veth, gateway, stable_hash, stable_mac, sysctl};
+
+/// What a workload sees.
+const INSTANCE_SIDE: &str = "eth0";
+const PREFIX: &str = "ne";
+
+/// A super-packet must still fit into 64 KiB with the tunnel's outer headers around it.
+const GSO_MAX_SIZE: u32 = 65_000;
+
+/// `ne` and eleven hexadecimal digits.
+pub(super) fn host_end(instance: &InstanceId) -> String {
+    format!("{PREFIX}{:011x}", stable_hash(&instance.to_string()) >> 20)
+}
+
+pub(super) fn is_host_end(link: &LinkState) -> bool {
+    link.kind == Some(InfoKind::Veth) && link.name.starts_with(PREFIX) && instance_of(link).is_some()
+}
+
+fn instance_of(link: &LinkState) -> Option<InstanceId> {
+    link.alias.as_deref()?.parse().ok()
+}
+
+impl Links {
+    pub(super) async fn attach_veth(
+        &self,
+        instance: &InstanceId,
+        netns: &Path,
+        subnet: Subnet,
+        addresses: Addresses,
+    ) -> Result<Veth, LinkError> {
+        let netns = Arc::new(Netns::open(netns).map_err(LinkError::Netns)?);
+        let name = host_end(instance);
+        let existing = self.own_host_end(instance, &name).await?;
+        let fits = match &existing {
+            Some(link) => self.leads_into(link, &netns).await?,
+            None => false,
+        };
+        if existing.is_some() && !fits {
+            info!(%instance, interface = name, "connected to a namespace that is gone or another: connecting anew");
+            self.netlink.delete(&name).await?;
+        }
+        self.journal().note(Undo::DelLink { name: name.clone() })?;
+        let connected = self.connect(instance, &name, &netns, !fits, subnet, addresses).await;
+        if connected.is_err() && !fits {
+            // The first error is the one to tell; where the undo fails too, the journal keeps the note.
+            match self.detach_veth(instance).await {
+                Ok(()) => {}
+                Err(error) => warn!(%instance, %error, "the interface of a failed attach stays for now"),
+            }
+        }
+        connected
+    }
+
+    pub(super) async fn detach_veth(&self, instance: &InstanceId) -> Result<(), LinkError> {
+        let name = host_end(instance);
+        if self.own_host_end(instance, &name).await?.is_some() {
+            self.netlink.delete(&name).await?;
+        }
+        self.journal().settle(&Undo::DelLink { name })
+    }
+
+    pub(super) async fn attached_veths(&self) -> Result<Vec<(InstanceId, Veth)>, LinkError> {
+        let mut attached = Vec::new();
+        for link in self.netlink.links().await? {
+            let Some(instance) = instance_of(&link).filter(|_| is_host_end(&link)) else { continue };
+            let mac = self.mac_of_peer(&link).await.unwrap_or_else(|| stable_mac(&instance.to_string()));
+            self.journal().note(Undo::DelLink { name: link.name.clone() })?;
+            attached.push((instance, Veth { name: link.name, ifindex: link.index, mac }));
+        }
+        Ok(attached)
+    }
+
+    /// The instance's host end, if it exists. A link of this name that is another's is nobody's to touch.
+    async fn own_host_end(&self, instance: &InstanceId, name: &str) -> Result<Option<LinkState>, LinkError> {
+        let Some(link) = self.netlink.link(name).await? else { return Ok(None) };
+        let ours = match &link.alias {
+            Some(alias) => *alias == instance.to_string(),
+            // Killed between making and naming it.
+            None => self.journal().holds(&Undo::DelLink { name: name.to_owned() }),
+        };
+        if link.kind == Some(InfoKind::Veth) && ours {
+            Ok(Some(link))
+        } else {
+            Err(LinkError::Foreign(name.to_owned()))
+        }
+    }
+
+    async fn leads_into(&self, link: &LinkState, netns: &Netns) -> Result<bool, LinkError> {
+        Ok(link.peer_netns.is_some() && link.peer_netns == self.netlink.netns_id(netns).await?)
+    }
+
+    /// Every step is repeatable but the making of the pair.
+    async fn connect(
+        &self,
+        instance: &InstanceId,
+        name: &str,
+        netns: &Arc<Netns>,
+        create: bool,
+        subnet: Subnet,
+        addresses: Addresses,
+    ) -> Result<Veth, LinkError> {
+        let bridge = self.netlink.link(&self.config.bridge).await?.ok_or_else(|| LinkError::Kernel {
+            step: "look up",
+            object: self.config.bridge.clone(),
+            reason: "the bridge does not exist yet".into(),
+        })?;
+        if create {
+            let pair = self.pair(instance, name, netns, bridge.index, true);
+            if self.netlink.create(name, pair).await.is_err() {
+                // A kernel that refuses the limit on super-packets has another of its own.
+                self.netlink.create(name, self.pair(instance, name, netns, bridge.index, false)).await?;
+            }
+        }
+        let host_side = LinkUnspec::new_with_name(name).alias(instance.to_string()).controller(bridge.index).up();
+        self.netlink.set(name, host_side.build()).await?;
+        let gone = || LinkError::Kernel {
+            step: "look up",
+            object: name.to_owned(),
+            reason: "the interface has disappeared".into(),
+        };
+        let host = self.netlink.link(name).await?.ok_or_else(gone)?;
+        let instance_side = host.peer.ok_or_else(gone)?;
+        let mac = furnish(netns, instance_side, subnet, addresses).await?;
+        Ok(Veth { name: host.name, ifindex: host.index, mac: mac.unwrap_or_else(|| stable_mac(&instance.to_string())) })
+    }
+
+    /// Both ends in one request: the instance's end is born inside its namespace.
+    fn pair(&self, instance: &InstanceId, name: &str, netns: &Netns, bridge: u32, limited: bool) -> LinkMessage {
+        let gso = [LinkAttribute::GsoMaxSize(GSO_MAX_SIZE), LinkAttribute::GsoIpv4MaxSize(GSO_MAX_SIZE)];
+        let gso = if limited { &gso[..] } else { &[] };
+        let mut inner = LinkUnspec::new_with_name(INSTANCE_SIDE)
+            .mtu(self.config.mtu)
+            .address(stable_mac(&instance.to_string()).to_vec())
+            .setns_by_fd(netns.as_fd().as_raw_fd())
+            .up();
+        let mut outer =
+            LinkMessageBuilder::<LinkVeth>::new(name, INSTANCE_SIDE).mtu(self.config.mtu).controller(bridge);
+        for attribute in gso {
+            inner = inner.append_extra_attribute(attribute.clone());
+            outer = outer.append_extra_attribute(attribute.clone());
+        }
+        outer.set_info_data(InfoData::Veth(InfoVeth::Peer(inner.build()))).build()
+    }
+
+    async fn mac_of_peer(&self, link: &LinkState) -> Option<[u8; 6]> {
+        self.netlink.link_in(link.peer_netns?, link.peer?).await.ok()??.mac
+    }
+}
+
+/// Addresses, routes and loopback inside the instance's namespace. Returns its MAC.
+async fn furnish(
+    netns: &Arc<Netns>,
+    interface: u32,
+    subnet: Subnet,
+    addresses: Addresses,
+) -> Result<Option<[u8; 6]>, LinkError> {
+    let runtime = tokio::runtime::Handle::current();
+    let inside = netns.clone();
+    let opened = tokio::task::spawn_blocking(move || {
+        inside.run(|| {
+            let _context = runtime.enter();
+            sysctl::prepare_instance_side(INSTANCE_SIDE)?;
+            Netlink::open()
+        })
+    });
+    let netlink = opened.await.map_err(std::io::Error::other).and_then(|opened| opened?).map_err(LinkError::Netns)?;
+
+    let gone = || LinkError::Kernel {
+        step: "look up",
+        object: format!("{INSTANCE_SIDE} in the instance's namespace"),
+        reason: "the interface has disappeared".into(),
+    };
+    let link = netlink.link_at(interface).await?.ok_or_else(gone)?;
+    if let Some(loopback) = netlink.link("lo").await? {
+        netlink.set_up(&loopback).await?;
+    }
+    netlink.set_up(&link).await?;
+
+    let gateway = gateway(subnet);
+    let mut wanted =
+        vec![(IpAddr::V4(addresses.v4), Subnet::V4_PREFIX, IpAddr::V4(gateway.v4), IpAddr::V4(Ipv4Addr::UNSPECIFIED))];
+    if sysctl::has_ipv6() {
+        wanted.push((
+            IpAddr::V6(addresses.v6),
+            Subnet::V6_PREFIX,
+            IpAddr::V6(gateway.v6),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        ));
+    }
+    let present = netlink.addresses(link.index).await?;
+    for (address, prefix) in &present {
+        if !wanted.iter().any(|(wanted, length, _, _)| wanted == address && length == prefix) {
+            netlink.delete_address(link.index, *address, *prefix).await?;
+        }
+    }
+    for (address, prefix, gateway, everywhere) in wanted {
+        if !present.contains(&(address, prefix)) {
+            netlink.add_address(&link, address, prefix).await?;
+        }
+        netlink.replace_route(&link, everywhere, 0, Some(gateway)).await?;
+    }
+    Ok(link.mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_ends_fit_an_interface_name_and_never_change() {
+        let instance: InstanceId = "app.default.web.test.instance.0".parse().unwrap();
+        let name = host_end(&instance);
+        assert_eq!(name.len(), 13);
+        // Links of a running node carry these names: a change would orphan them at an upgrade.
+        assert_eq!(name, "ne625889eda3d");
+        assert_eq!(stable_mac(&instance.to_string())[0] & 3, 2, "locally administered unicast");
+        let other: InstanceId = "app.default.web.test.instance.1".parse().unwrap();
+        assert_ne!(host_end(&other), name);
+    }
+}
