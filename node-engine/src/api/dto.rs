@@ -51,3 +51,132 @@ pub struct ClusterInstance {
     /// `host:container/protocol`.
     pub ports: Vec<String>,
 }
+
+/// The answer to `GET /status`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    pub version: String,
+    pub pid: u32,
+    pub uptime_seconds: u64,
+    pub node: NodeStatus,
+    pub cluster: ClusterStatus,
+    /// `None` where this process runs no node.
+    pub network: Option<NetworkStatus>,
+    pub usage: Option<UsageStatus>,
+    /// Instances that run now.
+    pub running: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    pub name: String,
+    /// Empty until the cluster has given one.
+    pub id: String,
+    pub architecture: String,
+    pub kernel: String,
+    /// What it can run, in the words of the wire.
+    pub technologies: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClusterStatus {
+    /// Host of the cluster manager; empty where this process is the cluster.
+    pub address: String,
+    pub connected: bool,
+    /// Seconds since the connection was made or lost.
+    pub since_seconds: u64,
+    /// `g1`, `g2` or `g4`; empty until known.
+    pub generation: String,
+    /// This process is the cluster.
+    pub standalone: bool,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetworkStatus {
+    pub datapath: String,
+    /// Why the datapath is not a faster one; empty where it is the fastest.
+    pub reason: String,
+    pub uplink: String,
+    /// Base addresses; empty until the cluster has assigned them.
+    pub subnet_v4: String,
+    pub subnet_v6: String,
+    pub services: usize,
+    pub peers: usize,
+    pub counters: Vec<(String, u64)>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UsageStatus {
+    pub cpu_percent: f64,
+    pub cpus: u32,
+    pub memory_percent: f64,
+    pub memory_available_mib: u64,
+    pub memory_total_mib: u64,
+    pub gpus: usize,
+}
+
+/// An instance on this node.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Instance {
+    pub service: String,
+    pub number: u32,
+    pub technology: String,
+    pub image: String,
+    pub state: String,
+    pub detail: String,
+    /// Inside the node's subnet; empty before the network is up.
+    pub address_v4: String,
+    pub address_v6: String,
+}
+
+/// Query of `GET /instances/{instance}/logs`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogsQuery {
+    /// Bytes from the end.
+    pub tail: Option<usize>,
+}
+
+/// Query of `POST /cluster/deploy`; the body is the description.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DeployQuery {
+    /// 1 where it is not given.
+    pub replicas: Option<u32>,
+    /// Id or name of the node that shall run them.
+    pub on: Option<String>,
+}
+
+/// Body of `POST /cluster/replicate`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replicate {
+    pub service: String,
+    pub replicas: u32,
+}
+
+/// Body of `POST /cluster/move`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Move {
+    pub instance: String,
+    pub node: String,
+}
+
+/// Instances by their full names, as the answer to what changes them.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Changed {
+    pub instances: Vec<String>,
+}
+
+/// Any answer that is not 2xx.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Refusal {
+    pub error: String,
+}

@@ -1,3 +1,90 @@
-//! The local API: JSON over HTTP on the unix socket `<run-dir>/api.sock`, mode 0600. The command line is its client.
+//! The local API: JSON over HTTP on the unix socket `<run-dir>/api.sock`, for the owner of the machine alone. The command line is
+//! its client.
+//!
+//! It asks two traits and knows nothing behind them: the node ([`NodeApi`]), and, where this process is a cluster too, the cluster
+//! ([`ClusterApi`]). It decides nothing.
 
+pub mod client;
 pub mod dto;
+mod routes;
+mod selector;
+mod socket;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+
+use crate::drain::Drain;
+use crate::model::InstanceId;
+use crate::standalone::ClusterApi;
+
+pub use selector::{InvalidSelector, Selector};
+pub use socket::{OwnerListener, RunLock, SocketError};
+
+/// A request's body is at most this long; a deploy description is a few thousand bytes.
+pub const LARGEST_BODY: usize = 64 * 1024;
+/// What is asked is answered within this time, or with an error.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a person may ask of the node.
+#[async_trait]
+pub trait NodeApi: Send + Sync {
+    async fn status(&self) -> dto::Status;
+
+    /// The instances on this node, and those that ended lately.
+    async fn instances(&self) -> Result<Vec<dto::Instance>, NodeApiError>;
+
+    /// The last `tail` bytes of the instance's output.
+    async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError>;
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NodeApiError {
+    #[error("no instance {0} on this node")]
+    UnknownInstance(InstanceId),
+    /// The process is a cluster and nothing else.
+    #[error("this process runs no instances itself: it was started with --no-node")]
+    NoNode,
+    #[error("{what}: {reason}")]
+    Unavailable { what: &'static str, reason: String },
+}
+
+/// What the routes need.
+#[derive(Clone)]
+pub struct Api {
+    pub node: Arc<dyn NodeApi>,
+    /// `None`: this node belongs to the cluster of that name, and only that cluster deploys.
+    pub cluster: Result<Arc<dyn ClusterApi>, String>,
+}
+
+impl fmt::Debug for Api {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Api").field("cluster", &self.cluster.as_ref().map(|_| "here")).finish_non_exhaustive()
+    }
+}
+
+/// Answers on the listener until the drain has begun and what was asked before is answered.
+///
+/// # Errors
+/// If the listener fails for good.
+pub async fn serve(listener: OwnerListener, api: Api, drain: Drain) -> std::io::Result<()> {
+    let begun = drain.clone();
+    let serving = axum::serve(listener, routes::router(api)).with_graceful_shutdown(async move {
+        begun.wait().await;
+    });
+    tokio::select! {
+        ended = std::future::IntoFuture::into_future(serving) => ended,
+        () = overdue(drain) => Ok(()),
+    }
+}
+
+/// A client that never ends its request must not hold up the end.
+async fn overdue(drain: Drain) {
+    let deadline = drain.wait().await;
+    tokio::time::sleep_until(deadline).await;
+}
+
+#[cfg(test)]
+mod tests;

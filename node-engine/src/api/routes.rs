@@ -1,0 +1,238 @@
+//! What is asked and how it is answered. Every answer is JSON (logs are bytes), also the refusals.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::StatusCode;
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use serde::de::DeserializeOwned;
+
+use super::dto::{
+    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status,
+};
+use super::selector::Unresolved;
+use super::{Api, LARGEST_BODY, NodeApiError, REQUEST_TIMEOUT, Selector};
+use crate::model::{InstanceId, ServiceName};
+use crate::standalone::{ClusterApi, ClusterApiError, Target};
+
+/// Bytes of output that are given at most, and where nobody says how many.
+const LONGEST_TAIL: usize = 4 << 20;
+const USUAL_TAIL: usize = 64 << 10;
+
+pub(super) fn router(api: Api) -> Router {
+    Router::new()
+        .route("/status", get(status))
+        .route("/instances", get(instances))
+        .route("/instances/{instance}/logs", get(logs))
+        .route("/cluster/deploy", post(deploy))
+        .route("/cluster/instances", get(cluster_instances))
+        .route("/cluster/instances/{target}", delete(take_down))
+        .route("/cluster/replicate", post(replicate))
+        .route("/cluster/move", post(move_instance))
+        .route("/cluster/nodes", get(nodes))
+        .fallback(async || Refused::new(StatusCode::NOT_FOUND, "the local API has no such path"))
+        .method_not_allowed_fallback(async || Refused::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method"))
+        .layer(middleware::from_fn(within_time))
+        .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .with_state(api)
+}
+
+async fn within_time(request: Request, next: Next) -> Response {
+    match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
+        Ok(response) => response,
+        Err(_) => {
+            let error = format!("no answer within {} s: is the machine overloaded?", REQUEST_TIMEOUT.as_secs());
+            Refused::new(StatusCode::GATEWAY_TIMEOUT, error).into_response()
+        }
+    }
+}
+
+async fn status(State(api): State<Api>) -> Json<Status> {
+    Json(api.node.status().await)
+}
+
+async fn instances(State(api): State<Api>) -> Result<Json<Vec<Instance>>, Refused> {
+    Ok(Json(api.node.instances().await?))
+}
+
+async fn logs(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    query: Result<Query<LogsQuery>, QueryRejection>,
+) -> Result<Vec<u8>, Refused> {
+    let Query(query) = query?;
+    let selector: Selector = parse(&name)?;
+    let known = api.node.instances().await?;
+    let instance = one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))?;
+    Ok(api.node.logs(instance, query.tail.unwrap_or(USUAL_TAIL).min(LONGEST_TAIL)).await?)
+}
+
+async fn deploy(
+    State(api): State<Api>,
+    query: Result<Query<DeployQuery>, QueryRejection>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<Changed>, Refused> {
+    let cluster = cluster(&api)?;
+    let Query(query) = query?;
+    let body = body?;
+    let deployed = cluster.deploy(body.into(), query.replicas.unwrap_or(1), query.on).await?;
+    Ok(changed(&deployed))
+}
+
+async fn take_down(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Changed>, Refused> {
+    let cluster = cluster(&api)?;
+    let selector: Selector = parse(&name)?;
+    let service = one_service(&selector, &cluster_ids(cluster).await?)?;
+    let target = match selector.number {
+        Some(number) => Target::Instance(InstanceId { service, number }),
+        None => Target::Service(service),
+    };
+    Ok(changed(&cluster.delete(target).await?))
+}
+
+async fn replicate(State(api): State<Api>, body: Result<Bytes, BytesRejection>) -> Result<Json<Changed>, Refused> {
+    let cluster = cluster(&api)?;
+    let wanted: Replicate = json(&body?)?;
+    let selector: Selector = parse(&wanted.service)?;
+    if selector.number.is_some() {
+        let hint = format!("{selector} is one instance: name the service to replicate");
+        return Err(Refused::new(StatusCode::BAD_REQUEST, hint));
+    }
+    let service = one_service(&selector, &cluster_ids(cluster).await?)?;
+    Ok(changed(&cluster.replicate(service, wanted.replicas).await?))
+}
+
+async fn move_instance(State(api): State<Api>, body: Result<Bytes, BytesRejection>) -> Result<Json<Changed>, Refused> {
+    let cluster = cluster(&api)?;
+    let wanted: Move = json(&body?)?;
+    let instance = one_instance(&parse(&wanted.instance)?, &cluster_ids(cluster).await?)?;
+    Ok(changed(&[cluster.move_instance(instance, wanted.node).await?]))
+}
+
+async fn nodes(State(api): State<Api>) -> Result<Json<Vec<ClusterNode>>, Refused> {
+    Ok(Json(cluster(&api)?.nodes().await?))
+}
+
+async fn cluster_instances(State(api): State<Api>) -> Result<Json<Vec<ClusterInstance>>, Refused> {
+    Ok(Json(cluster(&api)?.instances().await?))
+}
+
+fn cluster(api: &Api) -> Result<&Arc<dyn ClusterApi>, Refused> {
+    api.cluster.as_ref().map_err(|other| {
+        Refused::new(StatusCode::CONFLICT, format!("this node belongs to the cluster at {other}; deploy there"))
+    })
+}
+
+async fn cluster_ids(cluster: &Arc<dyn ClusterApi>) -> Result<Vec<InstanceId>, Refused> {
+    let known = cluster.instances().await?;
+    Ok(ids(known.iter().map(|known| (&known.service, known.number))))
+}
+
+fn ids<'a>(known: impl Iterator<Item = (&'a String, u32)>) -> Vec<InstanceId> {
+    known.filter_map(|(service, number)| Some(InstanceId { service: service.parse().ok()?, number })).collect()
+}
+
+fn one_service(selector: &Selector, known: &[InstanceId]) -> Result<ServiceName, Refused> {
+    selector.service(known.iter().map(|instance| &instance.service)).map_err(|unresolved| match unresolved {
+        Unresolved::Nothing => Refused::new(StatusCode::NOT_FOUND, format!("nothing here is called {selector}")),
+        Unresolved::Ambiguous(services) => {
+            let names: Vec<_> = services.iter().map(ToString::to_string).collect();
+            let error = format!("{selector} is the name of several services: say which of {}", names.join(", "));
+            Refused::new(StatusCode::CONFLICT, error)
+        }
+    })
+}
+
+/// The number may be left out where the service has one instance.
+fn one_instance(selector: &Selector, known: &[InstanceId]) -> Result<InstanceId, Refused> {
+    let service = one_service(selector, known)?;
+    let numbers: Vec<u32> =
+        known.iter().filter(|instance| instance.service == service).map(|instance| instance.number).collect();
+    match (selector.number, numbers.as_slice()) {
+        (Some(number), _) => Ok(InstanceId { service, number }),
+        (None, [number]) => Ok(InstanceId { service, number: *number }),
+        (None, []) => Err(Refused::new(StatusCode::NOT_FOUND, format!("nothing here is called {selector}"))),
+        (None, many) => {
+            let names: Vec<_> = many.iter().map(|number| format!("{}#{number}", service.short())).collect();
+            let error = format!("{selector} has {} instances: say which of {}", many.len(), names.join(", "));
+            Err(Refused::new(StatusCode::CONFLICT, error))
+        }
+    }
+}
+
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Refused> {
+    text.parse().map_err(|error: T::Err| Refused::new(StatusCode::BAD_REQUEST, error.to_string()))
+}
+
+fn json<T: DeserializeOwned>(body: &Bytes) -> Result<T, Refused> {
+    serde_json::from_slice(body)
+        .map_err(|error| Refused::new(StatusCode::BAD_REQUEST, format!("the body is not what is asked for: {error}")))
+}
+
+fn changed(instances: &[InstanceId]) -> Json<Changed> {
+    Json(Changed { instances: instances.iter().map(ToString::to_string).collect() })
+}
+
+/// An answer that says no, and why.
+struct Refused {
+    status: StatusCode,
+    error: String,
+}
+
+impl Refused {
+    fn new(status: StatusCode, error: impl Into<String>) -> Self {
+        Self { status, error: error.into() }
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.status, Json(Refusal { error: self.error })).into_response()
+    }
+}
+
+impl From<NodeApiError> for Refused {
+    fn from(error: NodeApiError) -> Self {
+        let status = match error {
+            NodeApiError::UnknownInstance(_) => StatusCode::NOT_FOUND,
+            NodeApiError::NoNode => StatusCode::CONFLICT,
+            NodeApiError::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl From<ClusterApiError> for Refused {
+    fn from(error: ClusterApiError) -> Self {
+        let status = match error {
+            ClusterApiError::Document { .. } | ClusterApiError::Limit { .. } => StatusCode::BAD_REQUEST,
+            ClusterApiError::UnknownService(_)
+            | ClusterApiError::UnknownInstance(_)
+            | ClusterApiError::UnknownNode { .. } => StatusCode::NOT_FOUND,
+            ClusterApiError::NoNode { .. } => StatusCode::CONFLICT,
+            ClusterApiError::Stopped => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        Self::new(status, error.to_string())
+    }
+}
+
+impl From<QueryRejection> for Refused {
+    fn from(rejection: QueryRejection) -> Self {
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<BytesRejection> for Refused {
+    fn from(rejection: BytesRejection) -> Self {
+        if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+            return Self::new(rejection.status(), format!("the body is longer than {} KiB", LARGEST_BODY / 1024));
+        }
+        Self::new(rejection.status(), rejection.body_text())
+    }
+}

@@ -1,0 +1,232 @@
+//! Server and client over a real socket, with a node and a cluster that live in memory.
+
+use std::path::Path;
+use std::sync::Mutex;
+
+use tokio::task::JoinHandle;
+
+use super::client::{Client, ClientError};
+use super::*;
+use crate::api::dto::{ClusterInstance, ClusterNode};
+use crate::model::ServiceName;
+use crate::standalone::{ClusterApiError, Target};
+
+/// A node with the instances it was given; logs say what was asked.
+struct MemoryNode(Vec<InstanceId>);
+
+#[async_trait]
+impl NodeApi for MemoryNode {
+    async fn status(&self) -> dto::Status {
+        dto::Status { version: "1.2.3".into(), running: self.0.len(), ..dto::Status::default() }
+    }
+
+    async fn instances(&self) -> Result<Vec<dto::Instance>, NodeApiError> {
+        let instance = |id: &InstanceId| dto::Instance {
+            service: id.service.to_string(),
+            number: id.number,
+            ..dto::Instance::default()
+        };
+        Ok(self.0.iter().map(instance).collect())
+    }
+
+    async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
+        if !self.0.contains(&instance) {
+            return Err(NodeApiError::UnknownInstance(instance));
+        }
+        Ok(format!("{tail} of {instance}\u{1b}").into_bytes())
+    }
+}
+
+/// A cluster that keeps what was deployed, under the name the description consists of.
+#[derive(Default)]
+struct MemoryCluster(Mutex<Vec<(InstanceId, String)>>);
+
+#[async_trait]
+impl ClusterApi for MemoryCluster {
+    async fn deploy(
+        &self,
+        document: Vec<u8>,
+        replicas: u32,
+        on: Option<String>,
+    ) -> Result<Vec<InstanceId>, ClusterApiError> {
+        let text = String::from_utf8_lossy(&document).into_owned();
+        let refused = |error: crate::model::InvalidName| ClusterApiError::Document { reason: error.to_string() };
+        let service: ServiceName = text.trim().parse().map_err(refused)?;
+        let new: Vec<_> = (0..replicas).map(|number| InstanceId { service: service.clone(), number }).collect();
+        let on = on.unwrap_or_default();
+        self.0.lock().unwrap().extend(new.iter().map(|instance| (instance.clone(), on.clone())));
+        Ok(new)
+    }
+
+    async fn delete(&self, target: Target) -> Result<Vec<InstanceId>, ClusterApiError> {
+        let meant = |instance: &InstanceId| match &target {
+            Target::Service(service) => instance.service == *service,
+            Target::Instance(one) => instance == one,
+        };
+        let mut held = self.0.lock().unwrap();
+        let gone: Vec<_> = held.iter().map(|(instance, _)| instance).filter(|one| meant(one)).cloned().collect();
+        held.retain(|(instance, _)| !meant(instance));
+        match (gone.is_empty(), target) {
+            (true, Target::Service(service)) => Err(ClusterApiError::UnknownService(service)),
+            (true, Target::Instance(instance)) => Err(ClusterApiError::UnknownInstance(instance)),
+            (false, _) => Ok(gone),
+        }
+    }
+
+    async fn replicate(&self, service: ServiceName, replicas: u32) -> Result<Vec<InstanceId>, ClusterApiError> {
+        self.0.lock().unwrap().retain(|(instance, _)| instance.service != service);
+        self.deploy(service.to_string().into_bytes(), replicas, None).await
+    }
+
+    async fn move_instance(&self, instance: InstanceId, node: String) -> Result<InstanceId, ClusterApiError> {
+        let mut held = self.0.lock().unwrap();
+        let found = held.iter_mut().find(|(one, _)| *one == instance);
+        found.ok_or_else(|| ClusterApiError::UnknownInstance(instance.clone()))?.1 = node;
+        Ok(instance)
+    }
+
+    async fn nodes(&self) -> Result<Vec<ClusterNode>, ClusterApiError> {
+        Ok(vec![ClusterNode { name: "edge-1".into(), active: true, ..ClusterNode::default() }])
+    }
+
+    async fn instances(&self) -> Result<Vec<ClusterInstance>, ClusterApiError> {
+        let held = self.0.lock().unwrap();
+        let instance = |(id, node): &(InstanceId, String)| ClusterInstance {
+            service: id.service.to_string(),
+            number: id.number,
+            node: node.clone(),
+            ..ClusterInstance::default()
+        };
+        Ok(held.iter().map(instance).collect())
+    }
+}
+
+struct Daemon {
+    client: Client,
+    drain: Drain,
+    served: JoinHandle<std::io::Result<()>>,
+    _lock: RunLock,
+    dir: tempfile::TempDir,
+}
+
+fn daemon(cluster: Result<Arc<dyn ClusterApi>, String>, instances: &[&str]) -> Daemon {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = RunLock::take(dir.path()).unwrap();
+    let node = MemoryNode(instances.iter().map(|text| text.parse().unwrap()).collect());
+    let drain = Drain::new(Duration::from_secs(5));
+    let served = tokio::spawn(serve(lock.listen().unwrap(), Api { node: Arc::new(node), cluster }, drain.clone()));
+    Daemon { client: Client::new(&lock.socket()).unwrap(), drain, served, _lock: lock, dir }
+}
+
+fn a_cluster() -> Result<Arc<dyn ClusterApi>, String> {
+    Ok(Arc::new(MemoryCluster::default()))
+}
+
+fn selector(text: &str) -> Selector {
+    text.parse().unwrap()
+}
+
+fn refusal<T: fmt::Debug>(answer: Result<T, ClientError>) -> String {
+    match answer {
+        Err(ClientError::Refused(words)) => words,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+const WEB: &str = "app.default.web.default";
+
+#[tokio::test]
+async fn the_node_is_asked() {
+    let daemon = daemon(Err("c.example".into()), &["app.default.web.default.instance.0", "a.b.db.d.instance.4"]);
+    let status = daemon.client.status().await.unwrap();
+    assert_eq!((status.version.as_str(), status.running), ("1.2.3", 2));
+    assert_eq!(daemon.client.instances().await.unwrap().len(), 2);
+    for (name, tail, want) in [
+        ("web#0", Some(7), "7 of app.default.web.default.instance.0\u{1b}"),
+        ("db", None, "65536 of a.b.db.d.instance.4\u{1b}"),
+        ("a.b.db.d.instance.4", Some(usize::MAX), "4194304 of a.b.db.d.instance.4\u{1b}"),
+    ] {
+        assert_eq!(daemon.client.logs(&selector(name), tail).await.unwrap(), want.as_bytes());
+    }
+    let unknown = refusal(daemon.client.logs(&selector("web#3"), None).await);
+    assert_eq!(unknown, "no instance app.default.web.default.instance.3 on this node");
+    assert_eq!(refusal(daemon.client.logs(&selector("cache"), None).await), "nothing here is called cache");
+}
+
+#[tokio::test]
+async fn a_node_of_another_cluster_refuses_to_deploy_and_says_where() {
+    let daemon = daemon(Err("c.example".into()), &[]);
+    let want = "this node belongs to the cluster at c.example; deploy there";
+    assert_eq!(refusal(daemon.client.deploy(WEB.into(), None, None).await), want);
+    assert_eq!(refusal(daemon.client.delete(&selector("web")).await), want);
+    assert_eq!(refusal(daemon.client.replicate(&selector("web"), 2).await), want);
+    assert_eq!(refusal(daemon.client.move_instance(&selector("web#0"), "n").await), want);
+    assert_eq!(refusal(daemon.client.nodes().await), want);
+    assert_eq!(refusal(daemon.client.cluster_instances().await), want);
+}
+
+#[tokio::test]
+async fn a_cluster_is_asked_by_short_names() {
+    let daemon = daemon(a_cluster(), &[]);
+    let client = &daemon.client;
+    let deployed = client.deploy(WEB.into(), Some(2), Some("edge 1&2".into())).await.unwrap();
+    assert_eq!(deployed.instances, ["app.default.web.default.instance.0", "app.default.web.default.instance.1"]);
+    assert_eq!(client.cluster_instances().await.unwrap()[1].node, "edge 1&2");
+    assert_eq!(client.nodes().await.unwrap()[0].name, "edge-1");
+
+    let which = refusal(client.move_instance(&selector("web"), "edge-2").await);
+    assert_eq!(which, "web has 2 instances: say which of web#0, web#1");
+    client.move_instance(&selector("web#1"), "edge-2").await.unwrap();
+    assert_eq!(client.cluster_instances().await.unwrap()[1].node, "edge-2");
+
+    assert_eq!(client.replicate(&selector("web"), 3).await.unwrap().instances.len(), 3);
+    let one = refusal(client.replicate(&selector("web#1"), 3).await);
+    assert_eq!(one, "web#1 is one instance: name the service to replicate");
+
+    client.deploy("other.x.web.y".into(), None, None).await.unwrap();
+    let which = refusal(client.delete(&selector("web")).await);
+    assert_eq!(which, "web is the name of several services: say which of app.default.web.default, other.x.web.y");
+    assert_eq!(client.delete(&selector("app.default.web.default#1")).await.unwrap().instances.len(), 1);
+    assert_eq!(client.delete(&selector(WEB)).await.unwrap().instances.len(), 2);
+    assert_eq!(refusal(client.delete(&selector(WEB)).await), "no service app.default.web.default in this cluster");
+    let refused = refusal(client.deploy("nonsense".into(), None, None).await);
+    assert!(refused.starts_with("the description is refused: "), "{refused}");
+}
+
+#[tokio::test]
+async fn what_is_too_long_or_malformed_is_refused_and_harms_nothing() {
+    let daemon = daemon(a_cluster(), &[]);
+    let long = vec![b'x'; LARGEST_BODY + 1];
+    assert_eq!(refusal(daemon.client.deploy(long, None, None).await), "the body is longer than 64 KiB");
+    for request in [
+        "GET /nothing HTTP/1.1\r\nhost: x\r\n\r\n",
+        "POST /status HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
+        "POST /cluster/move HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}",
+        "POST /cluster/deploy?replicas=x HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n",
+        "DELETE /cluster/instances/..%2f..%2fetc HTTP/1.1\r\nhost: x\r\n\r\n",
+        "GET /instances/%ff%fe/logs HTTP/1.1\r\nhost: x\r\n\r\n",
+        "\0\0\0\r\n\r\n",
+    ] {
+        let answer = raw(daemon.dir.path(), request).await;
+        assert!(answer.starts_with("HTTP/1.1 4"), "{request:?} was answered {answer:?}");
+    }
+    daemon.client.status().await.unwrap();
+}
+
+#[tokio::test]
+async fn serving_ends_with_the_drain() {
+    let daemon = daemon(a_cluster(), &[]);
+    daemon.client.status().await.unwrap();
+    daemon.drain.begin();
+    tokio::time::timeout(Duration::from_secs(10), daemon.served).await.unwrap().unwrap().unwrap();
+}
+
+async fn raw(run_dir: &Path, request: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::UnixStream::connect(run_dir.join("api.sock")).await.unwrap();
+    stream.write_all(request.as_bytes()).await.unwrap();
+    stream.shutdown().await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
