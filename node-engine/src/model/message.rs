@@ -50,7 +50,7 @@ pub enum Report {
 }
 
 /// What a table is asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Query {
     Name(ServiceName),
     Address(IpAddr),

@@ -2,7 +2,12 @@
 //! into the datapath. Knows neither runtimes nor the cluster's wire: a namespace path comes in, reports go out.
 
 pub mod datapath;
+pub mod hello;
+pub mod interest;
+pub mod ipam;
+pub mod lease;
 pub mod link;
+pub mod table;
 
 use std::path::PathBuf;
 

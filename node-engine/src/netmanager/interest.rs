@@ -1,0 +1,569 @@
+//! Whom we watch: services with an instance here, and services that were asked for. Asks the cluster for what is unknown, each
+//! thing once however many wait for it, repeats, refreshes, gives up, and never faster than the cluster should be asked. Pure:
+//! time and randomness are arguments. Does not keep what the answers say: that is the table's.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::model::{Query, ServiceName, TableAnswer};
+
+/// An answer that takes longer is asked for once more, then given up.
+const TIMEOUT: Duration = Duration::from_secs(5);
+const ATTEMPTS: u32 = 2;
+/// So long an address that nobody knows is not asked for again.
+const NEGATIVE: Duration = Duration::from_secs(2);
+/// There is no sequence number in what the cluster pushes: a lost update is noticed only by asking again.
+const REFRESH: Duration = Duration::from_secs(45);
+/// The last part of the refresh period is random.
+const JITTER: Duration = Duration::from_secs(10);
+/// A service without an instance here that nobody has used for so long is forgotten. Long, because the kernel's path does not
+/// tell of every use.
+const IDLE: Duration = Duration::from_secs(10 * 60);
+/// Queries a second, and how many at once.
+const RATE: u32 = 50;
+const BURST: u32 = 100;
+/// More open questions than this are given up at once: an address scan in a container must not fill our memory.
+const MAX_OPEN: usize = 4_096;
+
+/// What the cluster is to be told, and what becomes of who waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Ask(Query),
+    Add(ServiceName),
+    Remove(ServiceName),
+    /// Nobody knows the address, or nobody answers.
+    GiveUp(IpAddr),
+}
+
+/// Interests and open questions.
+#[derive(Clone, Debug, Default)]
+pub struct Interests {
+    connected: bool,
+    watched: BTreeMap<ServiceName, Watch>,
+    open: BTreeMap<Query, Open>,
+    /// Open questions that wait for their turn.
+    queue: VecDeque<Query>,
+    negative: HashMap<IpAddr, Duration>,
+    /// Questions that may be asked now, in thousandths.
+    tokens: u64,
+    refilled: Option<Duration>,
+    /// Questions that found too many open ones.
+    refused: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Watch {
+    /// Instances of the service on this node.
+    local: usize,
+    used: Duration,
+    refresh: Duration,
+}
+
+#[derive(Clone, Debug)]
+struct Open {
+    attempts: u32,
+    /// When the question fails, or is asked again.
+    deadline: Duration,
+    queued: bool,
+    /// Something changed since it was asked: the answer may be old already, so ask once more when it comes.
+    again: bool,
+    /// A packet waits for it.
+    waiting: bool,
+}
+
+impl Interests {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// An instance of the service is connected here: the service is watched and asked for at once.
+    pub fn hold(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
+        let mut outcomes = self.watch(service, now);
+        if let Some(watch) = self.watched.get_mut(service) {
+            watch.local += 1;
+        }
+        outcomes.extend(self.ask(Query::Name(service.clone()), now));
+        outcomes
+    }
+
+    /// An instance of the service is not connected here any more. Its other users may still be.
+    pub fn release(&mut self, service: &ServiceName, now: Duration) {
+        if let Some(watch) = self.watched.get_mut(service) {
+            watch.local = watch.local.saturating_sub(1);
+            watch.used = now;
+        }
+    }
+
+    /// The service is used, however the datapath noticed. An unknown one stays unknown.
+    pub fn touch(&mut self, service: &ServiceName, now: Duration) {
+        if let Some(watch) = self.watched.get_mut(service) {
+            watch.used = now;
+        }
+    }
+
+    /// Something waits for this address.
+    pub fn miss(&mut self, address: IpAddr, now: Duration) -> Vec<Outcome> {
+        if self.negative.get(&address).is_some_and(|until| *until > now) {
+            return vec![Outcome::GiveUp(address)];
+        }
+        let query = Query::Address(address);
+        let outcomes = self.ask(query.clone(), now);
+        match self.open.get_mut(&query) {
+            Some(open) => open.waiting = true,
+            None => return vec![Outcome::GiveUp(address)],
+        }
+        outcomes
+    }
+
+    /// Instances of the service came or went.
+    pub fn changed(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
+        if !self.watched.contains_key(service) {
+            return Vec::new();
+        }
+        self.ask_anew(Query::Name(service.clone()), now)
+    }
+
+    /// Whose address is this? Like a miss, but nobody waits, so nobody is given up.
+    pub fn inquire(&mut self, address: IpAddr, now: Duration) -> Vec<Outcome> {
+        self.ask(Query::Address(address), now)
+    }
+
+    /// Is this answer about anything that somebody here asked or watches?
+    pub fn wants(&self, answer: &TableAnswer) -> bool {
+        let watched = answer.service.as_ref().is_some_and(|service| self.watched.contains_key(service));
+        watched || !self.answers(answer).is_empty()
+    }
+
+    /// An answer came and is in the table, where `serves` looks.
+    pub fn answered(
+        &mut self,
+        answer: &TableAnswer,
+        jitter: u64,
+        now: Duration,
+        serves: impl Fn(IpAddr) -> bool,
+    ) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        for query in self.answers(answer) {
+            let Some(open) = self.open.remove(&query) else { continue };
+            let Query::Address(address) = query else {
+                if open.again {
+                    outcomes.extend(self.ask(query, now));
+                }
+                continue;
+            };
+            if let Some(service) = &answer.service {
+                outcomes.extend(self.watch(service, now));
+            }
+            if !serves(address) {
+                self.negative.insert(address, now + NEGATIVE);
+                outcomes.extend(open.waiting.then_some(Outcome::GiveUp(address)));
+            }
+        }
+        if let Some(watch) = answer.service.as_ref().and_then(|service| self.watched.get_mut(service)) {
+            watch.refresh = now + refresh_after(jitter);
+        }
+        outcomes
+    }
+
+    /// The broker is there again: what may have been missed is asked for, and interests it may have lost are told again.
+    pub fn connected(&mut self, now: Duration) -> Vec<Outcome> {
+        self.connected = true;
+        let services: Vec<ServiceName> = self.watched.keys().cloned().collect();
+        let mut outcomes: Vec<_> = services.iter().cloned().map(Outcome::Add).collect();
+        for open in self.open.values_mut() {
+            (open.attempts, open.deadline) = (0, now + TIMEOUT);
+        }
+        self.queue = self.open.keys().cloned().collect();
+        for query in &self.queue {
+            if let Some(open) = self.open.get_mut(query) {
+                open.queued = true;
+            }
+        }
+        for service in services {
+            outcomes.extend(self.ask(Query::Name(service), now));
+        }
+        outcomes.extend(self.drain(now));
+        outcomes
+    }
+
+    /// Questions wait until the broker is back, or their time is over.
+    pub fn disconnected(&mut self) {
+        self.connected = false;
+    }
+
+    /// What is due: questions that wait, answers that never came, refreshes, and services nobody uses.
+    pub fn tick(&mut self, jitter: u64, now: Duration) -> Vec<Outcome> {
+        let mut outcomes = self.expire_questions(now);
+        self.negative.retain(|_, until| *until > now);
+        let mut due = Vec::new();
+        let mut idle = Vec::new();
+        for (place, (service, watch)) in self.watched.iter_mut().enumerate() {
+            if watch.local == 0 && now.saturating_sub(watch.used) >= IDLE {
+                idle.push(service.clone());
+            } else if self.connected && watch.refresh <= now {
+                watch.refresh = now + refresh_after(jitter.wrapping_add(place as u64));
+                due.push(service.clone());
+            }
+        }
+        for service in due {
+            outcomes.extend(self.ask(Query::Name(service), now));
+        }
+        for service in idle {
+            self.watched.remove(&service);
+            self.open.remove(&Query::Name(service.clone()));
+            outcomes.push(Outcome::Remove(service));
+        }
+        outcomes.extend(self.drain(now));
+        outcomes
+    }
+
+    /// Is this service watched?
+    pub fn watches(&self, service: &ServiceName) -> bool {
+        self.watched.contains_key(service)
+    }
+
+    /// How many services are watched.
+    pub fn watched(&self) -> usize {
+        self.watched.len()
+    }
+
+    /// How many questions were not asked because too many were open.
+    pub fn refused(&self) -> u64 {
+        self.refused
+    }
+
+    fn watch(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
+        if let Some(watch) = self.watched.get_mut(service) {
+            watch.used = now;
+            return Vec::new();
+        }
+        let watch = Watch { local: 0, used: now, refresh: now + REFRESH };
+        self.watched.insert(service.clone(), watch);
+        vec![Outcome::Add(service.clone())]
+    }
+
+    /// The open questions that this answers. Older clusters do not repeat the question: then what the answer is about tells it.
+    fn answers(&self, answer: &TableAnswer) -> Vec<Query> {
+        let name = answer.service.iter().cloned().map(Query::Name);
+        let services = answer.rows.iter().flat_map(|row| &row.services).map(|service| service.address);
+        let instances = answer
+            .rows
+            .iter()
+            .flat_map(|row| row.instance.v4.map(IpAddr::from).into_iter().chain(row.instance.v6.map(IpAddr::from)));
+        let mut queries: Vec<Query> = answer
+            .query
+            .iter()
+            .cloned()
+            .chain(name)
+            .chain(services.chain(instances).map(Query::Address))
+            .filter(|query| self.open.contains_key(query))
+            .collect();
+        queries.sort_unstable();
+        queries.dedup();
+        queries
+    }
+
+    fn ask_anew(&mut self, query: Query, now: Duration) -> Vec<Outcome> {
+        match self.open.get_mut(&query) {
+            Some(open) => {
+                open.again = true;
+                Vec::new()
+            }
+            None => self.ask(query, now),
+        }
+    }
+
+    fn ask(&mut self, query: Query, now: Duration) -> Vec<Outcome> {
+        if self.open.contains_key(&query) {
+            return Vec::new();
+        }
+        if self.open.len() >= MAX_OPEN {
+            self.refused += 1;
+            return Vec::new();
+        }
+        let open = Open { attempts: 0, deadline: now + TIMEOUT, queued: true, again: false, waiting: false };
+        self.open.insert(query.clone(), open);
+        self.queue.push_back(query);
+        self.drain(now)
+    }
+
+    fn expire_questions(&mut self, now: Duration) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        // A name in the queue has time: nobody waits for it.
+        let late = |query: &Query, open: &Open| {
+            open.deadline <= now && !(open.queued && self.connected && matches!(query, Query::Name(_)))
+        };
+        let late: Vec<Query> =
+            self.open.iter().filter(|(query, open)| late(query, open)).map(|(query, _)| query.clone()).collect();
+        for query in late {
+            let Some(open) = self.open.get_mut(&query) else { continue };
+            if !open.queued && open.attempts < ATTEMPTS {
+                (open.deadline, open.queued) = (now + TIMEOUT, true);
+                self.queue.push_back(query);
+                continue;
+            }
+            let waiting = open.waiting;
+            self.open.remove(&query);
+            if let Query::Address(address) = query
+                && waiting
+            {
+                self.negative.insert(address, now + NEGATIVE);
+                outcomes.push(Outcome::GiveUp(address));
+            }
+        }
+        self.queue.retain(|query| self.open.get(query).is_some_and(|open| open.queued));
+        outcomes
+    }
+
+    /// Asks what waits, as fast as it may.
+    fn drain(&mut self, now: Duration) -> Vec<Outcome> {
+        let mut outcomes = Vec::new();
+        self.refill(now);
+        while self.connected && self.tokens >= 1_000 {
+            let Some(query) = self.queue.pop_front() else { break };
+            let Some(open) = self.open.get_mut(&query) else { continue };
+            if !std::mem::replace(&mut open.queued, false) {
+                continue;
+            }
+            open.attempts += 1;
+            open.deadline = now + TIMEOUT;
+            self.tokens -= 1_000;
+            outcomes.push(Outcome::Ask(query));
+        }
+        outcomes
+    }
+
+    fn refill(&mut self, now: Duration) {
+        let full = u64::from(BURST) * 1_000;
+        let Some(refilled) = self.refilled.replace(now) else {
+            self.tokens = full;
+            return;
+        };
+        let millis = u64::try_from(now.saturating_sub(refilled).as_millis()).unwrap_or(u64::MAX);
+        if millis == 0 {
+            self.refilled = Some(refilled);
+            return;
+        }
+        self.tokens = millis.saturating_mul(u64::from(RATE)).saturating_add(self.tokens).min(full);
+    }
+}
+
+fn refresh_after(jitter: u64) -> Duration {
+    let span = u64::try_from(JITTER.as_millis()).unwrap_or(1);
+    REFRESH - Duration::from_millis(jitter % span)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{FamilyPair, Policy, SemanticAddress, TableRow};
+
+    const VIP: &str = "10.30.9.0";
+
+    #[test]
+    fn one_question_however_many_wait() {
+        let mut interests = connected();
+        assert_eq!(interests.miss(ip(VIP), at(0)), [ask_address(VIP)]);
+        assert_eq!(interests.miss(ip(VIP), at(1)), []);
+        let answer = answer(Some(Query::Address(ip(VIP))), Some("web"));
+        assert!(interests.wants(&answer));
+        assert_eq!(interests.answered(&answer, 0, at(2), |_| true), [Outcome::Add(name("web"))]);
+        assert!(interests.watches(&name("web")));
+    }
+
+    #[test]
+    fn unanswered_question_is_repeated_once_and_given_up() {
+        let mut interests = connected();
+        interests.miss(ip(VIP), at(0));
+        assert_eq!(interests.tick(0, at(4)), []);
+        assert_eq!(interests.tick(0, at(5)), [ask_address(VIP)]);
+        assert_eq!(interests.tick(0, at(9)), []);
+        assert_eq!(interests.tick(0, at(10)), [Outcome::GiveUp(ip(VIP))]);
+        assert_eq!(interests.miss(ip(VIP), at(11)), [Outcome::GiveUp(ip(VIP))], "not asked again at once");
+        assert_eq!(interests.miss(ip(VIP), at(12)), [ask_address(VIP)]);
+    }
+
+    #[test]
+    fn unknown_address_is_given_up_and_not_asked_for_two_seconds() {
+        let mut interests = connected();
+        interests.miss(ip(VIP), at(0));
+        let unknown = answer(Some(Query::Address(ip(VIP))), None);
+        assert_eq!(interests.answered(&unknown, 0, at(1), |_| false), [Outcome::GiveUp(ip(VIP))]);
+        assert_eq!(interests.miss(ip(VIP), at(2)), [Outcome::GiveUp(ip(VIP))]);
+        assert_eq!(interests.miss(ip(VIP), at(3)), [ask_address(VIP)]);
+        assert_eq!(interests.watched(), 0);
+    }
+
+    #[test]
+    fn service_that_does_not_serve_the_address_is_watched_all_the_same() {
+        let mut interests = connected();
+        interests.miss(ip(VIP), at(0));
+        let empty = answer(Some(Query::Address(ip(VIP))), Some("web"));
+        let outcomes = interests.answered(&empty, 0, at(1), |_| false);
+        assert_eq!(outcomes, [Outcome::Add(name("web")), Outcome::GiveUp(ip(VIP))]);
+        assert_eq!(interests.changed(&name("web"), at(2)), [ask_name("web")], "it hears when an instance comes");
+    }
+
+    #[test]
+    fn answer_without_its_question_is_matched_by_what_it_says() {
+        let mut interests = connected();
+        interests.miss(ip(VIP), at(0));
+        interests.miss(ip("10.30.0.1"), at(0));
+        interests.miss(ip("10.30.0.77"), at(0));
+        let full = TableAnswer { rows: vec![row()], ..answer(None, Some("web")) };
+        assert!(interests.wants(&full));
+        assert_eq!(interests.answered(&full, 0, at(1), |_| true), [Outcome::Add(name("web"))]);
+        let late = [Outcome::Ask(Query::Address(ip("10.30.0.77")))];
+        assert_eq!(interests.tick(0, at(5)), late, "only what it does not answer is asked again");
+    }
+
+    #[test]
+    fn answer_nobody_asked_for_is_unwanted() {
+        let mut interests = connected();
+        let unasked = TableAnswer { rows: vec![row()], ..answer(Some(Query::Name(name("web"))), Some("web")) };
+        assert!(!interests.wants(&unasked));
+        assert_eq!(interests.answered(&unasked, 0, at(0), |_| true), []);
+        assert!(!interests.watches(&name("web")));
+        assert_eq!(interests.changed(&name("web"), at(0)), []);
+    }
+
+    #[test]
+    fn service_with_an_instance_here_is_refreshed_for_ever() {
+        let mut interests = connected();
+        assert_eq!(interests.hold(&name("web"), at(0)), [Outcome::Add(name("web")), ask_name("web")]);
+        let mut asked = Vec::new();
+        for second in 1..3_600 {
+            let outcomes = interests.tick(0, at(second));
+            if outcomes == [ask_name("web")] {
+                asked.push(second);
+                interests.answered(&answer(Some(Query::Name(name("web"))), Some("web")), 0, at(second), |_| true);
+            } else {
+                assert_eq!(outcomes, []);
+            }
+            if second == 1 {
+                interests.answered(&answer(Some(Query::Name(name("web"))), Some("web")), 0, at(1), |_| true);
+            }
+        }
+        assert_eq!(asked[..3], [46, 91, 136]);
+        assert_eq!(asked.len(), 79);
+        interests.release(&name("web"), at(3_600));
+        let last = (3_600..).find(|second| interests.tick(0, at(*second)).contains(&Outcome::Remove(name("web"))));
+        assert_eq!(last, Some(4_200), "ten minutes after its last use");
+        assert!(!interests.watches(&name("web")));
+    }
+
+    #[test]
+    fn use_prolongs_and_refresh_does_not() {
+        let mut interests = connected();
+        interests.miss(ip(VIP), at(0));
+        interests.answered(&answer(Some(Query::Address(ip(VIP))), Some("web")), 0, at(0), |_| true);
+        interests.touch(&name("web"), at(300));
+        let removed = (1..).find(|second| {
+            let outcomes = interests.tick(0, at(*second));
+            if outcomes.contains(&ask_name("web")) {
+                interests.answered(&answer(Some(Query::Name(name("web"))), Some("web")), 0, at(*second), |_| true);
+            }
+            outcomes.contains(&Outcome::Remove(name("web")))
+        });
+        assert_eq!(removed, Some(900));
+    }
+
+    #[test]
+    fn change_during_a_question_asks_once_more() {
+        let mut interests = connected();
+        interests.hold(&name("web"), at(0));
+        assert_eq!(interests.changed(&name("web"), at(1)), []);
+        assert_eq!(interests.changed(&name("web"), at(1)), []);
+        let reply = answer(Some(Query::Name(name("web"))), Some("web"));
+        assert_eq!(interests.answered(&reply, 0, at(2), |_| true), [ask_name("web")]);
+        assert_eq!(interests.answered(&reply, 0, at(3), |_| true), []);
+    }
+
+    #[test]
+    fn everything_is_asked_anew_on_reconnection() {
+        let mut interests = Interests::new();
+        assert_eq!(interests.hold(&name("web"), at(0)), [Outcome::Add(name("web"))]);
+        assert_eq!(interests.miss(ip(VIP), at(3)), [], "a packet may wait for the broker");
+        let outcomes = interests.connected(at(4));
+        assert_eq!(outcomes, [Outcome::Add(name("web")), ask_name("web"), ask_address(VIP)]);
+        interests.disconnected();
+        assert_eq!(interests.tick(0, at(9)), []);
+        assert_eq!(interests.tick(0, at(14)), [Outcome::GiveUp(ip(VIP))]);
+        assert_eq!(interests.connected(at(60)), [Outcome::Add(name("web")), ask_name("web")]);
+    }
+
+    #[test]
+    fn questions_are_rationed_and_none_is_lost() {
+        let mut interests = connected();
+        let asked = (0..500u32)
+            .flat_map(|number| interests.hold(&name(&format!("s{number}")), at(0)))
+            .filter(|outcome| matches!(outcome, Outcome::Ask(_)))
+            .count();
+        assert_eq!(asked, 100);
+        let later: Vec<usize> = (1..=10).map(|second| interests.tick(0, at(second)).len()).collect();
+        assert_eq!(later, [50, 50, 50, 50, 50, 50, 50, 50, 50, 50]);
+    }
+
+    #[test]
+    fn scan_of_addresses_has_a_bound() {
+        let mut interests = Interests::new();
+        let addresses = (0..5_000u32).map(|number| IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a1e_0000 + number)));
+        let given_up = addresses.flat_map(|address| interests.miss(address, at(0))).count();
+        assert_eq!(given_up, 5_000 - MAX_OPEN);
+        assert_eq!(interests.refused(), 904);
+        assert_eq!(interests.tick(0, at(5)).len(), MAX_OPEN, "without a broker all of them are given up in time");
+        assert!(interests.queue.is_empty() && interests.open.is_empty());
+    }
+
+    #[test]
+    fn nobody_waits_for_what_is_only_inquired() {
+        let mut interests = connected();
+        assert_eq!(interests.inquire(ip(VIP), at(0)), [ask_address(VIP)]);
+        assert_eq!(interests.tick(0, at(5)), [ask_address(VIP)]);
+        assert_eq!(interests.tick(0, at(10)), []);
+        assert_eq!(interests.inquire(ip(VIP), at(11)), [ask_address(VIP)]);
+        assert_eq!(interests.answered(&answer(Some(Query::Address(ip(VIP))), None), 0, at(12), |_| false), []);
+    }
+
+    fn connected() -> Interests {
+        let mut interests = Interests::new();
+        assert_eq!(interests.connected(at(0)), []);
+        interests
+    }
+
+    const fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    fn name(short: &str) -> ServiceName {
+        format!("app.ns.{short}.ns").parse().unwrap()
+    }
+
+    fn ask_address(address: &str) -> Outcome {
+        Outcome::Ask(Query::Address(ip(address)))
+    }
+
+    fn ask_name(short: &str) -> Outcome {
+        Outcome::Ask(Query::Name(name(short)))
+    }
+
+    fn answer(query: Option<Query>, service: Option<&str>) -> TableAnswer {
+        TableAnswer { query, service: service.map(name), rows: Vec::new() }
+    }
+
+    fn row() -> TableRow {
+        TableRow {
+            number: 0,
+            namespace: FamilyPair { v4: Some([10, 18, 2, 2].into()), v6: None },
+            instance: FamilyPair { v4: Some([10, 30, 0, 1].into()), v6: None },
+            host: [192, 0, 2, 2].into(),
+            host_port: 50103,
+            services: vec![SemanticAddress { policy: Policy::RoundRobin, address: ip(VIP) }],
+        }
+    }
+}

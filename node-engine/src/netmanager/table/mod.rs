@@ -1,0 +1,512 @@
+//! The service table: what the cluster says of services, and what this node knows of its own instances, projected into the rows of
+//! a datapath. The one place that decides whose an address is. Nothing reads the projection back to decide, and nothing the
+//! cluster says can make two instances share a slot.
+//!
+//! Rules, in this order: an address leased on this node belongs to the leased instance; of several services that claim an address
+//! the one heard of last has it; an instance that lost one of its addresses in a family is not there in that family.
+
+mod claims;
+mod numbers;
+mod projection;
+mod row;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use netmanager_common::abi::{Config, Endpoint, Peer};
+use netmanager_common::addr::Addr;
+
+use self::claims::Claims;
+pub use self::projection::{Counts, PeerKey, Way};
+use self::projection::{Placement, Projection, Serving, SlotKey};
+pub use self::row::ServiceNets;
+use self::row::{Row, Side, sift};
+use super::datapath::{Snapshot, TableDelta};
+use crate::model::{Addresses, FamilyPair, InstanceId, Policy, Query, ServiceName, Subnet, TableAnswer};
+
+/// An instance connected on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Local {
+    pub instance: InstanceId,
+    pub addresses: Addresses,
+    /// Host end of its veth.
+    pub ifindex: u32,
+    /// MAC of the container end.
+    pub mac: [u8; 6],
+    /// Its instance addresses as far as they are known already.
+    pub own: FamilyPair,
+}
+
+/// What was not believed, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Addresses out of range.
+    pub range: u64,
+    /// A number or an address twice in one answer.
+    pub duplicate: u64,
+    /// An instance said to be here that is not, or the namespace address of another of our instances.
+    pub stale: u64,
+}
+
+/// Rows per service, and their projection.
+#[derive(Clone, Debug)]
+pub struct ServiceTable {
+    nets: ServiceNets,
+    /// This node's address as its peers see it.
+    host: Addr,
+    subnet: Option<Subnet>,
+    entries: BTreeMap<ServiceName, Entry>,
+    locals: BTreeMap<InstanceId, Local>,
+    leased: HashMap<Addr, InstanceId>,
+    /// Services with a row that names this namespace address, believed or not.
+    mentions: HashMap<Addr, BTreeSet<ServiceName>>,
+    /// Who has a namespace address.
+    namespaces: Claims,
+    /// Who has a service address: as one instance's, or as the service's.
+    semantics: Claims,
+    sequence: u64,
+    projection: Projection,
+    refusals: Refusals,
+}
+
+/// What is known of one service.
+#[derive(Clone, Debug, Default)]
+struct Entry {
+    rows: Vec<Row>,
+    semantics: BTreeMap<Addr, Policy>,
+    /// Its semantic addresses when it last had instances: while it has none, they are still its own.
+    remembered: BTreeMap<Addr, Policy>,
+    sequence: u64,
+    claimed: Claimed,
+    /// Slots by instance number and family.
+    slots: BTreeMap<SlotKey, u32>,
+}
+
+/// What a service claims now. With each address, the claim's rank: 0 for what is only remembered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Claimed {
+    namespaces: BTreeMap<Addr, u64>,
+    semantics: BTreeMap<Addr, u64>,
+}
+
+impl ServiceTable {
+    /// An empty table. `host` is this node's address as the cluster tells it to others.
+    pub fn new(nets: ServiceNets, host: Addr) -> Self {
+        Self {
+            nets,
+            host,
+            subnet: None,
+            entries: BTreeMap::new(),
+            locals: BTreeMap::new(),
+            leased: HashMap::new(),
+            mentions: HashMap::new(),
+            namespaces: Claims::default(),
+            semantics: Claims::default(),
+            sequence: 0,
+            projection: Projection::new(),
+            refusals: Refusals::default(),
+        }
+    }
+
+    /// Takes over the datapath's rows of an earlier run, so that slots, generations, ids and peers stay the same for the same
+    /// instances and established flows stay valid. Call it before anything else.
+    pub fn adopt(&mut self, snapshot: &Snapshot) -> TableDelta {
+        self.projection.adopt(snapshot);
+        self.projection.take()
+    }
+
+    /// Addresses of an earlier run of which the cluster has not said yet whose they are. Ask for them.
+    pub fn unclaimed(&self) -> Vec<Addr> {
+        self.projection.unclaimed().collect()
+    }
+
+    /// Replaces all that is known of the answered service. An answer that knows no service ends what an earlier run left of the
+    /// address that was asked for.
+    pub fn update(&mut self, answer: &TableAnswer) -> TableDelta {
+        let known = answer.service.is_some();
+        let name = answer.service.clone().or_else(|| match &answer.query {
+            Some(Query::Name(name)) => Some(name.clone()),
+            _ => None,
+        });
+        if let Some(name) = name {
+            self.replace(name, answer, known);
+        }
+        if let Some(Query::Address(address)) = answer.query {
+            self.projection.disown(address.into());
+        }
+        self.projection.take()
+    }
+
+    /// Forgets a service nobody here is interested in any more.
+    pub fn remove(&mut self, service: &ServiceName) -> TableDelta {
+        if let Some(entry) = self.entries.get_mut(service) {
+            unmention(&mut self.mentions, service, &entry.rows);
+            (entry.rows, entry.semantics, entry.remembered) = Default::default();
+            self.reproject([service.clone()].into());
+        }
+        self.projection.take()
+    }
+
+    /// An instance is connected here, or is connected anew.
+    pub fn attach(&mut self, local: Local) -> TableDelta {
+        let mut own = self.own(&local.instance);
+        let mut touched = self.unlease(&local.instance, local.addresses);
+        for address in both(local.addresses) {
+            // Two leases of one address cannot come from our own address book; if they do, the newer has it.
+            if let Some(owner) = self.leased.get(&address).cloned() {
+                touched.extend(self.unlease(&owner, local.addresses));
+            }
+            self.leased.insert(address, local.instance.clone());
+            touched.extend(self.mentions.get(&address).into_iter().flatten().cloned());
+            if let Some(adopted) = self.projection.endpoint(address) {
+                learn(&mut own, adopted.instance);
+            }
+        }
+        for told in [local.own.v4.map(Addr::from), local.own.v6.map(Addr::from)].into_iter().flatten() {
+            learn(&mut own, told);
+        }
+        let service = local.instance.service.clone();
+        self.write_endpoints(&Local { own, ..local.clone() });
+        self.locals.insert(local.instance.clone(), Local { own, ..local });
+        self.learn_own_addresses(&service);
+        touched.insert(service);
+        self.reproject(touched);
+        self.projection.take()
+    }
+
+    /// An instance is not connected here any more. An unknown one changes nothing.
+    pub fn detach(&mut self, instance: &InstanceId) -> TableDelta {
+        let nothing = Addresses { v4: std::net::Ipv4Addr::UNSPECIFIED, v6: std::net::Ipv6Addr::UNSPECIFIED };
+        let touched = self.unlease(instance, nothing);
+        self.reproject(touched);
+        self.projection.take()
+    }
+
+    /// Endpoints of an earlier run without an instance. Call it when all leases of that run are attached.
+    pub fn drop_foreign_endpoints(&mut self) -> TableDelta {
+        let foreign: Vec<Addr> =
+            self.projection.endpoints().filter(|address| !self.leased.contains_key(address)).collect();
+        for address in foreign {
+            self.projection.remove_endpoint(address);
+        }
+        self.projection.take()
+    }
+
+    /// This node has this address towards its peers, and this subnet for its instances.
+    pub fn set_node(&mut self, host: Addr, subnet: Option<Subnet>) -> TableDelta {
+        if (self.host, self.subnet) != (host, subnet) {
+            (self.host, self.subnet) = (host, subnet);
+            self.reproject(self.entries.keys().cloned().collect());
+        }
+        self.projection.take()
+    }
+
+    pub fn set_config(&mut self, config: Config) -> TableDelta {
+        self.projection.set_config(config);
+        self.projection.take()
+    }
+
+    /// The way to peers for which none has been looked up.
+    pub fn set_uplink(&mut self, way: Way) -> TableDelta {
+        self.projection.set_uplink(way);
+        self.projection.take()
+    }
+
+    /// The way to one node, as the kernel's routes have it.
+    pub fn set_way(&mut self, host: Addr, way: Way) -> TableDelta {
+        self.projection.set_way(host, way);
+        self.projection.take()
+    }
+
+    /// The peer has said hello, or says nothing any more.
+    pub fn set_ours(&mut self, peer: u32, ours: bool) -> TableDelta {
+        self.projection.set_ours(peer, ours);
+        self.projection.take()
+    }
+
+    /// The whole projection, for a datapath that begins with empty tables. Services of an earlier run that nobody has claimed yet
+    /// are not in it: only the datapath knows their candidates.
+    pub fn full(&self) -> TableDelta {
+        self.projection.full()
+    }
+
+    /// Is there a row for this service address?
+    pub fn serves(&self, address: Addr) -> bool {
+        self.projection.serves(address)
+    }
+
+    /// The instance addresses of an instance on this node, as far as the cluster has told them.
+    pub fn own(&self, instance: &InstanceId) -> FamilyPair {
+        self.locals.get(instance).map(|local| local.own).unwrap_or_default()
+    }
+
+    /// Which service has this address: a service address, or the namespace address of an instance here.
+    pub fn owner(&self, address: Addr) -> Option<&ServiceName> {
+        self.leased.get(&address).map(|instance| &instance.service).or_else(|| self.semantics.winner(address))
+    }
+
+    /// Addresses that mean this service or one of its instances.
+    pub fn addresses(&self, service: &ServiceName) -> impl Iterator<Item = Addr> {
+        self.entries.get(service).into_iter().flat_map(|entry| entry.claimed.semantics.keys().copied())
+    }
+
+    pub fn peers(&self) -> impl Iterator<Item = (u32, &Peer)> {
+        self.projection.peers()
+    }
+
+    pub fn counts(&self) -> Counts {
+        self.projection.counts()
+    }
+
+    pub fn refusals(&self) -> Refusals {
+        self.refusals
+    }
+
+    fn replace(&mut self, name: ServiceName, answer: &TableAnswer, known: bool) {
+        let sifted = sift(answer, &self.nets);
+        self.refusals.range += sifted.out_of_range;
+        self.refusals.duplicate += sifted.duplicate;
+        self.sequence += 1;
+        let entry = self.entries.entry(name.clone()).or_default();
+        let before = std::mem::take(&mut entry.semantics);
+        entry.remembered = match (known, sifted.rows.is_empty()) {
+            (true, true) if before.is_empty() => std::mem::take(&mut entry.remembered),
+            (true, true) => before,
+            (true, false) | (false, _) => BTreeMap::new(),
+        };
+        unmention(&mut self.mentions, &name, &entry.rows);
+        for side in sifted.rows.iter().flat_map(|row| &row.sides) {
+            self.mentions.entry(side.namespace).or_default().insert(name.clone());
+        }
+        (entry.rows, entry.semantics, entry.sequence) = (sifted.rows, sifted.semantics, self.sequence);
+        self.learn_own_addresses(&name);
+        self.refusals.stale += self.stale(&name);
+        self.reproject([name].into());
+    }
+
+    /// A row of an instance here tells its own instance addresses. They are kept while it is connected, also where the cluster
+    /// forgets them: they never change, and without them it could not send.
+    fn learn_own_addresses(&mut self, name: &ServiceName) {
+        let Some(entry) = self.entries.get(name) else { return };
+        let mut learnt = Vec::new();
+        for row in &entry.rows {
+            let instance = InstanceId { service: name.clone(), number: row.number };
+            let Some(local) = self.locals.get_mut(&instance) else { continue };
+            for side in row.sides.iter().filter(|side| both(local.addresses).contains(&side.namespace)) {
+                learn(&mut local.own, side.instance);
+            }
+            learnt.push(local.clone());
+        }
+        for local in learnt {
+            self.write_endpoints(&local);
+        }
+    }
+
+    fn stale(&self, name: &ServiceName) -> u64 {
+        let sides = self.entries.get(name).into_iter().flat_map(|entry| sides(&entry.rows));
+        sides.filter(|(row, side)| self.admit(name, row, side).is_none()).count() as u64
+    }
+
+    fn write_endpoints(&mut self, local: &Local) {
+        let own = [local.own.v4.map(Addr::from), local.own.v6.map(Addr::from)];
+        for (namespace, own) in both(local.addresses).into_iter().zip(own) {
+            let endpoint = Endpoint {
+                instance: own.unwrap_or(Addr::NONE),
+                ifindex: local.ifindex,
+                mac: local.mac,
+                ..Endpoint::default()
+            };
+            self.projection.set_endpoint(namespace, endpoint);
+        }
+    }
+
+    /// Takes the instance's addresses away and returns the services that this concerns. Endpoints at `kept` addresses stay.
+    fn unlease(&mut self, instance: &InstanceId, kept: Addresses) -> BTreeSet<ServiceName> {
+        let mut touched = BTreeSet::new();
+        let Some(local) = self.locals.remove(instance) else { return touched };
+        touched.insert(instance.service.clone());
+        for address in both(local.addresses) {
+            self.leased.remove(&address);
+            touched.extend(self.mentions.get(&address).into_iter().flatten().cloned());
+            if !both(kept).contains(&address) {
+                self.projection.remove_endpoint(address);
+            }
+        }
+        touched
+    }
+
+    /// Brings claims, then slots, then service rows up to date with what these services say.
+    fn reproject(&mut self, services: BTreeSet<ServiceName>) {
+        let mut addresses = BTreeSet::new();
+        let mut touched = BTreeSet::new();
+        for service in services {
+            self.reclaim(&service, &mut addresses, &mut touched);
+            touched.insert(service);
+        }
+        // All arrivals before all departures: a peer that one instance leaves and another joins stays the same peer.
+        let mut gone = Vec::new();
+        for service in &touched {
+            gone.extend(self.place(service));
+            addresses.extend(self.addresses(service));
+        }
+        for key in gone {
+            self.projection.vacate(&key);
+        }
+        for address in addresses {
+            self.serve(address);
+        }
+        for service in touched {
+            if self.entries.get(&service).is_some_and(Entry::is_empty) {
+                self.entries.remove(&service);
+            }
+        }
+    }
+
+    /// Replaces the service's claims. Notes the addresses it gained or lost, and who else claims them.
+    fn reclaim(&mut self, service: &ServiceName, addresses: &mut BTreeSet<Addr>, others: &mut BTreeSet<ServiceName>) {
+        let after = self.claims_of(service);
+        let Some(entry) = self.entries.get_mut(service) else { return };
+        let before = std::mem::replace(&mut entry.claimed, after.clone());
+        change_claims(&mut self.namespaces, service, &before.namespaces, &after.namespaces, others);
+        change_claims(&mut self.semantics, service, &before.semantics, &after.semantics, others);
+        addresses.extend(before.semantics.into_keys());
+    }
+
+    fn claims_of(&self, service: &ServiceName) -> Claimed {
+        let mut claimed = Claimed::default();
+        let Some(entry) = self.entries.get(service) else { return claimed };
+        claimed.semantics.extend(entry.remembered.keys().map(|address| (*address, 0)));
+        claimed.semantics.extend(entry.semantics.keys().map(|address| (*address, entry.sequence)));
+        for (row, side) in sides(&entry.rows) {
+            if self.admit(service, row, side).is_some() {
+                claimed.namespaces.insert(side.namespace, entry.sequence);
+                claimed.semantics.insert(side.instance, entry.sequence);
+            }
+        }
+        claimed
+    }
+
+    /// Where this row says the instance is: here, or on a peer. `None` where the row cannot be true any more.
+    fn admit(&self, service: &ServiceName, row: &Row, side: &Side) -> Option<Option<PeerKey>> {
+        if let Some(owner) = self.leased.get(&side.namespace) {
+            return (owner.service == *service && owner.number == row.number).then_some(None);
+        }
+        let here = row.host == self.host || self.subnet.is_some_and(|subnet| in_subnet(subnet, side.namespace));
+        (!here).then_some(Some(PeerKey { host: row.host, port: row.port }))
+    }
+
+    /// Gives the service's instances their slots and returns who has to leave.
+    fn place(&mut self, service: &ServiceName) -> Vec<SlotKey> {
+        let Some(entry) = self.entries.get(service) else { return Vec::new() };
+        let mut wanted = Vec::new();
+        for (row, side) in sides(&entry.rows) {
+            let Some(peer) = self.admit(service, row, side) else { continue };
+            let wins = self.namespaces.winner(side.namespace) == Some(service)
+                && self.semantics.winner(side.instance) == Some(service);
+            if wins {
+                let instance = InstanceId { service: service.clone(), number: row.number };
+                let key = SlotKey { instance, is_v4: side.namespace.is_v4() };
+                wanted.push((key, Placement { namespace: side.namespace, instance: side.instance, peer }));
+            }
+        }
+        let mut slots = BTreeMap::new();
+        for (key, placement) in wanted {
+            if let Some(slot) = self.projection.place(key.clone(), placement) {
+                slots.insert(key, slot);
+            }
+        }
+        let Some(entry) = self.entries.get_mut(service) else { return Vec::new() };
+        let mut before = std::mem::replace(&mut entry.slots, slots);
+        before.retain(|key, _| !entry.slots.contains_key(key));
+        before.into_keys().collect()
+    }
+
+    /// Writes or removes the row of one service address.
+    fn serve(&mut self, address: Addr) {
+        let Some(entry) = self.semantics.winner(address).and_then(|winner| self.entries.get(winner)) else {
+            self.projection.unserve(address);
+            return;
+        };
+        let instance = sides(&entry.rows).find(|(_, side)| side.instance == address).map(|(row, _)| row.number);
+        let (serving, candidates) = match instance {
+            Some(number) => (Serving::Instance, entry.candidates(address, Some(number))),
+            None => match entry.semantics.get(&address).or_else(|| entry.remembered.get(&address)) {
+                Some(Policy::Closest) => (Serving::Closest, entry.candidates(address, None)),
+                Some(Policy::RoundRobin) | None => (Serving::Any, entry.candidates(address, None)),
+            },
+        };
+        if !self.projection.serve(address, serving, candidates) {
+            self.projection.unserve(address);
+        }
+        self.projection.drop_adopted_as(address);
+    }
+}
+
+impl Entry {
+    fn is_empty(&self) -> bool {
+        self.rows.is_empty() && self.semantics.is_empty() && self.remembered.is_empty()
+    }
+
+    /// Slots of the address's family: of all instances, or of one.
+    fn candidates(&self, address: Addr, number: Option<u32>) -> Vec<u32> {
+        let fits =
+            |key: &SlotKey| key.is_v4 == address.is_v4() && number.is_none_or(|number| number == key.instance.number);
+        self.slots.iter().filter(|(key, _)| fits(key)).map(|(_, slot)| *slot).collect()
+    }
+}
+
+fn change_claims(
+    claims: &mut Claims,
+    service: &ServiceName,
+    before: &BTreeMap<Addr, u64>,
+    after: &BTreeMap<Addr, u64>,
+    others: &mut BTreeSet<ServiceName>,
+) {
+    for (address, rank) in before {
+        claims.remove(*address, *rank, service);
+    }
+    for (address, rank) in after {
+        claims.insert(*address, *rank, service);
+    }
+    for address in before.keys().chain(after.keys()) {
+        others.extend(claims.claimants(*address).cloned());
+    }
+}
+
+fn unmention(mentions: &mut HashMap<Addr, BTreeSet<ServiceName>>, service: &ServiceName, rows: &[Row]) {
+    for (_, side) in sides(rows) {
+        if let Some(services) = mentions.get_mut(&side.namespace) {
+            services.remove(service);
+            if services.is_empty() {
+                mentions.remove(&side.namespace);
+            }
+        }
+    }
+}
+
+fn sides(rows: &[Row]) -> impl Iterator<Item = (&Row, &Side)> {
+    rows.iter().flat_map(|row| row.sides.iter().map(move |side| (row, side)))
+}
+
+fn both(addresses: Addresses) -> [Addr; 2] {
+    [addresses.v4.into(), addresses.v6.into()]
+}
+
+/// Notes an instance address in its family.
+fn learn(own: &mut FamilyPair, instance: Addr) {
+    if instance.is_none() {
+        return;
+    }
+    match instance.into() {
+        std::net::IpAddr::V4(v4) => own.v4 = Some(v4),
+        std::net::IpAddr::V6(v6) => own.v6 = Some(v6),
+    }
+}
+
+fn in_subnet(subnet: Subnet, address: Addr) -> bool {
+    match address.into() {
+        std::net::IpAddr::V4(v4) => (v4.to_bits() ^ subnet.v4.to_bits()) >> (32 - Subnet::V4_PREFIX) == 0,
+        std::net::IpAddr::V6(v6) => (v6.to_bits() ^ subnet.v6.to_bits()) >> (128 - Subnet::V6_PREFIX) == 0,
+    }
+}
