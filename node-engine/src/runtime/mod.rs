@@ -3,7 +3,9 @@
 //!
 //! Everything a runtime makes carries the instance id and the description, so that a restarted daemon adopts it.
 
+pub mod docker;
 pub mod memory;
+mod pause;
 
 use std::path::PathBuf;
 use std::sync::Arc;

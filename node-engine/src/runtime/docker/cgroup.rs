@@ -1,0 +1,181 @@
+//! What a container uses, read from its cgroup: no daemon is asked, so it costs a few file reads and goes on while Docker is away.
+//! Both hierarchies are known, also side by side (cgroups(7), kernel documents cgroup-v1/memory, cgroup-v1/cpuacct and cgroup-v2).
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where the figures of one container are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Cgroup {
+    cpu: Controller,
+    memory: Controller,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Controller {
+    V1(PathBuf),
+    V2(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sample {
+    /// Time on any CPU since the container began.
+    pub(super) cpu_nanoseconds: u64,
+    /// Without the page cache that can be had back at once, as `docker stats` counts it.
+    pub(super) memory_bytes: u64,
+}
+
+impl Cgroup {
+    /// The cgroup of a process, `None` where it cannot be found.
+    pub(super) fn of(pid: i64) -> io::Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let membership = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let found = |controller| find(controller, &membership, &mounts);
+        match (found("cpuacct"), found("memory")) {
+            (Some(cpu), Some(memory)) => Ok(Self { cpu, memory }),
+            _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup with cpu and memory figures")),
+        }
+    }
+
+    pub(super) fn sample(&self) -> io::Result<Sample> {
+        let cpu_nanoseconds = match &self.cpu {
+            Controller::V1(path) => number(&path.join("cpuacct.usage"))?,
+            Controller::V2(path) => field(&path.join("cpu.stat"), "usage_usec")?.saturating_mul(1000),
+        };
+        let (used, inactive) = match &self.memory {
+            Controller::V1(path) => {
+                (number(&path.join("memory.usage_in_bytes"))?, field(&path.join("memory.stat"), "total_inactive_file")?)
+            }
+            Controller::V2(path) => {
+                (number(&path.join("memory.current"))?, field(&path.join("memory.stat"), "inactive_file")?)
+            }
+        };
+        Ok(Sample { cpu_nanoseconds, memory_bytes: used.saturating_sub(inactive) })
+    }
+}
+
+/// CPUs that are on line.
+pub(super) fn online_cpus() -> u32 {
+    let online = fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    cpus_in(&online).unwrap_or(1).max(1)
+}
+
+pub(super) fn total_memory_bytes() -> u64 {
+    let kib = field(Path::new("/proc/meminfo"), "MemTotal:").unwrap_or(0);
+    kib.saturating_mul(1024)
+}
+
+/// The directory of a controller: its own hierarchy where it has one, else the unified one.
+fn find(controller: &str, membership: &str, mounts: &str) -> Option<Controller> {
+    let memberships = membership.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        Some((parts.next()?, parts.next()?))
+    });
+    let mut unified = None;
+    for (controllers, path) in memberships {
+        let path = path.trim_start_matches('/');
+        if controllers.split(',').any(|name| name == controller) {
+            let mounted = mount_of(mounts, "cgroup", |options| options.split(',').any(|name| name == controller))?;
+            return Some(Controller::V1(mounted.join(path)));
+        }
+        if controllers.is_empty() {
+            unified = mount_of(mounts, "cgroup2", |_| true).map(|mounted| Controller::V2(mounted.join(path)));
+        }
+    }
+    unified
+}
+
+fn mount_of(mounts: &str, kind: &str, fits: impl Fn(&str) -> bool) -> Option<PathBuf> {
+    let found = mounts.lines().find_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        let (path, file_system, options) = (words.next()?, words.next()?, words.next()?);
+        (file_system == kind && fits(options)).then_some(path)
+    });
+    found.map(PathBuf::from)
+}
+
+fn cpus_in(list: &str) -> Option<u32> {
+    let ranges = list.trim().split(',').map(|range| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
+        last.checked_sub(first)?.checked_add(1)
+    });
+    ranges.sum()
+}
+
+fn number(path: &Path) -> io::Result<u64> {
+    let text = fs::read_to_string(path)?;
+    text.trim().parse().map_err(|_| invalid(path, "a number"))
+}
+
+fn field(path: &Path, name: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(path)?;
+    let value = text.lines().find_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        (words.next()? == name).then(|| words.next()?.parse().ok()).flatten()
+    });
+    value.ok_or_else(|| invalid(path, name))
+}
+
+fn invalid(path: &Path, what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{} has no {what}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1_MOUNTS: &str = "\
+tmpfs /sys/fs/cgroup tmpfs rw 0 0
+cgroup /sys/fs/cgroup/memory cgroup rw,nosuid,memory 0 0
+cgroup /sys/fs/cgroup/cpu,cpuacct cgroup rw,cpu,cpuacct 0 0
+cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0
+";
+    const V2_MOUNTS: &str = "proc /proc proc rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n";
+
+    #[test]
+    fn a_controller_is_found_in_either_hierarchy() {
+        let hybrid = "9:memory:/docker/00ff\n4:cpu,cpuacct:/docker/00ff\n0::/docker/00ff\n";
+        let unified = "0::/system.slice/docker-00ff.scope\n";
+        for (controller, membership, mounts, expected) in [
+            ("memory", hybrid, V1_MOUNTS, Some(Controller::V1("/sys/fs/cgroup/memory/docker/00ff".into()))),
+            ("cpuacct", hybrid, V1_MOUNTS, Some(Controller::V1("/sys/fs/cgroup/cpu,cpuacct/docker/00ff".into()))),
+            (
+                "memory",
+                unified,
+                V2_MOUNTS,
+                Some(Controller::V2("/sys/fs/cgroup/system.slice/docker-00ff.scope".into())),
+            ),
+            ("memory", "", V2_MOUNTS, None),
+            ("memory", unified, "", None),
+            ("memory", "garbage\n9\n:", V1_MOUNTS, None),
+        ] {
+            assert_eq!(find(controller, membership, mounts), expected, "{controller} in {membership:?}");
+        }
+    }
+
+    #[test]
+    fn samples_are_read_from_both_kinds_of_files() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).expect("write");
+        write("cpuacct.usage", "5000\n");
+        write("memory.usage_in_bytes", "9000\n");
+        write("memory.stat", "inactive_file 100\ntotal_inactive_file 1000\n");
+        write("cpu.stat", "usage_usec 7\nuser_usec 3\n");
+        write("memory.current", "50\n");
+        let (v1, v2) = (Controller::V1(dir.path().into()), Controller::V2(dir.path().into()));
+        let cgroup = Cgroup { cpu: v1.clone(), memory: v1 };
+        assert_eq!(cgroup.sample().expect("v1"), Sample { cpu_nanoseconds: 5000, memory_bytes: 8000 });
+        let cgroup = Cgroup { cpu: v2.clone(), memory: v2 };
+        assert_eq!(cgroup.sample().expect("v2"), Sample { cpu_nanoseconds: 7000, memory_bytes: 0 });
+    }
+
+    #[test]
+    fn cpu_lists_are_counted() {
+        for (list, expected) in [("0-3\n", Some(4)), ("0", Some(1)), ("0-1,4,6-7", Some(5)), ("", None), ("3-1", None)]
+        {
+            assert_eq!(cpus_in(list), expected, "{list:?}");
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Finding the Docker daemon and speaking a version of its API that both sides know. Nothing is done until the first call, and a
+//! daemon that comes back as another version is asked anew.
+
+use std::sync::{Mutex, PoisonError};
+
+use bollard::errors::Error;
+use bollard::{API_DEFAULT_VERSION, Docker};
+
+use crate::runtime::RuntimeError;
+
+const DEFAULT_SOCKET: &str = "/var/run/docker.sock";
+/// Until an answer begins; a daemon under load, or one that was stopped for a while, still answers within it.
+const TIMEOUT_SECONDS: u64 = 120;
+
+/// A connection that is made when it is needed.
+#[derive(Debug)]
+pub(super) struct Client {
+    socket: String,
+    docker: Mutex<Option<Docker>>,
+}
+
+impl Client {
+    /// `host`, else `DOCKER_HOST`, else the platform's socket.
+    ///
+    /// # Errors
+    /// An address that is not a local socket: namespaces and cgroups of containers elsewhere are out of reach.
+    pub(super) fn new(host: Option<&str>) -> Result<Self, RuntimeError> {
+        let environment = std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
+        let host = host.map(str::to_owned).or(environment).unwrap_or_else(|| DEFAULT_SOCKET.to_owned());
+        let path = host.strip_prefix("unix://").unwrap_or(&host);
+        if !path.starts_with('/') {
+            let reason = format!("{host:?} is not a local socket; give unix:///path/to/docker.sock");
+            return Err(RuntimeError::Refused { what: "docker host", reason });
+        }
+        Ok(Self { socket: path.to_owned(), docker: Mutex::new(None) })
+    }
+
+    pub(super) async fn get(&self) -> Result<Docker, RuntimeError> {
+        if let Some(docker) = self.cached().clone() {
+            return Ok(docker);
+        }
+        let connect = async {
+            Docker::connect_with_unix(&self.socket, TIMEOUT_SECONDS, API_DEFAULT_VERSION)?.negotiate_version().await
+        };
+        let docker = connect.await.map_err(|error| self.failed("connect", error))?;
+        *self.cached() = Some(docker.clone());
+        Ok(docker)
+    }
+
+    /// The daemon may have been replaced: its version is asked again next time.
+    pub(super) fn forget(&self) {
+        *self.cached() = None;
+    }
+
+    /// What a failed call means for the caller.
+    pub(super) fn failed(&self, step: &'static str, error: Error) -> RuntimeError {
+        match error {
+            Error::DockerResponseServerError { message, .. } => RuntimeError::Step { step, reason: message },
+            Error::DockerStreamError { error } => RuntimeError::Step { step, reason: error },
+            Error::SocketNotFoundError(path) => RuntimeError::Unavailable(format!(
+                "there is no Docker at {path}; install or start it (systemctl start docker)"
+            )),
+            Error::RequestTimeoutError
+            | Error::IOError { .. }
+            | Error::HyperResponseError { .. }
+            | Error::HyperLegacyError { .. } => RuntimeError::Unavailable(format!(
+                "Docker at {} during {step}: {}; see `systemctl status docker`",
+                self.socket,
+                chain(&error)
+            )),
+            error => RuntimeError::Step { step, reason: chain(&error) },
+        }
+    }
+
+    fn cached(&self) -> std::sync::MutexGuard<'_, Option<Docker>> {
+        self.docker.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The answer to a call about something that is not there.
+pub(super) fn not_found(error: &Error) -> bool {
+    matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let cause = error.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_local_sockets_are_accepted() {
+        for good in ["/run/docker.sock", "unix:///run/user/0/docker.sock"] {
+            assert!(Client::new(Some(good)).is_ok(), "{good}");
+        }
+        for bad in ["tcp://10.0.0.1:2375", "ssh://host", "docker.sock", ""] {
+            assert!(matches!(Client::new(Some(bad)), Err(RuntimeError::Refused { .. })), "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_absent_daemon_is_unavailable_and_says_what_to_do() {
+        let client = Client::new(Some("/nowhere/docker.sock")).expect("an address");
+        let error = client.get().await.expect_err("nobody there");
+        assert!(matches!(&error, RuntimeError::Unavailable(_)), "{error}");
+        assert!(error.to_string().contains("start"), "{error}");
+    }
+}

@@ -1,0 +1,197 @@
+//! The two containers of an instance, as Docker is asked for them: the sandbox, which holds the network namespace, and the workload,
+//! which joins it.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use bollard::models::{
+    ContainerCreateBody, DeviceMapping, DeviceRequest, HostConfig, HostConfigLogConfig, RestartPolicy,
+    RestartPolicyNameEnum,
+};
+
+use super::image::PAUSE;
+use crate::model::{InstanceId, InstanceSpec};
+use crate::runtime::pause;
+
+pub(super) const LABEL_INSTANCE: &str = "node-engine.instance";
+pub(super) const LABEL_DOCUMENT: &str = "node-engine.document";
+pub(super) const LABEL_ROLE: &str = "node-engine.role";
+pub(super) const ROLE_SANDBOX: &str = "sandbox";
+pub(super) const ROLE_WORKLOAD: &str = "workload";
+
+/// Docker accepts no smaller limit.
+const LEAST_MEMORY_MIB: u64 = 6;
+/// Where no name server of the host can be reached from a container.
+const FALLBACK_DNS: &str = "8.8.8.8";
+
+pub(super) fn workload_name(instance: &InstanceId) -> String {
+    instance.to_string()
+}
+
+pub(super) fn sandbox_name(instance: &InstanceId) -> String {
+    format!("{instance}.sandbox")
+}
+
+pub(super) fn sandbox(spec: &InstanceSpec, dns: Vec<String>) -> ContainerCreateBody {
+    ContainerCreateBody {
+        hostname: Some(host_name(&spec.id)),
+        image: Some(PAUSE.into()),
+        entrypoint: Some(vec![pause::PATH.into()]),
+        labels: Some(labels(spec, ROLE_SANDBOX)),
+        host_config: Some(HostConfig {
+            network_mode: Some("none".into()),
+            // The workload takes over host name and resolver with the network.
+            dns: Some(dns),
+            cap_drop: Some(vec!["ALL".into()]),
+            readonly_rootfs: Some(true),
+            log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
+            restart_policy: Some(never()),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
+    }
+}
+
+/// `cpus` is what the machine has: a limit that is none of it is not asked for, since Docker refuses larger ones.
+pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> ContainerCreateBody {
+    let memory = spec.limits.memory_mib.map(|limit| to_i64(limit.max(LEAST_MEMORY_MIB).saturating_mul(1 << 20)));
+    let gpus = DeviceRequest {
+        driver: Some("nvidia".into()),
+        count: Some(i64::from(spec.limits.vgpus)),
+        capabilities: Some(vec![vec!["gpu".into()]]),
+        ..DeviceRequest::default()
+    };
+    let fuse = DeviceMapping {
+        path_on_host: Some("/dev/fuse".into()),
+        path_in_container: Some("/dev/fuse".into()),
+        cgroup_permissions: Some("rwm".into()),
+    };
+    let log_options = [("max-size", "10m"), ("max-file", "2")];
+    ContainerCreateBody {
+        image: Some(spec.image.clone()),
+        cmd: (!spec.command.is_empty()).then(|| spec.command.clone()),
+        env: Some(environment(spec)),
+        labels: Some(labels(spec, ROLE_WORKLOAD)),
+        host_config: Some(HostConfig {
+            network_mode: Some(format!("container:{sandbox}")),
+            nano_cpus: spec.limits.vcpus.filter(|vcpus| *vcpus < cpus).map(|vcpus| i64::from(vcpus) * 1_000_000_000),
+            memory,
+            // The same value for memory and swap together: no swap.
+            memory_swap: memory,
+            devices: spec.privileged.then(|| vec![fuse]),
+            device_requests: (spec.limits.vgpus > 0).then(|| vec![gpus]),
+            log_config: Some(HostConfigLogConfig {
+                typ: Some("json-file".into()),
+                config: Some(log_options.map(|(name, value)| (name.to_owned(), value.to_owned())).into()),
+            }),
+            restart_policy: Some(never()),
+            ..HostConfig::default()
+        }),
+        ..ContainerCreateBody::default()
+    }
+}
+
+/// The name servers of a resolv.conf that a container can reach: not those on the host's loopback.
+pub(super) fn name_servers(resolv_conf: &str) -> Vec<String> {
+    let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok();
+    let reachable = |address: &IpAddr| !address.is_loopback() && !address.is_unspecified();
+    let servers: Vec<_> =
+        resolv_conf.lines().filter_map(server).filter(reachable).take(3).map(|address| address.to_string()).collect();
+    if servers.is_empty() { vec![FALLBACK_DNS.into()] } else { servers }
+}
+
+fn host_name(instance: &InstanceId) -> String {
+    format!("instance-{}", instance.number)
+}
+
+fn environment(spec: &InstanceSpec) -> Vec<String> {
+    let mut environment = spec.environment.clone();
+    if !environment.iter().any(|variable| variable.starts_with("HOSTNAME=")) {
+        environment.push(format!("HOSTNAME={}", host_name(&spec.id)));
+    }
+    environment
+}
+
+fn labels(spec: &InstanceSpec, role: &str) -> HashMap<String, String> {
+    let labels =
+        [(LABEL_INSTANCE, spec.id.to_string()), (LABEL_DOCUMENT, spec.document.to_string()), (LABEL_ROLE, role.into())];
+    labels.map(|(name, value)| (name.to_owned(), value)).into()
+}
+
+fn never() -> RestartPolicy {
+    RestartPolicy { name: Some(RestartPolicyNameEnum::NO), maximum_retry_count: None }
+}
+
+fn to_i64(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::model::{Limits, Technology};
+
+    pub(in crate::runtime::docker) fn spec(number: u32) -> InstanceSpec {
+        InstanceSpec {
+            id: InstanceId { service: "app.default.web.test".parse().expect("a good name"), number },
+            job: String::new(),
+            technology: Technology::Container,
+            image: "bb:1".into(),
+            command: Vec::new(),
+            environment: Vec::new(),
+            ports: Vec::new(),
+            platform: None,
+            limits: Limits::default(),
+            one_shot: false,
+            privileged: false,
+            document: "{\"a\":1}".into(),
+        }
+    }
+
+    #[test]
+    fn limits_and_devices_are_asked_for_only_where_given() {
+        let bare = workload(&spec(3), "sandbox", 4);
+        let host = bare.host_config.expect("a host config");
+        assert_eq!((host.nano_cpus, host.memory, host.memory_swap, &host.devices), (None, None, None, &None));
+        assert_eq!((host.device_requests, bare.cmd), (None, None));
+        assert_eq!(host.privileged, None);
+        assert_eq!(bare.env, Some(vec!["HOSTNAME=instance-3".to_owned()]));
+
+        let limits = Limits { vcpus: Some(2), memory_mib: Some(100), vgpus: 1 };
+        let full = workload(&InstanceSpec { limits, privileged: true, ..spec(3) }, "sandbox", 4);
+        let host = full.host_config.expect("a host config");
+        assert_eq!((host.nano_cpus, host.memory), (Some(2_000_000_000), Some(100 << 20)));
+        assert_eq!(host.memory_swap, host.memory);
+        assert_eq!(host.privileged, None, "privileged adds a device and no more");
+        assert_eq!(host.devices.map(|devices| devices.len()), Some(1));
+        assert_eq!(host.device_requests.map(|requests| requests[0].count), Some(Some(1)));
+    }
+
+    #[test]
+    fn limits_that_docker_would_refuse_are_brought_into_its_range() {
+        let limits = Limits { vcpus: Some(64), memory_mib: Some(1), vgpus: 0 };
+        let host = workload(&InstanceSpec { limits, ..spec(0) }, "s", 4).host_config.expect("a host config");
+        assert_eq!((host.nano_cpus, host.memory), (None, Some(6 << 20)));
+        let limits = Limits { memory_mib: Some(u64::MAX), ..Limits::default() };
+        let host = workload(&InstanceSpec { limits, ..spec(0) }, "s", 4).host_config.expect("a host config");
+        assert_eq!(host.memory, Some(i64::MAX));
+    }
+
+    #[test]
+    fn the_environment_may_set_its_own_host_name() {
+        let spec = InstanceSpec { environment: vec!["HOSTNAME=x".into(), "A=b".into()], ..spec(0) };
+        assert_eq!(environment(&spec), ["HOSTNAME=x", "A=b"]);
+    }
+
+    #[test]
+    fn containers_get_name_servers_they_can_reach() {
+        for (conf, expected) in [
+            ("nameserver 10.0.0.1\nsearch x\nnameserver fd00::1\n", vec!["10.0.0.1", "fd00::1"]),
+            ("# none\nnameserver 127.0.0.53\nnameserver ::1\n", vec!["8.8.8.8"]),
+            ("", vec!["8.8.8.8"]),
+            ("nameserver bad\nnameserver\t1.1.1.1\n", vec!["1.1.1.1"]),
+        ] {
+            assert_eq!(name_servers(conf), expected, "{conf:?}");
+        }
+    }
+}

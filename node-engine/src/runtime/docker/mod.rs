@@ -1,0 +1,367 @@
+//! Containers through the Docker daemon.
+//!
+//! An instance is two containers: a *sandbox*, which does nothing but hold the network namespace, and the *workload*, which joins it
+//! (docs/adr/0006-sandbox-container.md). Both carry the instance and its description as labels; nothing else is kept, so a restarted
+//! daemon adopts what it finds. Containers without our labels are never touched, whatever their name.
+
+mod cgroup;
+mod client;
+mod container;
+mod image;
+mod refresh;
+mod running;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use bollard::Docker;
+use bollard::models::{ContainerInspectResponse, ContainerSummary};
+use bollard::query_parameters::{
+    CreateContainerOptions, ListContainersOptions, RemoveContainerOptions, StopContainerOptions,
+};
+use tokio::sync::{OwnedMutexGuard, mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+use self::cgroup::Cgroup;
+use self::client::{Client, not_found};
+use self::container::{
+    LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, name_servers, sandbox_name, workload_name,
+};
+use self::running::Running;
+use super::{Adopted, AdoptedState, Exit, Runtime, RuntimeError, Sandbox};
+use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+
+/// Ends that may wait to be read.
+const EXITS: usize = 256;
+/// A container that is being removed by someone else is waited for this long.
+const REMOVAL: Duration = Duration::from_secs(10);
+const REMOVAL_POLL: Duration = Duration::from_millis(100);
+
+/// The Docker daemon of this machine.
+#[derive(Debug)]
+pub struct DockerRuntime {
+    inner: Arc<Inner>,
+    exits: tokio::sync::Mutex<mpsc::Receiver<Exit>>,
+    _watch: AbortOnDropHandle<()>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    client: Client,
+    running: Running,
+    /// One change of an instance at a time, also when whoever asked for it has lost interest.
+    locks: Mutex<HashMap<InstanceId, Weak<tokio::sync::Mutex<()>>>>,
+    refreshing: tokio::sync::Mutex<()>,
+}
+
+impl DockerRuntime {
+    /// The daemon at `host` (`unix:///path`), else at `DOCKER_HOST`, else at the platform's socket. It need not be there yet. Must be
+    /// called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// `Refused` for an address that is not a local socket.
+    pub fn new(host: Option<&str>) -> Result<Self, RuntimeError> {
+        let inner = Arc::new(Inner {
+            client: Client::new(host)?,
+            running: Running::default(),
+            locks: Mutex::default(),
+            refreshing: tokio::sync::Mutex::default(),
+        });
+        let (exits, exited) = mpsc::channel(EXITS);
+        let watch = tokio::spawn(watch::run(inner.clone(), exits));
+        Ok(Self { inner, exits: tokio::sync::Mutex::new(exited), _watch: AbortOnDropHandle::new(watch) })
+    }
+}
+
+#[async_trait]
+impl Runtime for DockerRuntime {
+    fn technology(&self) -> Technology {
+        Technology::Container
+    }
+
+    async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
+        let guard = self.inner.lock(&spec.id).await;
+        image::ensure(&self.inner.client, &spec.image, spec.platform.as_deref()).await?;
+        image::ensure_pause(&self.inner.client).await?;
+        // From here on a caller that goes away must not leave a request half-way: the task ends it and holds the lock that long.
+        let (inner, spec) = (self.inner.clone(), spec.clone());
+        let made = tokio::spawn(async move { inner.make(&spec, guard).await });
+        made.await.unwrap_or_else(|error| Err(RuntimeError::Step { step: "prepare", reason: error.to_string() }))
+    }
+
+    async fn start(&self, instance: &InstanceId) -> Result<(), RuntimeError> {
+        let guard = self.inner.lock(instance).await;
+        let (inner, instance) = (self.inner.clone(), instance.clone());
+        let started = tokio::spawn(async move { inner.start(&instance, guard).await });
+        started.await.unwrap_or_else(|error| Err(RuntimeError::Step { step: "start", reason: error.to_string() }))
+    }
+
+    async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError> {
+        let guard = self.inner.lock(instance).await;
+        let (inner, instance) = (self.inner.clone(), instance.clone());
+        let stopped = tokio::spawn(async move { inner.remove(&instance, grace, &guard).await });
+        stopped.await.unwrap_or_else(|error| Err(RuntimeError::Step { step: "stop", reason: error.to_string() }))
+    }
+
+    async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
+        let listed = self.inner.list().await?;
+        let mut found: BTreeMap<InstanceId, Vec<ContainerSummary>> = BTreeMap::new();
+        for container in listed {
+            let labels = container.labels.as_ref();
+            match labels.and_then(|labels| labels.get(LABEL_INSTANCE)).and_then(|label| label.parse().ok()) {
+                Some(instance) => found.entry(instance).or_default().push(container),
+                None => {
+                    tracing::warn!(names = ?container.names, "a container with our label and no instance is left alone");
+                }
+            }
+        }
+        let mut adopted = Vec::with_capacity(found.len());
+        for (instance, containers) in found {
+            adopted.push(self.inner.adopt(instance, containers).await?);
+        }
+        Ok(adopted)
+    }
+
+    async fn usage(&self) -> Result<Vec<InstanceUsage>, RuntimeError> {
+        refresh::begin(&self.inner);
+        let inner = self.inner.clone();
+        let usage = tokio::task::spawn_blocking(move || inner.running.usage()).await;
+        usage.map_err(|error| RuntimeError::Step { step: "usage", reason: error.to_string() })
+    }
+
+    async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError> {
+        let docker = self.inner.client.get().await?;
+        let container = self.inner.ours(&docker, instance, &workload_name(instance)).await?;
+        let id = container.and_then(|container| container.id).ok_or_else(|| RuntimeError::Unknown(instance.clone()))?;
+        let log = refresh::log_tail(&docker, &id, tail).await;
+        log.map_err(|error| self.inner.client.failed("logs", error))
+    }
+
+    async fn exited(&self) -> Exit {
+        match self.exits.lock().await.recv().await {
+            Some(exit) => exit,
+            // The watch ends only when `self` does, or by a bug that its own panic has told.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Inner {
+    /// Sandbox up, workload created, nothing of it running.
+    async fn make(&self, spec: &InstanceSpec, guard: OwnedMutexGuard<()>) -> Result<Sandbox, RuntimeError> {
+        self.remove(&spec.id, Duration::ZERO, &guard).await?;
+        let docker = self.client.get().await?;
+        let sandbox = sandbox_name(&spec.id);
+        self.create(&docker, &sandbox, "", container::sandbox(spec, host_name_servers())).await?;
+        docker.start_container(&sandbox, None).await.map_err(|error| self.client.failed("start the sandbox", error))?;
+        let pid = self.ours(&docker, &spec.id, &sandbox).await?.as_ref().and_then(running_pid);
+        let pid = pid.ok_or_else(|| RuntimeError::Step { step: "sandbox", reason: "it ended at once".into() })?;
+        let workload = container::workload(spec, &sandbox, cgroup::online_cpus());
+        self.create(&docker, &workload_name(&spec.id), spec.platform.as_deref().unwrap_or_default(), workload).await?;
+        Ok(netns(pid))
+    }
+
+    async fn create(
+        &self,
+        docker: &Docker,
+        name: &str,
+        platform: &str,
+        body: bollard::models::ContainerCreateBody,
+    ) -> Result<(), RuntimeError> {
+        let options = CreateContainerOptions { name: Some(name.into()), platform: platform.into() };
+        match docker.create_container(Some(options), body).await {
+            Ok(created) => {
+                for warning in created.warnings {
+                    tracing::debug!(name, warning, "created with a warning");
+                }
+                Ok(())
+            }
+            // The description asks for what this Docker cannot do.
+            Err(bollard::errors::Error::DockerResponseServerError { status_code: 400 | 409, message }) => {
+                Err(RuntimeError::Refused { what: "container", reason: message })
+            }
+            Err(error) => Err(self.client.failed("create the container", error)),
+        }
+    }
+
+    async fn start(&self, instance: &InstanceId, _guard: OwnedMutexGuard<()>) -> Result<(), RuntimeError> {
+        let docker = self.client.get().await?;
+        let unknown = || RuntimeError::Unknown(instance.clone());
+        let name = workload_name(instance);
+        let id = self.ours(&docker, instance, &name).await?.and_then(|container| container.id).ok_or_else(unknown)?;
+        // Before the start: a workload may end before the call returns.
+        self.running.expect(&id, instance);
+        if let Err(error) = docker.start_container(&id, None).await {
+            self.running.take(&id);
+            return Err(if not_found(&error) { unknown() } else { self.client.failed("start the container", error) });
+        }
+        if let Some(started) = self.ours(&docker, instance, &name).await?
+            && let Some(pid) = running_pid(&started)
+        {
+            self.measure(&id, pid, started.log_path);
+        }
+        Ok(())
+    }
+
+    /// Removes both containers, whatever state they are in.
+    async fn remove(
+        &self,
+        instance: &InstanceId,
+        grace: Duration,
+        _guard: &OwnedMutexGuard<()>,
+    ) -> Result<(), RuntimeError> {
+        let docker = self.client.get().await?;
+        for name in [workload_name(instance), sandbox_name(instance)] {
+            let Some(container) = self.ours(&docker, instance, &name).await? else { continue };
+            let Some(id) = container.id.as_deref() else { continue };
+            // An end that was asked for is not told.
+            self.running.take(id);
+            if !grace.is_zero() && name == workload_name(instance) && running_pid(&container).is_some() {
+                let seconds = i32::try_from(grace.as_secs().max(1)).unwrap_or(i32::MAX);
+                let options = StopContainerOptions { signal: None, t: Some(seconds) };
+                match docker.stop_container(id, Some(options)).await {
+                    Err(error) if !not_found(&error) => return Err(self.client.failed("stop the container", error)),
+                    _ => {}
+                }
+            }
+            self.remove_container(&docker, id).await?;
+        }
+        Ok(())
+    }
+
+    async fn remove_container(&self, docker: &Docker, id: &str) -> Result<(), RuntimeError> {
+        let options = RemoveContainerOptions { force: true, v: true, link: false };
+        let error = match docker.remove_container(id, Some(options)).await {
+            Ok(()) => return Ok(()),
+            Err(error) if not_found(&error) => return Ok(()),
+            Err(error) => error,
+        };
+        if !matches!(error, bollard::errors::Error::DockerResponseServerError { status_code: 409, .. }) {
+            return Err(self.client.failed("remove the container", error));
+        }
+        // Somebody else removes it already.
+        let deadline = Instant::now() + REMOVAL;
+        while Instant::now() < deadline {
+            match docker.inspect_container(id, None).await {
+                Err(error) if not_found(&error) => return Ok(()),
+                _ => tokio::time::sleep(REMOVAL_POLL).await,
+            }
+        }
+        Err(self.client.failed("remove the container", error))
+    }
+
+    /// The container of this name, if there is one and it is this instance's.
+    async fn ours(
+        &self,
+        docker: &Docker,
+        instance: &InstanceId,
+        name: &str,
+    ) -> Result<Option<ContainerInspectResponse>, RuntimeError> {
+        let found = match docker.inspect_container(name, None).await {
+            Ok(found) => found,
+            Err(error) if not_found(&error) => return Ok(None),
+            Err(error) => return Err(self.client.failed("look for the container", error)),
+        };
+        let labels = found.config.as_ref().and_then(|config| config.labels.as_ref());
+        let owner = labels.and_then(|labels| labels.get(LABEL_INSTANCE));
+        let ours = owner.is_some_and(|owner| *owner == instance.to_string());
+        Ok(ours.then_some(found))
+    }
+
+    async fn list(&self) -> Result<Vec<ContainerSummary>, RuntimeError> {
+        let docker = self.client.get().await?;
+        let options = ListContainersOptions {
+            all: true,
+            filters: Some(HashMap::from([("label".into(), vec![LABEL_INSTANCE.into()])])),
+            ..ListContainersOptions::default()
+        };
+        docker.list_containers(Some(options)).await.map_err(|error| self.client.failed("list containers", error))
+    }
+
+    async fn adopt(&self, instance: InstanceId, containers: Vec<ContainerSummary>) -> Result<Adopted, RuntimeError> {
+        let label = |container: &ContainerSummary, name: &str| {
+            container.labels.as_ref().and_then(|labels| labels.get(name)).cloned().unwrap_or_default()
+        };
+        let document = containers.first().map(|first| label(first, LABEL_DOCUMENT)).unwrap_or_default().into();
+        let workload = containers.iter().find(|container| label(container, LABEL_ROLE) == ROLE_WORKLOAD);
+        let state = match workload.and_then(|workload| workload.id.as_deref()) {
+            Some(id) => self.adopt_workload(&instance, id).await?,
+            None => AdoptedState::Incomplete,
+        };
+        Ok(Adopted { instance, document, state })
+    }
+
+    async fn adopt_workload(&self, instance: &InstanceId, id: &str) -> Result<AdoptedState, RuntimeError> {
+        let docker = self.client.get().await?;
+        // Before looking: an end between the look and the note would be told by nobody.
+        self.running.expect(id, instance);
+        let found = match docker.inspect_container(id, None).await {
+            Ok(found) => found,
+            Err(error) => {
+                self.running.take(id);
+                return if not_found(&error) {
+                    Ok(AdoptedState::Incomplete)
+                } else {
+                    Err(self.client.failed("inspect the container", error))
+                };
+            }
+        };
+        if let Some(pid) = running_pid(&found) {
+            self.measure(id, pid, found.log_path);
+            // The workload shares the sandbox's namespace and keeps it also where the sandbox is gone.
+            return Ok(AdoptedState::Running(netns(pid)));
+        }
+        // Where the watch was faster its end is told twice, here first; by then it is known as ended.
+        self.running.take(id);
+        let state = found.state.unwrap_or_default();
+        Ok(match (state.started_at.as_deref(), state.exit_code) {
+            // Docker writes the year 1 for what was never started.
+            (Some(started), Some(code)) if !started.starts_with("0001-") => AdoptedState::Exited(Exit {
+                instance: instance.clone(),
+                code,
+                out_of_memory: state.oom_killed.unwrap_or(false),
+            }),
+            _ => AdoptedState::Incomplete,
+        })
+    }
+
+    fn measure(&self, container: &str, pid: i64, log_path: Option<String>) {
+        match Cgroup::of(pid) {
+            Ok(cgroup) => self.running.measure(container, cgroup, log_path.map(PathBuf::from)),
+            Err(error) => tracing::warn!(container, pid, %error, "its usage cannot be measured"),
+        }
+    }
+
+    async fn lock(&self, instance: &InstanceId) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| lock.strong_count() > 0);
+            let lock = locks.get(instance).and_then(Weak::upgrade).unwrap_or_default();
+            locks.insert(instance.clone(), Arc::downgrade(&lock));
+            lock
+        };
+        lock.lock_owned().await
+    }
+}
+
+fn running_pid(container: &ContainerInspectResponse) -> Option<i64> {
+    let state = container.state.as_ref()?;
+    state.pid.filter(|pid| state.running == Some(true) && *pid > 0)
+}
+
+fn netns(pid: i64) -> Sandbox {
+    Sandbox { netns: format!("/proc/{pid}/ns/net").into() }
+}
+
+/// The host's real name servers: behind a local stub resolver, those that systemd-resolved knows.
+fn host_name_servers() -> Vec<String> {
+    let resolved = Path::new("/run/systemd/resolve/resolv.conf");
+    let conf = std::fs::read_to_string(resolved).or_else(|_| std::fs::read_to_string("/etc/resolv.conf"));
+    name_servers(&conf.unwrap_or_default())
+}

@@ -1,0 +1,170 @@
+//! The workloads that run, by container: what has to be known of them to measure them and to tell their end exactly once. In memory
+//! only; after a restart it is filled from what Docker holds.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::cgroup::{self, Cgroup, Sample};
+use crate::model::{InstanceId, InstanceUsage, Technology};
+
+/// A writable layer is measured this often at most: Docker walks through all of it.
+const DISK_EVERY: Duration = Duration::from_secs(60);
+
+/// Container id → the workload in it.
+#[derive(Debug, Default)]
+pub(super) struct Running {
+    containers: Mutex<HashMap<String, Workload>>,
+}
+
+#[derive(Debug)]
+struct Workload {
+    instance: InstanceId,
+    cgroup: Option<Cgroup>,
+    sampled: Option<(Instant, Sample)>,
+    log_path: Option<PathBuf>,
+    log_tail: String,
+    /// Length of the log file when the tail was read.
+    log_length: Option<u64>,
+    disk_bytes: u64,
+    disk_measured: Option<Instant>,
+}
+
+/// What is old and should be asked of Docker.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Stale {
+    pub(super) container: String,
+    pub(super) log_path: Option<PathBuf>,
+    pub(super) log_length: Option<u64>,
+    pub(super) disk: bool,
+}
+
+impl Running {
+    /// From now on the container's end is told.
+    pub(super) fn expect(&self, container: &str, instance: &InstanceId) {
+        let workload = Workload {
+            instance: instance.clone(),
+            cgroup: None,
+            sampled: None,
+            log_path: None,
+            log_tail: String::new(),
+            log_length: None,
+            disk_bytes: 0,
+            disk_measured: None,
+        };
+        self.lock().entry(container.to_owned()).or_insert(workload);
+    }
+
+    /// Its first process runs and can be measured.
+    pub(super) fn measure(&self, container: &str, cgroup: Cgroup, log_path: Option<PathBuf>) {
+        let sample = cgroup.sample().ok().map(|sample| (Instant::now(), sample));
+        if let Some(workload) = self.lock().get_mut(container) {
+            workload.sampled = sample;
+            workload.cgroup = Some(cgroup);
+            workload.log_path = log_path;
+        }
+    }
+
+    /// Forgets the container. Whoever gets its instance tells the end; nobody else does.
+    pub(super) fn take(&self, container: &str) -> Option<InstanceId> {
+        self.lock().remove(container).map(|workload| workload.instance)
+    }
+
+    pub(super) fn containers(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    pub(super) fn stale(&self) -> Vec<Stale> {
+        let stale = |(container, workload): (&String, &Workload)| Stale {
+            container: container.clone(),
+            log_path: workload.log_path.clone(),
+            log_length: workload.log_length,
+            disk: workload.disk_measured.is_none_or(|at| at.elapsed() >= DISK_EVERY),
+        };
+        self.lock().iter().map(stale).collect()
+    }
+
+    pub(super) fn set_log(&self, container: &str, tail: String, length: Option<u64>) {
+        if let Some(workload) = self.lock().get_mut(container) {
+            workload.log_tail = tail;
+            workload.log_length = length;
+        }
+    }
+
+    pub(super) fn set_disk(&self, container: &str, bytes: u64) {
+        if let Some(workload) = self.lock().get_mut(container) {
+            workload.disk_bytes = bytes;
+            workload.disk_measured = Some(Instant::now());
+        }
+    }
+
+    /// Usage since the call before. A container whose cgroup has gone is about to be told as ended and is left out.
+    pub(super) fn usage(&self) -> Vec<InstanceUsage> {
+        let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
+        let mut containers = self.lock();
+        let usage = containers.values_mut().filter_map(|workload| {
+            let (now, sample) = (Instant::now(), workload.cgroup.as_ref()?.sample().ok()?);
+            let before = workload.sampled.replace((now, sample));
+            Some(InstanceUsage {
+                instance: workload.instance.clone(),
+                technology: Technology::Container,
+                cpu_percent: before.map_or(0.0, |before| cpu_percent(before, (now, sample), cpus)),
+                memory_bytes: sample.memory_bytes,
+                memory_percent: percent(sample.memory_bytes as f64, memory as f64),
+                disk_bytes: workload.disk_bytes,
+                log_tail: workload.log_tail.clone(),
+            })
+        });
+        usage.collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Workload>> {
+        // Nothing panics while the lock is held, and a poisoned map is still a map.
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn cpu_percent((then, before): (Instant, Sample), (now, after): (Instant, Sample), cpus: u32) -> f64 {
+    let used = after.cpu_nanoseconds.saturating_sub(before.cpu_nanoseconds);
+    let available = now.duration_since(then).as_nanos() as f64 * f64::from(cpus);
+    percent(used as f64, available)
+}
+
+fn percent(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_belongs_to_one_taker() {
+        let (running, instance) = (Running::default(), super::super::container::tests::spec(0).id);
+        running.expect("c", &instance);
+        assert_eq!(running.take("c"), Some(instance));
+        assert_eq!(running.take("c"), None);
+    }
+
+    #[test]
+    fn cpu_is_a_share_of_the_whole_machine() {
+        let (then, sample) = (Instant::now(), |cpu_nanoseconds| Sample { cpu_nanoseconds, memory_bytes: 0 });
+        let now = then + Duration::from_secs(2);
+        let percent = cpu_percent((then, sample(1_000_000_000)), (now, sample(2_000_000_000)), 4);
+        assert!((percent - 12.5).abs() < 1e-9, "{percent}");
+        assert_eq!(cpu_percent((then, sample(5)), (then, sample(9)), 4), 0.0);
+    }
+
+    #[test]
+    fn what_was_just_measured_is_not_stale() {
+        let (running, instance) = (Running::default(), super::super::container::tests::spec(0).id);
+        running.expect("c", &instance);
+        running.set_disk("c", 7);
+        running.set_log("c", "x".into(), Some(1));
+        assert_eq!(
+            running.stale(),
+            [Stale { container: "c".into(), log_path: None, log_length: Some(1), disk: false }]
+        );
+    }
+}
