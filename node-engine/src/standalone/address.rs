@@ -115,6 +115,11 @@ impl Pool {
         self.taken.remove(&address);
     }
 
+    #[cfg(test)]
+    pub(super) fn is_unused(&self) -> bool {
+        self.taken.is_empty()
+    }
+
     /// Where the next address is looked for; kept over a restart so that freed addresses rest.
     pub(super) fn position(&self) -> u128 {
         self.next

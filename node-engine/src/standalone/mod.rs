@@ -6,8 +6,11 @@
 //! publish commands. They listen on every address because other machines name this one as their cluster; a machine that is its
 //! whole cluster sets [`StandaloneConfig::listen`] to a loopback address, one among others to the address of a private network.
 
-#[allow(dead_code, reason = "the manager that hands addresses out lands next")]
 mod address;
+mod core;
+mod inventory;
+mod saved;
+mod schedule;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
