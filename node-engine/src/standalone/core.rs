@@ -245,23 +245,27 @@ impl Core {
 
     /// `nodes/<id>/net/subnet`: the first time a new pair, then always the same.
     pub(super) fn subnet_request(&mut self, id: &NodeId, now: Moment) {
-        let next = self.plan.subnet_from(self.next_subnet);
-        let Some(node) = self.node_mut(id) else { return self.not_registered(id) };
-        let subnet = match (node.subnet, next) {
-            (Some(subnet), _) => subnet,
-            (None, Some((subnet, next))) => {
-                node.subnet = Some(subnet);
-                self.next_subnet = next;
-                self.effects.save = true;
-                subnet
-            }
-            (None, None) => {
-                tracing::error!(node = %id, "no subnet is left to hand out; widen the address plan");
-                return;
-            }
-        };
+        if self.node(id).is_none() {
+            return self.not_registered(id);
+        }
         self.heard_from(id, now);
-        self.effects.messages.push(Message::Subnet { node: id.clone(), subnet });
+        match self.assign_subnet(id) {
+            Some(subnet) => self.effects.messages.push(Message::Subnet { node: id.clone(), subnet }),
+            None => tracing::error!(node = %id, "no subnet is left to hand out; widen the address plan"),
+        }
+    }
+
+    /// The node's subnet for ever; `None` where none is left or there is no such node.
+    pub(super) fn assign_subnet(&mut self, id: &NodeId) -> Option<Subnet> {
+        let next = self.plan.subnet_from(self.next_subnet);
+        let node = self.node_mut(id)?;
+        if node.subnet.is_none() {
+            let (subnet, next) = next?;
+            node.subnet = Some(subnet);
+            self.next_subnet = next;
+            self.effects.save = true;
+        }
+        self.node(id)?.subnet
     }
 
     /// `nodes/<id>/net/tablequery/request`. Who asks need not have registered: a network part can run on its own.

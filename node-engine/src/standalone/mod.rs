@@ -6,24 +6,48 @@
 //! publish commands. They listen on every address because other machines name this one as their cluster; a machine that is its
 //! whole cluster sets [`StandaloneConfig::listen`] to a loopback address, one among others to the address of a private network.
 
+mod actor;
 mod address;
+mod broker;
+mod client;
 mod core;
+mod documents;
+mod http;
 mod inventory;
+mod reports;
 mod saved;
 mod schedule;
+mod socketio;
+mod views;
 
-use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::{fmt, fmt::Write};
 
+use anyhow::Context;
 use async_trait::async_trait;
-use tokio::task::JoinHandle;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Duration, timeout};
 
 use crate::api::dto::{ClusterInstance, ClusterNode};
-use crate::model::{InstanceId, ServiceName};
+use crate::drain::Drain;
+use crate::model::{InstanceId, NodeId, ServiceName};
+
+use actor::{Actor, Manager};
+use broker::Broker;
+use saved::Saved;
 
 pub use address::AddressPlan;
+pub use broker::BrokerError;
+pub use saved::SaveError;
 
 /// What the embedded cluster listens on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +66,8 @@ pub struct StandaloneConfig {
     pub state_dir: PathBuf,
     /// Where addresses are handed out from.
     pub addresses: AddressPlan,
+    /// Socket.IO registrations are answered with the node's subnet, as by a cluster of the first generation.
+    pub first_generation: bool,
 }
 
 impl StandaloneConfig {
@@ -55,6 +81,7 @@ impl StandaloneConfig {
             broker: None,
             state_dir,
             addresses: AddressPlan::default(),
+            first_generation: false,
         }
     }
 }
@@ -62,8 +89,130 @@ impl StandaloneConfig {
 /// A started embedded cluster.
 pub struct Standalone {
     pub cluster: Arc<dyn ClusterApi>,
+    /// Where registration over HTTP listens.
+    pub http: SocketAddr,
+    /// Where registration over Socket.IO listens.
+    pub socketio: SocketAddr,
+    /// Port of the broker, which nodes find on this machine.
+    pub broker_port: u16,
     /// The task that runs broker and manager; it ends after the drain began, or with the error that ended it.
     pub task: JoinHandle<anyhow::Result<()>>,
+}
+
+/// Why the embedded cluster does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StandaloneError {
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+    #[error("registration cannot listen on {address}: another program may have the port")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    #[error("no randomness for ids")]
+    Random(#[source] io::Error),
+    #[error("the broker {address} took no subscription within 15 seconds: is it running?")]
+    Subscribe { address: String },
+}
+
+/// How long the broker may take to accept the manager at the start.
+const SUBSCRIBED: Duration = Duration::from_secs(15);
+
+/// Room for what is under way between the tasks.
+const QUEUE: usize = 1024;
+
+impl Standalone {
+    /// Returns when nodes can register and are heard. Port 0 takes a free one.
+    ///
+    /// # Errors
+    /// Where a port is taken, the state directory is unusable, or an external broker does not answer.
+    pub async fn start(config: StandaloneConfig, drain: Drain) -> Result<Self, StandaloneError> {
+        let saved = Saved::in_directory(&config.state_dir)?;
+        let new_id = random_id().map_err(StandaloneError::Random)?;
+        let core =
+            saved.load(config.addresses.clone(), new_id, |document| documents::request(document.as_bytes()).ok());
+        let http = listen(config.listen, config.http_port).await?;
+        let socketio = listen(config.listen, config.socketio_port).await?;
+        let (broker, (host, port)) = match config.broker.clone() {
+            Some(external) => (None, external),
+            None => {
+                let broker = Broker::start(SocketAddr::new(config.listen, config.broker_port)).await?;
+                let local = broker.local();
+                (Some(broker), (local.ip().to_string(), local.port()))
+            }
+        };
+
+        let (requests, request_queue) = mpsc::channel(QUEUE);
+        let (hear, heard) = mpsc::channel(QUEUE);
+        let (said, say) = mpsc::channel(64);
+        let (subscribed, mut is_subscribed) = watch::channel(false);
+        let manager = Manager::new(requests, &core.cluster_id);
+        let client_id = format!("cluster-{}", core.cluster_id);
+        let client = client::start(&client_id, (host.clone(), port), hear, say, subscribed);
+        let subscribed = timeout(SUBSCRIBED, is_subscribed.wait_for(|subscribed| *subscribed)).await;
+        if !matches!(subscribed, Ok(Ok(_))) {
+            return Err(StandaloneError::Subscribe { address: format!("{host}:{port}") });
+        }
+
+        let door = http::Door { manager: manager.clone(), broker_port: port };
+        let addresses = (http.1, socketio.1);
+        let mut servers = JoinSet::new();
+        for (listener, router) in [(http.0, http::router(door.clone())), (socketio.0, socketio::router(door))] {
+            let service = router.into_make_service_with_connect_info::<SocketAddr>();
+            servers.spawn(async move { axum::serve(listener, service).await });
+        }
+        let actor = Actor {
+            core,
+            saved,
+            requests: request_queue,
+            heard,
+            said,
+            subnet_with_registration: config.first_generation,
+        };
+        let task = tokio::spawn(run(actor, servers, client, broker, drain));
+        tracing::info!(http = %addresses.0, socketio = %addresses.1, broker = %format_args!("{host}:{port}"), "the embedded cluster is ready");
+        Ok(Self { cluster: Arc::new(manager), http: addresses.0, socketio: addresses.1, broker_port: port, task })
+    }
+}
+
+/// Supervises the parts: when the manager has ended, the rest goes with it; a part that ends unasked ends all.
+async fn run(
+    actor: Actor,
+    mut servers: JoinSet<io::Result<()>>,
+    mut client: JoinSet<()>,
+    broker: Option<Broker>,
+    drain: Drain,
+) -> anyhow::Result<()> {
+    let manager = actor.run(drain);
+    let result = tokio::select! {
+        ended = manager => ended.context("the cluster's state cannot be kept"),
+        ended = servers.join_next() => Err(anyhow::anyhow!("registration ended unasked: {ended:?}")),
+        ended = client.join_next() => Err(anyhow::anyhow!("the connection to the broker ended unasked: {ended:?}")),
+    };
+    drop(broker);
+    result
+}
+
+async fn listen(ip: IpAddr, port: u16) -> Result<(TcpListener, SocketAddr), StandaloneError> {
+    let address = SocketAddr::new(ip, port);
+    let failed = |source| StandaloneError::Listen { address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
+}
+
+/// 24 hexadecimal digits, the form of every id of the reference.
+fn random_id() -> io::Result<NodeId> {
+    let mut bytes = [0; 12];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    let mut text = String::with_capacity(24);
+    for byte in bytes {
+        write!(text, "{byte:02x}").expect("a text takes everything");
+    }
+    Ok(text.parse().expect("24 hexadecimal digits are a node id"))
 }
 
 impl fmt::Debug for Standalone {
@@ -124,6 +273,11 @@ pub enum ClusterApiError {
     NoNode { instance: InstanceId, reason: String },
     #[error("{what} is at most {limit}")]
     Limit { what: &'static str, limit: u64 },
+    /// It was done, and a restart of the manager may forget it.
+    #[error(transparent)]
+    Save(#[from] Arc<SaveError>),
+    #[error("no randomness for a new id")]
+    Random(#[source] io::Error),
     #[error("the cluster manager has stopped")]
     Stopped,
 }

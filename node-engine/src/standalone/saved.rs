@@ -31,6 +31,8 @@ pub enum SaveError {
         #[source]
         source: io::Error,
     },
+    #[error("the task that writes the state ended before it was done")]
+    Task(#[source] tokio::task::JoinError),
 }
 
 /// The files of one embedded cluster.
@@ -278,7 +280,7 @@ impl Document {
             match read(&saved.document) {
                 Some(request) => add_service(&mut core, saved, request),
                 None => {
-                    tracing::error!(job = saved.job, "a saved service is left out: its description is not understood")
+                    tracing::error!(job = saved.job, "a saved service is left out: its description is not understood");
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use crate::model::{InstanceId, NodeId, ServiceName};
 
+use super::super::documents::Moved;
 use super::super::inventory::{AddressPair, Instance, InstanceUsage, Moment, Phase, Request, Service};
 use super::super::schedule;
 use super::super::{ClusterApiError, Target};
@@ -109,6 +110,26 @@ impl Core {
         let added = self.add_instance(&id.service, Some(&target), Some(id.number), now)?;
         self.place(&added, now);
         Ok(added)
+    }
+
+    /// The instance that a move means.
+    pub(in super::super) fn which(&self, moved: Moved) -> Result<InstanceId, ClusterApiError> {
+        let (name, node) = match moved {
+            Moved::Number(id) => return Ok(id),
+            Moved::From { service, node } => (service, Some(self.find_node(&node)?)),
+            Moved::Only(service) => (service, None),
+        };
+        let service = self.known_service(&name)?;
+        let wanted = service.wanted().into_iter().filter(|number| {
+            let at = service.instances.get(number).and_then(|instance| instance.node.as_ref());
+            node.is_none() || at == node.as_ref()
+        });
+        match wanted.collect::<Vec<_>>()[..] {
+            [number] => Ok(service.instance_id(number)),
+            _ => Err(ClusterApiError::Document {
+                reason: format!("it does not say which instance of {name} is to be moved"),
+            }),
+        }
     }
 
     fn known_service(&self, name: &ServiceName) -> Result<&Service, ClusterApiError> {

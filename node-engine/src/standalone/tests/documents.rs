@@ -1,0 +1,88 @@
+use serde_json::{Value, json};
+
+use super::super::documents::{Order, order, request};
+use super::super::{ClusterApiError, Target};
+
+#[test]
+fn a_service_is_named_in_any_spelling() {
+    for (document, name) in [
+        (json!({ "job_name": "a.b.c.d", "image": "i" }), "a.b.c.d"),
+        (json!({ "name": "web", "image": "i" }), "app.default.web.default"),
+        (json!({ "app_name": "a", "app_ns": "b", "service_name": "c", "service_ns": "d", "image": "i" }), "a.b.c.d"),
+        (json!({ "microservice_name": "c", "image": "i" }), "app.default.c.default"),
+    ] {
+        assert_eq!(request(document.to_string().as_bytes()).unwrap().name.as_str(), name);
+    }
+}
+
+#[test]
+fn old_names_become_the_newest_and_the_rest_stays() {
+    let document = json!({ "name": "web", "image": "nginx", "technology": "docker", "commands": ["a", "b"],
+        "port": 8080, "x": { "y": 1 }, "_id": "old", "instance_list": [] });
+    let request = request(document.to_string().as_bytes()).unwrap();
+    let kept: Value = serde_json::from_str(&request.document).unwrap();
+    assert_eq!(kept["virtualization"], "container");
+    assert_eq!(kept["cmd"], json!(["a", "b"]));
+    assert_eq!(kept["port"], "8080:8080/tcp");
+    assert_eq!(kept["x"], json!({ "y": 1 }));
+    assert!(kept.get("_id").is_none() && kept.get("instance_list").is_none());
+    let again = super::super::documents::request(request.document.as_bytes()).unwrap();
+    assert_eq!(again, request, "what is kept reads back as the same");
+}
+
+#[test]
+fn what_a_node_must_have_is_read() {
+    let document = json!({ "job_name": "a.b.c.d", "image": "i", "memory": 100, "vcpus": 2, "vgpus": 1,
+        "platform": "linux/arm64/v8", "one_shot": true, "volumes": [{ "volume_id": "v" }],
+        "constraints": [{ "type": "direct", "node": "n1", "cluster": "c" }, { "type": "latency", "node": "n2" }] });
+    let request = request(document.to_string().as_bytes()).unwrap();
+    let needs = request.needs;
+    assert_eq!((needs.memory_mib, needs.vcpus, needs.vgpus), (100, 2, 1));
+    assert_eq!((needs.architectures, needs.nodes), (vec!["arm64".to_owned()], vec!["n1".to_owned()]));
+    assert!(request.one_shot);
+}
+
+#[test]
+fn mistakes_are_told_to_who_made_them() {
+    for (document, word) in [
+        ("", "JSON"),
+        ("[]", "JSON"),
+        ("{}", "job_name"),
+        (r#"{"job_name":"a.b.c.d"}"#, "image"),
+        (r#"{"job_name":"a/b","image":"i"}"#, "a/b"),
+        (r#"{"job_name":"a.b.c.d","image":"i","port":"x"}"#, "port"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"rr_ip":"x"}}"#, "rr_ip"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"rr_ip":"fdff:2000::1"}}"#, "family"),
+        (r#"{"job_name":"a.b.c.d","image":"i","constraints":3}"#, "constraints"),
+    ] {
+        let Err(ClusterApiError::Document { reason }) = request(document.as_bytes()) else {
+            panic!("{document} is accepted")
+        };
+        assert!(reason.contains(word), "{document}: {reason}");
+    }
+}
+
+#[test]
+fn commands_become_orders() {
+    let read = |message: Value| order(message.to_string().as_bytes(), "here");
+    let job = json!({ "name": "web", "image": "nginx" });
+    let Ok(Order::Deploy { request, replicas, on }) =
+        read(json!({ "command": "deploy", "job": job, "worker": ["n1", "n2"] }))
+    else {
+        panic!("no deploy")
+    };
+    assert_eq!((replicas, on, request.needs.nodes), (1, None, vec!["n1".to_owned(), "n2".to_owned()]));
+    let service = "app.default.web.default".parse().unwrap();
+    assert_eq!(
+        read(json!({ "command": "delete", "job": job, "cluster": ["here"] })).unwrap(),
+        Order::Delete(Target::Service(service))
+    );
+    for refused in [
+        json!({ "command": "delete", "job": job, "cluster": ["there"] }),
+        json!({ "command": "replicate", "job": job }),
+        json!({ "command": "deploy", "job": { "name": "web" } }),
+        json!({ "command": 3, "job": job }),
+    ] {
+        assert!(matches!(read(refused.clone()), Err(ClusterApiError::Document { .. })), "{refused}");
+    }
+}
