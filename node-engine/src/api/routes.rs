@@ -216,6 +216,8 @@ impl From<ClusterApiError> for Refused {
             | ClusterApiError::UnknownInstance(_)
             | ClusterApiError::UnknownNode { .. } => StatusCode::NOT_FOUND,
             ClusterApiError::NoNode { .. } => StatusCode::CONFLICT,
+            ClusterApiError::Save(_) => StatusCode::INSUFFICIENT_STORAGE,
+            ClusterApiError::Random(_) => StatusCode::INTERNAL_SERVER_ERROR,
             ClusterApiError::Stopped => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self::new(status, error.to_string())
