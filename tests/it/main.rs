@@ -1,1 +1,2 @@
-
+//! Scenarios.
+mod ground;

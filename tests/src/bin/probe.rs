@@ -1,0 +1,367 @@
+//! What runs inside the containers of the lab: a server that says who it is, and the clients that ask it. std only, built
+//! statically, so that an image needs nothing else.
+//!
+//! `probe serve` answers on TCP 80 (HTTP), TCP and UDP 7 (echo), TCP 9 (sink that checks the order of what it gets). The clients
+//! print one line of JSON; `stream` prints lines `progress <ms> <bytes>` before it.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+const HTTP: u16 = 80;
+const ECHO: u16 = 7;
+const SINK: u16 = 9;
+/// A stream is made of blocks that carry their own number at both ends.
+const BLOCK: usize = 64 * 1024;
+/// The sink acknowledges every so many blocks.
+const ACKNOWLEDGE_EVERY: u64 = 16;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+const USAGE: &str = "usage: probe serve [TEXT]
+       probe get ADDRESS:PORT COUNT
+       probe udp ADDRESS:PORT COUNT [one|many] [GAP_MS]
+       probe rr tcp|udp ADDRESS:PORT SECONDS
+       probe connect ADDRESS:PORT SECONDS
+       probe stream ADDRESS:PORT SECONDS";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match words.as_slice() {
+        ["serve", text @ ..] => serve(&text.join(" ")),
+        ["get", to, count] => get(to, count),
+        ["udp", to, count] => udp(to, count, "one", "0"),
+        ["udp", to, count, flows] => udp(to, count, flows, "0"),
+        ["udp", to, count, flows, gap] => udp(to, count, flows, gap),
+        ["rr", "tcp", to, seconds] => rr_tcp(to, seconds),
+        ["rr", "udp", to, seconds] => rr_udp(to, seconds),
+        ["connect", to, seconds] => connect(to, seconds),
+        ["stream", to, seconds] => stream(to, seconds),
+        _ => Err(USAGE.into()),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("probe: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(text: &str) -> Outcome {
+    let identity: Arc<str> = identity(text)?.into();
+    let http = listen(HTTP)?;
+    let echo = listen(ECHO)?;
+    let sink = listen(SINK)?;
+    let datagrams = bind(ECHO)?;
+    println!("serving as {identity}");
+
+    let name = identity.clone();
+    thread::spawn(move || accept(&http, move |stream, peer| answer_http(stream, peer, &name)));
+    thread::spawn(move || accept(&echo, |stream, _| echo_back(stream)));
+    thread::spawn(move || accept(&sink, |stream, _| check_order(stream)));
+    let mut buffer = vec![0; 65_536];
+    loop {
+        // An ICMP error of an earlier answer arrives here; it is not this socket's end.
+        let Ok((length, peer)) = datagrams.recv_from(&mut buffer) else { continue };
+        let mut reply = format!("{identity} ").into_bytes();
+        reply.extend_from_slice(&buffer[..length]);
+        let _ = datagrams.send_to(&reply, peer);
+    }
+}
+
+/// The container's own name and a number that no other start of it has.
+fn identity(text: &str) -> Outcome<String> {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname")?;
+    let unique = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let unique = unique.split('-').next().unwrap_or_default();
+    Ok(format!("{}{}/{unique}", if text.is_empty() { String::new() } else { format!("{text}@") }, host.trim()))
+}
+
+/// Both families where there are both.
+fn listen(port: u16) -> io::Result<TcpListener> {
+    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))
+}
+
+fn bind(port: u16) -> io::Result<UdpSocket> {
+    UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).or_else(|_| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)))
+}
+
+fn accept(listener: &TcpListener, answer: impl Fn(TcpStream, SocketAddr) -> io::Result<()> + Clone + Send + 'static) {
+    loop {
+        let Ok((stream, peer)) = listener.accept() else { continue };
+        let answer = answer.clone();
+        thread::spawn(move || {
+            let _ = stream.set_nodelay(true);
+            let _ = answer(stream, peer);
+        });
+    }
+}
+
+fn answer_http(stream: TcpStream, peer: SocketAddr, identity: &str) -> io::Result<()> {
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    while reader.read_line(&mut line)? > 2 {
+        line.clear();
+    }
+    let body = format!("{identity} {}\n", peer.ip());
+    let mut stream = stream;
+    write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+}
+
+fn echo_back(mut stream: TcpStream) -> io::Result<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => stream.write_all(&buffer[..length])?,
+        }
+    }
+}
+
+/// Reads blocks, ends the connection at the first one out of order.
+fn check_order(mut stream: TcpStream) -> io::Result<()> {
+    let mut block = vec![0; BLOCK];
+    for number in 0_u64.. {
+        let done = stream.read_exact(&mut block).is_err();
+        if !done && (block[..8] != number.to_be_bytes() || block[BLOCK - 8..] != number.to_be_bytes()) {
+            return Err(io::Error::other("a block out of order"));
+        }
+        if done || (number + 1) % ACKNOWLEDGE_EVERY == 0 {
+            stream.write_all(&(if done { number } else { number + 1 }).to_be_bytes())?;
+        }
+        if done {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn get(to: &str, count: &str) -> Outcome {
+    let (to, count): (SocketAddr, u64) = (to.parse()?, count.parse()?);
+    let mut answers = Answers::default();
+    let begin = Instant::now();
+    let mut seen_as = BTreeMap::new();
+    for _ in 0..count {
+        match request(to) {
+            Ok(body) => {
+                let mut words = body.split_whitespace();
+                answers.add(words.next().unwrap_or_default());
+                *seen_as.entry(words.next().unwrap_or_default().to_owned()).or_insert(0_u64) += 1;
+            }
+            Err(error) => answers.failed(&error.to_string()),
+        }
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    println!(
+        r#"{{"requests":{count},"failed":{},"seconds":{seconds:.6},"answers":{},"seen_as":{},"error":"{}"}}"#,
+        answers.failures,
+        object(&answers.by),
+        object(&seen_as),
+        answers.first_error.escape_default()
+    );
+    Ok(())
+}
+
+fn request(to: SocketAddr) -> Outcome<String> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(stream, "GET / HTTP/1.1\r\nhost: {}\r\n\r\n", to.ip())?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let body = answer.split_once("\r\n\r\n").ok_or("an answer without a body")?.1;
+    Ok(body.trim().to_owned())
+}
+
+/// `one` flow for all datagrams, or `many`: a socket for each.
+fn udp(to: &str, count: &str, flows: &str, gap: &str) -> Outcome {
+    let (to, count): (SocketAddr, u32) = (to.parse()?, count.parse()?);
+    let gap = Duration::from_millis(gap.parse()?);
+    let mut sockets = Vec::new();
+    let mut answers = Answers::default();
+    for number in 0..count {
+        if sockets.is_empty() || flows == "many" {
+            sockets.push(client_socket(to)?);
+        }
+        let socket = sockets.last().ok_or("no socket")?;
+        if socket.send(number.to_string().as_bytes()).is_err() {
+            // Reports an ICMP error of an earlier datagram, which was not this one's.
+            socket.send(number.to_string().as_bytes())?;
+        }
+        thread::sleep(gap);
+    }
+    let mut got = vec![false; count as usize];
+    let deadline = Instant::now() + PATIENCE;
+    let mut buffer = [0; 2048];
+    for socket in &sockets {
+        while got.iter().any(|got| !got) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            socket.set_read_timeout(Some(left.clamp(Duration::from_millis(1), Duration::from_secs(3))))?;
+            let Ok(length) = socket.recv(&mut buffer) else { break };
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            let Some((who, number)) = text.split_once(' ') else { continue };
+            if let Some(got) = number.parse().ok().and_then(|number: usize| got.get_mut(number))
+                && !std::mem::replace(got, true)
+            {
+                answers.add(who);
+            }
+            if flows == "many" {
+                break;
+            }
+        }
+    }
+    let received = got.iter().filter(|got| **got).count();
+    println!(r#"{{"sent":{count},"received":{received},"answers":{}}}"#, object(&answers.by));
+    Ok(())
+}
+
+fn client_socket(to: SocketAddr) -> io::Result<UdpSocket> {
+    let any: SocketAddr =
+        if to.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(to)?;
+    Ok(socket)
+}
+
+fn rr_tcp(to: &str, seconds: &str) -> Outcome {
+    let mut stream = TcpStream::connect_timeout(&to.parse()?, PATIENCE)?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut message = [7; 64];
+    rate(seconds, move || {
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+        Ok(())
+    })
+}
+
+fn rr_udp(to: &str, seconds: &str) -> Outcome {
+    let socket = client_socket(to.parse()?)?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let mut answer = [0; 512];
+    rate(seconds, move || {
+        socket.send(&[7; 64])?;
+        socket.recv(&mut answer)?;
+        Ok(())
+    })
+}
+
+/// Connect, ask, read, close.
+fn connect(to: &str, seconds: &str) -> Outcome {
+    let to: SocketAddr = to.parse()?;
+    rate(seconds, move || request(to).map(drop))
+}
+
+fn rate(seconds: &str, mut transact: impl FnMut() -> Outcome) -> Outcome {
+    let length = Duration::from_secs_f64(seconds.parse()?);
+    // The first transaction may wait for the cluster's answer about the address.
+    transact()?;
+    let begin = Instant::now();
+    let (mut transactions, mut failed) = (0_u64, 0_u64);
+    while begin.elapsed() < length {
+        match transact() {
+            Ok(()) => transactions += 1,
+            Err(_) => failed += 1,
+        }
+        if failed > 10 && transactions == 0 {
+            return Err("no answers".into());
+        }
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    let rate = transactions as f64 / seconds;
+    println!(r#"{{"rate":{rate:.1},"transactions":{transactions},"failed":{failed},"seconds":{seconds:.6}}}"#);
+    Ok(())
+}
+
+fn stream(to: &str, seconds: &str) -> Outcome {
+    let length = Duration::from_secs_f64(seconds.parse()?);
+    let mut stream = TcpStream::connect_timeout(&to.parse()?, PATIENCE)?;
+    stream.set_write_timeout(Some(3 * PATIENCE))?;
+    stream.set_read_timeout(Some(3 * PATIENCE))?;
+    let begin = Instant::now();
+    let acknowledged = Arc::new(AtomicU64::new(0));
+    let reader = acknowledgements(stream.try_clone()?, acknowledged.clone());
+    let shown = acknowledged.clone();
+    thread::spawn(move || {
+        loop {
+            println!("progress {} {}", begin.elapsed().as_millis(), shown.load(Ordering::Relaxed) * BLOCK as u64);
+            thread::sleep(Duration::from_millis(50));
+        }
+    });
+    let mut block = vec![0; BLOCK];
+    let mut number = 0_u64;
+    while begin.elapsed() < length {
+        block[..8].copy_from_slice(&number.to_be_bytes());
+        block[BLOCK - 8..].copy_from_slice(&number.to_be_bytes());
+        stream.write_all(&block).map_err(|error| format!("after {number} blocks: {error}"))?;
+        number += 1;
+    }
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let stall = reader.join().map_err(|_| "the reader panicked")??;
+    let bytes = acknowledged.load(Ordering::Relaxed) * BLOCK as u64;
+    if bytes != number * BLOCK as u64 {
+        return Err(format!("sent {} bytes, {bytes} were acknowledged", number * BLOCK as u64).into());
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    let mbit = bytes as f64 * 8.0 / seconds / 1e6;
+    println!(
+        r#"{{"bytes":{bytes},"seconds":{seconds:.6},"mbit_per_second":{mbit:.1},"longest_stall_ms":{}}}"#,
+        stall.as_millis()
+    );
+    Ok(())
+}
+
+/// Counts what the sink has taken until it closes; gives the longest time between two acknowledgements.
+fn acknowledgements(mut stream: TcpStream, blocks: Arc<AtomicU64>) -> thread::JoinHandle<Result<Duration, String>> {
+    thread::spawn(move || {
+        let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+        let mut number = [0; 8];
+        loop {
+            match stream.read_exact(&mut number) {
+                Ok(()) => blocks.store(u64::from_be_bytes(number), Ordering::Relaxed),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(longest),
+                Err(error) => return Err(format!("waiting for acknowledgements: {error}")),
+            }
+            longest = longest.max(last.elapsed());
+            last = Instant::now();
+        }
+    })
+}
+
+/// Who answered how often.
+#[derive(Default)]
+struct Answers {
+    by: BTreeMap<String, u64>,
+    failures: u64,
+    first_error: String,
+}
+
+impl Answers {
+    fn add(&mut self, who: &str) {
+        *self.by.entry(who.to_owned()).or_insert(0) += 1;
+    }
+
+    fn failed(&mut self, why: &str) {
+        self.failures += 1;
+        if self.first_error.is_empty() {
+            why.clone_into(&mut self.first_error);
+        }
+    }
+}
+
+/// Identities hold no character that JSON would escape.
+fn object(counts: &BTreeMap<String, u64>) -> String {
+    let rows: Vec<String> = counts.iter().map(|(name, count)| format!(r#""{name}":{count}"#)).collect();
+    format!("{{{}}}", rows.join(","))
+}
