@@ -5,13 +5,12 @@ use anyhow::Result;
 use crate::process::{self, cargo, root};
 use crate::{ebpf, setup, test};
 
-pub(crate) fn run(seconds: u32, rounds: u32) -> Result<()> {
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
     test::require_root()?;
     setup::everything()?;
     ebpf::build()?;
     // Figures of a debug build would say nothing about the proxy.
     process::run(cargo().args(["build", "--release", "--package", "node-engine", "--package", "lab", "--bins"]))?;
-    let mut command = std::process::Command::new(root().join("target/release/lab"));
-    command.current_dir(root()).args(["bench", "--seconds", &seconds.to_string(), "--rounds", &rounds.to_string()]);
-    process::run(&mut command)
+    let mut command = std::process::Command::new(root().join("target/release/bench"));
+    process::run(command.current_dir(root()).args(arguments))
 }

@@ -58,12 +58,9 @@ enum Task {
     Demo,
     /// Compare the datapaths with plain routing
     Bench {
-        /// Seconds of each measurement
-        #[arg(long, default_value_t = 3)]
-        seconds: u32,
-        /// Alternating rounds
-        #[arg(long, default_value_t = 3)]
-        rounds: u32,
+        /// Handed to the bench program
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
     },
     /// lint, demo and test, as CI does
     Ci,
@@ -79,7 +76,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Test { scenario, unit } => test::run(&test::Selection { scenario, unit }),
         Task::Demo => demo::run(),
-        Task::Bench { seconds, rounds } => bench::run(seconds, rounds),
+        Task::Bench { arguments } => bench::run(&arguments),
         Task::Ci => ci::run(),
     };
     match outcome {
