@@ -58,6 +58,11 @@ impl Lan {
         self.ip(&format!("link set p{number} {}", if up { "up" } else { "down" })).map(drop)
     }
 
+    /// A process in the switch's network namespace.
+    pub fn pid(&self) -> u32 {
+        self.holder.id()
+    }
+
     /// `ip` on the switch.
     pub fn ip(&self, arguments: &str) -> Result<String> {
         ip(self.holder.id(), arguments)

@@ -1,1 +1,215 @@
-//! placeholder
+//! A node: a simulated host with the engine's daemon on it.
+
+use std::fs::File;
+use std::process::{Child, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::cluster::{InstanceRow, json};
+use crate::host::Host;
+use crate::lan;
+use crate::process::{built, output};
+use crate::traffic::Container;
+use crate::wait::until;
+
+/// What carries the packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Datapath {
+    Ebpf,
+    Tun,
+    /// Whatever the daemon finds best.
+    Auto,
+}
+
+impl Datapath {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Tun => "tun",
+            Self::Auto => "auto",
+        }
+    }
+}
+
+/// Where the daemon keeps what a reboot forgets.
+const RUN: &str = "/run/node-engine";
+
+/// A host and the daemon on it, which may be stopped, killed and started again.
+#[derive(Debug)]
+pub struct Node {
+    pub host: Host,
+    pub number: u8,
+    datapath: Datapath,
+    options: Vec<String>,
+    daemon: Option<Child>,
+}
+
+/// What the daemon says of itself.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Status {
+    pub pid: u32,
+    pub node: StatusNode,
+    pub cluster: StatusCluster,
+    pub network: Option<StatusNetwork>,
+    pub running: usize,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct StatusNode {
+    pub id: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct StatusCluster {
+    pub connected: bool,
+    pub generation: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct StatusNetwork {
+    pub datapath: String,
+    pub reason: String,
+    pub subnet_v4: String,
+    pub services: usize,
+    pub peers: usize,
+    pub counters: Vec<(String, u64)>,
+}
+
+impl Node {
+    /// A node whose daemon does not run yet; `options` are further arguments of the daemon.
+    pub fn new(host: Host, number: u8, datapath: Datapath, options: &[&str]) -> Self {
+        let options = options.iter().map(|&option| option.to_owned()).collect();
+        Self { host, number, datapath, options, daemon: None }
+    }
+
+    /// Starts the daemon; it may not be ready yet.
+    pub fn start(&mut self) -> Result<()> {
+        if self.daemon.is_some() {
+            bail!("{} runs already", self.host.name());
+        }
+        let log = File::options().create(true).append(true).open(self.host.directory().join("node-engine.log"));
+        let log = log.context("cannot make the daemon's log")?;
+        let child = self
+            .host
+            .command(built("node-engine")?)
+            .args(["--cluster", lan::CLUSTER, "--name", self.host.name(), "--datapath", self.datapath.name()])
+            .args(["--uplink", "eth0", "--run-dir", RUN])
+            .arg("--state-dir")
+            .arg(self.host.directory().join("state"))
+            .args(&self.options)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("cannot share the daemon's log")?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start the daemon")?;
+        self.daemon = Some(child);
+        Ok(())
+    }
+
+    /// Starts the daemon and waits until it is registered, connected, and has a subnet.
+    pub fn start_and_join(&mut self) -> Result<()> {
+        self.start()?;
+        self.joined().map(drop)
+    }
+
+    /// Waits until the daemon is registered, connected, and has a subnet.
+    pub fn joined(&mut self) -> Result<Status> {
+        let name = self.host.name().to_owned();
+        until(&format!("{name} joins the cluster"), Duration::from_secs(40), || {
+            self.still_runs()?;
+            let status = self.status()?;
+            let subnet = status.network.as_ref().is_some_and(|network| !network.subnet_v4.is_empty());
+            if status.cluster.connected && subnet {
+                return Ok(Some(status));
+            }
+            bail!("its status is {status:?}")
+        })
+        .with_context(|| self.log())
+    }
+
+    pub fn status(&self) -> Result<Status> {
+        json(self.client()?.args(["status", "--json"]))
+    }
+
+    /// A client command of the daemon.
+    pub fn client(&self) -> Result<std::process::Command> {
+        let mut command = self.host.command(built("node-engine")?);
+        command.args(["--run-dir", RUN]);
+        Ok(command)
+    }
+
+    /// One of the datapath's counters.
+    pub fn counter(&self, name: &str) -> Result<u64> {
+        let network = self.status()?.network.context("the daemon has no network")?;
+        let found = network.counters.iter().find(|(counter, _)| counter == name);
+        Ok(found.with_context(|| format!("no counter {name} in {:?}", network.counters))?.1)
+    }
+
+    /// Fails if the daemon has ended.
+    pub fn still_runs(&mut self) -> Result<()> {
+        let daemon = self.daemon.as_mut().context("the daemon was not started")?;
+        match daemon.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("the daemon of {} ended with {status}\n{}", self.host.name(), self.log()),
+        }
+    }
+
+    /// SIGKILL, as if it had crashed.
+    pub fn kill(&mut self) -> Result<()> {
+        self.signal("KILL").map(drop)
+    }
+
+    /// SIGTERM; gives how the daemon ended.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal("TERM")
+    }
+
+    fn signal(&mut self, signal: &str) -> Result<ExitStatus> {
+        let pid = self.status()?.pid;
+        let mut daemon = self.daemon.take().context("the daemon was not started")?;
+        self.host.run(&format!("kill -{signal} {pid}"))?;
+        let ended = until("the daemon ends", Duration::from_secs(30), || Ok(daemon.try_wait()?));
+        if ended.is_err() {
+            self.daemon = Some(daemon);
+        }
+        ended.with_context(|| self.log())
+    }
+
+    /// Puts the host back as it was before the daemon first ran.
+    pub fn uninstall(&self) -> Result<()> {
+        let mut command = self.client()?;
+        command.arg("--state-dir").arg(self.host.directory().join("state")).args(["uninstall"]);
+        output(&mut command).map(drop).with_context(|| self.log())
+    }
+
+    /// The instance's container, to send traffic from.
+    pub fn container<'a>(&'a self, name: &'a str) -> Container<'a> {
+        Container { host: &self.host, name }
+    }
+
+    /// Process id, on the host, of the instance's first process.
+    pub fn container_pid(&self, instance: &InstanceRow) -> Result<u32> {
+        let pid = self.host.run(&format!("docker inspect --format {{{{.State.Pid}}}} {}", instance.container()))?;
+        pid.trim().parse().with_context(|| format!("docker said {pid:?}"))
+    }
+
+    /// The end of the daemon's log.
+    pub fn log(&self) -> String {
+        format!("log of {}:\n{}", self.host.name(), self.host.log_tail("node-engine.log", 40))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.log());
+        }
+        // The plug is pulled next; this only ends the wait for it.
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+    }
+}

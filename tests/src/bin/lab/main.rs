@@ -1,6 +1,7 @@
 //! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), measures one (`bench`), tidies up.
 
 use std::ffi::OsString;
+use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -22,6 +23,14 @@ enum Task {
     HostRun {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
+    },
+    /// Send datagrams given as hexadecimal digits
+    #[command(hide = true)]
+    Datagrams {
+        to: SocketAddr,
+        #[arg(long, default_value_t = 1)]
+        times: u32,
+        payloads: Vec<String>,
     },
     /// Remove what killed runs have left
     Clean,
@@ -50,6 +59,7 @@ fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::HostInit { name, directory, group, docker } => lab::host_init(&name, &directory, &group, docker)?,
         Task::HostRun { command } => return host_run(&command),
+        Task::Datagrams { to, times, payloads } => datagrams(to, times, &payloads)?,
         Task::Clean => {
             for path in scratch::clean()? {
                 println!("removed {}", path.display());
@@ -71,4 +81,19 @@ fn host_run(command: &[OsString]) -> Result<ExitCode> {
         .status()
         .context("cannot start nsenter")?;
     Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
+}
+
+fn datagrams(to: SocketAddr, times: u32, payloads: &[String]) -> Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0").context("cannot open a socket")?;
+    for _ in 0..times {
+        for payload in payloads {
+            let bytes: Result<Vec<u8>, _> = (0..payload.len())
+                .step_by(2)
+                .map(|at| u8::from_str_radix(payload.get(at..at + 2).unwrap_or("odd"), 16))
+                .collect();
+            let bytes = bytes.with_context(|| format!("{payload:?} is not a row of bytes"))?;
+            socket.send_to(&bytes, to).with_context(|| format!("cannot send to {to}"))?;
+        }
+    }
+    Ok(())
 }

@@ -1,0 +1,71 @@
+//! A daemon that dies breaks nothing: containers run on, open connections go on, and the next start takes everything over.
+
+use std::time::Duration;
+
+use lab::cluster::Deploy;
+use lab::node::Datapath;
+use lab::topology::{Lab, Plan};
+use lab::traffic::Flows;
+
+each_datapath!(a_killed_daemon_breaks_nothing, a_stopped_daemon_leaves_everything_running);
+
+fn a_killed_daemon_breaks_nothing(datapath: Datapath) {
+    let mut lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");
+    let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
+    let web = lab.deploy(&Deploy { name: "web", on: Some("node-b"), ..Deploy::default() }, 1).expect("it runs");
+    let to = web[0].service_address(false).expect("a service address");
+    let pids = |lab: &Lab| {
+        let client = lab.nodes[0].container_pid(&client[0]).expect("a process");
+        let web = lab.nodes[1].container_pid(&web[0]).expect("a process");
+        (client, web)
+    };
+    let before = pids(&lab);
+
+    let mut stream = lab.within(&client[0], |client| client.stream(to, 15.0)).expect("a stream");
+    for node in &mut lab.nodes {
+        node.kill().expect("killed");
+    }
+    if datapath == Datapath::Ebpf {
+        for _ in 0..5 {
+            stream.advances(Duration::from_secs(2)).expect("the kernel forwards without us");
+        }
+    }
+    for node in &mut lab.nodes {
+        node.start().expect("started again");
+    }
+    for node in &mut lab.nodes {
+        node.joined().expect("back in the cluster");
+    }
+    stream.advances(Duration::from_secs(10)).expect("the open connection goes on");
+    let streamed = stream.finish().expect("the open connection goes on to its end");
+    if datapath == Datapath::Ebpf {
+        assert!(streamed.longest_stall_ms < 1_500, "the restart was felt: {streamed:?}");
+    }
+    assert_eq!(pids(&lab), before, "the same containers run");
+    let rows = lab.cluster.running("web", 1).expect("it is still reported");
+    assert_eq!(rows[0].address, web[0].address, "its address is its own");
+
+    let gets = lab.within(&client[0], |client| client.get(to, 20)).expect("answers");
+    assert_eq!(gets.failed, 0, "new connections after the restart: {gets:?}");
+    let echoes = lab.within(&client[0], |client| client.echo(to, 20, Flows::Many)).expect("echoes");
+    assert_eq!(echoes.received, 20, "{echoes:?}");
+    // What was taken over can also be taken down.
+    lab.cluster.delete("web").expect("deleted");
+    lab.cluster.running("web", 0).expect("gone");
+    lab::wait::until_true("its container is gone", Duration::from_secs(20), || {
+        Ok(lab.nodes[1].host.run("docker ps --all --quiet")?.trim().is_empty())
+    })
+    .expect("gone");
+}
+
+fn a_stopped_daemon_leaves_everything_running(datapath: Datapath) {
+    let mut lab = Lab::start(&Plan::new(1, datapath)).expect("a laboratory");
+    let web = lab.deploy(&Deploy { name: "web", ..Deploy::default() }, 1).expect("it runs");
+    let before = lab.nodes[0].container_pid(&web[0]).expect("a process");
+    let ended = lab.nodes[0].terminate().expect("it ends when told to");
+    assert!(ended.success(), "{ended}");
+    assert_eq!(lab.nodes[0].container_pid(&web[0]).expect("a process"), before);
+    lab.nodes[0].start_and_join().expect("back in the cluster");
+    lab.cluster.running("web", 1).expect("reported again");
+    assert_eq!(lab.nodes[0].container_pid(&web[0]).expect("a process"), before);
+}

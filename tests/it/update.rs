@@ -1,0 +1,39 @@
+//! Who uses a service hears of instances that come and go, and no established flow is moved.
+
+use std::time::Duration;
+
+use lab::cluster::Deploy;
+use lab::node::Datapath;
+use lab::topology::{Lab, Plan};
+use lab::wait::until_true;
+
+each_datapath!(peers_see_instances_come_and_go);
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn peers_see_instances_come_and_go(datapath: Datapath) {
+    let lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");
+    let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
+    let first = lab.deploy(&Deploy { name: "web", on: Some("node-b"), ..Deploy::default() }, 1).expect("it runs");
+    let to = first[0].service_address(false).expect("a service address");
+    let answering = || Ok(lab.within(&client[0], |client| client.get(to, 20))?);
+    assert_eq!(answering().expect("answers").answers.len(), 1);
+
+    let mut stream = lab.within(&client[0], |client| client.stream(to, 6.0)).expect("a stream");
+    lab.deploy(&Deploy { name: "web", on: Some("node-a"), ..Deploy::default() }, 2).expect("a second one");
+    until_true("both instances answer", LIMIT, || answering().map(|gets| gets.answers.len() == 2)).expect("seen");
+    stream.advances(Duration::from_secs(3)).expect("the old flow stays where it was");
+    stream.finish().expect("to its end");
+
+    lab.cluster.delete("web#0").expect("deleted");
+    lab.cluster.running("web", 1).expect("one is left");
+    until_true("the deleted one is forgotten", LIMIT, || {
+        let gets = answering()?;
+        Ok(gets.failed == 0 && gets.answers.len() == 1)
+    })
+    .expect("seen");
+    lab.cluster.delete("web").expect("deleted");
+    lab.cluster.running("web", 0).expect("none is left");
+    until_true("nobody answers", LIMIT, || Ok(lab.within(&client[0], |client| client.get(to, 1))?.failed == 1))
+        .expect("seen");
+}
