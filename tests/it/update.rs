@@ -16,7 +16,7 @@ fn peers_see_instances_come_and_go(datapath: Datapath) {
     let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
     let first = lab.deploy(&Deploy { name: "web", on: Some("node-b"), ..Deploy::default() }, 1).expect("it runs");
     let to = first[0].service_address(false).expect("a service address");
-    let answering = || Ok(lab.within(&client[0], |client| client.get(to, 20))?);
+    let answering = || lab.within(&client[0], |client| client.get(to, 20));
     assert_eq!(answering().expect("answers").answers.len(), 1);
 
     let mut stream = lab.within(&client[0], |client| client.stream(to, 6.0)).expect("a stream");

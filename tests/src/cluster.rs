@@ -129,7 +129,7 @@ impl Cluster {
     /// A client command, such as `ps`.
     pub fn command(&self, words: &[&str]) -> Result<Command> {
         let mut command = in_network(self.network, built("node-engine")?);
-        command.arg("--run-dir").arg(self.directory.join("run")).args(words);
+        command.arg("--socket").arg(self.directory.join("run/api.sock")).args(words);
         Ok(command)
     }
 

@@ -72,6 +72,7 @@ pub struct StatusNetwork {
     pub datapath: String,
     pub reason: String,
     pub subnet_v4: String,
+    pub subnet_v6: String,
     pub services: usize,
     pub peers: usize,
     pub counters: Vec<(String, u64)>,
@@ -82,6 +83,11 @@ impl Node {
     pub fn new(host: Host, number: u8, datapath: Datapath, options: &[&str]) -> Self {
         let options = options.iter().map(|&option| option.to_owned()).collect();
         Self { host, number, datapath, options, daemon: None }
+    }
+
+    /// The datapath that the next start of the daemon uses.
+    pub fn set_datapath(&mut self, datapath: Datapath) {
+        self.datapath = datapath;
     }
 
     /// Starts the daemon; it may not be ready yet.
@@ -136,7 +142,7 @@ impl Node {
     /// A client command of the daemon.
     pub fn client(&self) -> Result<std::process::Command> {
         let mut command = self.host.command(built("node-engine")?);
-        command.args(["--run-dir", RUN]);
+        command.args(["--socket", &format!("{RUN}/api.sock")]);
         Ok(command)
     }
 
@@ -179,8 +185,8 @@ impl Node {
 
     /// Puts the host back as it was before the daemon first ran.
     pub fn uninstall(&self) -> Result<()> {
-        let mut command = self.client()?;
-        command.arg("--state-dir").arg(self.host.directory().join("state")).args(["uninstall"]);
+        let mut command = self.host.command(built("node-engine")?);
+        command.args(["uninstall", "--run-dir", RUN, "--state-dir"]).arg(self.host.directory().join("state"));
         output(&mut command).map(drop).with_context(|| self.log())
     }
 

@@ -1,5 +1,7 @@
 //! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), measures one (`bench`), tidies up.
 
+mod demo;
+
 use std::ffi::OsString;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::PathBuf;
@@ -24,6 +26,8 @@ enum Task {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Show a cluster of two nodes on this machine, step by step
+    Demo,
     /// Send datagrams given as hexadecimal digits
     #[command(hide = true)]
     Datagrams {
@@ -60,6 +64,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::HostInit { name, directory, group, docker } => lab::host_init(&name, &directory, &group, docker)?,
         Task::HostRun { command } => return host_run(&command),
         Task::Datagrams { to, times, payloads } => datagrams(to, times, &payloads)?,
+        Task::Demo => demo::run()?,
         Task::Clean => {
             for path in scratch::clean()? {
                 println!("removed {}", path.display());
