@@ -3,9 +3,10 @@
 use anyhow::Result;
 
 use crate::process::{self, cargo};
-use crate::{ebpf, tidy};
+use crate::{ebpf, setup, tidy};
 
 pub(crate) fn run() -> Result<()> {
+    setup::linters()?;
     process::run(cargo().args(["fmt", "--all", "--check"]))?;
     tidy::run()?;
     process::run(

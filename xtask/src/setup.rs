@@ -2,12 +2,13 @@
 
 use std::env;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::bpf_toolchain;
 use crate::elf;
-use crate::process::{as_root, run, which};
+use crate::process::{as_root, cargo, output, run, which};
 
 /// A program the tests need, the package that brings it, and what for.
 struct Need {
@@ -78,6 +79,17 @@ pub(crate) fn ebpf() -> Result<()> {
     }
     let linker = bpf_toolchain::ensure_linker(&compiler)?;
     println!("setup: eBPF is built by {} and {}", compiler.rustc.display(), linker.display());
+    Ok(())
+}
+
+/// What judging the sources needs: rustup's smallest profile comes without.
+pub(crate) fn linters() -> Result<()> {
+    for (command, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        if output(cargo().args([command, "--version"])).is_err() {
+            println!("missing: cargo {command} (component {component})");
+            run(Command::new("rustup").args(["component", "add", component]))?;
+        }
+    }
     Ok(())
 }
 
