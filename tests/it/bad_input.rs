@@ -117,7 +117,7 @@ fn send_bad_datagrams(lab: &Lab, number: u8) {
     let random: String =
         (0..1_400_u32).map(|at| format!("{:02x}", (at.wrapping_mul(2_654_435_761) >> 24) as u8)).collect();
     let mut command = lab.lan.command(built("lab").expect("built"));
-    command.args(["datagrams", &format!("198.18.0.{number}:50103"), "--times", "50"]);
+    command.args(["datagrams", &format!("198.18.0.{number}:50103"), "50"]);
     command.args(["", "00", "45", "60", "f0", "4500", &forged, cut_v6, &options, &fragment, &random]);
     output(&mut command).expect("sent");
 }

@@ -1,56 +1,23 @@
-//! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), measures one (`bench`), tidies up.
+//! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), tidies up.
 
 mod demo;
 
-use std::ffi::OsString;
-use std::net::{SocketAddr, UdpSocket};
-use std::path::PathBuf;
+use std::net::UdpSocket;
+use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use clap::{Parser, Subcommand};
+use anyhow::{Context, Result, bail};
 use lab::host::{Docker, Host};
 use lab::scratch::{self, Scratch};
 
-#[derive(Debug, Parser)]
-#[command(name = "lab", about = "Simulated hosts and clusters for node-engine")]
-struct Args {
-    #[command(subcommand)]
-    task: Task,
-}
-
-#[derive(Debug, Subcommand)]
-enum Task {
-    /// Run a program on a simulated host with its own dockerd, and remove the host again
-    HostRun {
-        #[arg(last = true, required = true)]
-        command: Vec<OsString>,
-    },
-    /// Show a cluster of two nodes on this machine, step by step
-    Demo,
-    /// Send datagrams given as hexadecimal digits
-    #[command(hide = true)]
-    Datagrams {
-        to: SocketAddr,
-        #[arg(long, default_value_t = 1)]
-        times: u32,
-        payloads: Vec<String>,
-    },
-    /// Remove what killed runs have left
-    Clean,
-    /// The first process of a simulated host
-    #[command(hide = true)]
-    HostInit {
-        name: String,
-        directory: PathBuf,
-        group: String,
-        #[arg(long)]
-        docker: bool,
-    },
-}
+const USAGE: &str = "usage: lab demo                       two nodes and a cluster on this machine, step by step
+       lab host-run -- PROGRAM ARGUMENTS  run a program on a simulated host with its own dockerd
+       lab clean                      remove what killed runs have left";
 
 fn main() -> ExitCode {
-    match run(Args::parse().task) {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match run(&words) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -59,22 +26,26 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task) -> Result<ExitCode> {
-    match task {
-        Task::HostInit { name, directory, group, docker } => lab::host_init(&name, &directory, &group, docker)?,
-        Task::HostRun { command } => return host_run(&command),
-        Task::Datagrams { to, times, payloads } => datagrams(to, times, &payloads)?,
-        Task::Demo => demo::run()?,
-        Task::Clean => {
+fn run(words: &[&str]) -> Result<ExitCode> {
+    match words {
+        ["demo"] => demo::run()?,
+        ["host-run", "--", command @ ..] => return host_run(command),
+        ["clean"] => {
             for path in scratch::clean()? {
                 println!("removed {}", path.display());
             }
         }
+        // For the lab itself: the first process of a host, and a sender of datagrams given as hexadecimal digits.
+        ["host-init", name, directory, group, docker @ ..] => {
+            lab::host_init(name, Path::new(directory), group, docker.contains(&"--docker"))?;
+        }
+        ["datagrams", to, times, payloads @ ..] => datagrams(to, times.parse()?, payloads)?,
+        _ => bail!("{USAGE}"),
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn host_run(command: &[OsString]) -> Result<ExitCode> {
+fn host_run(command: &[&str]) -> Result<ExitCode> {
     let scratch = Scratch::new()?;
     let host = Host::boot(&scratch, "alone", Docker::Yes)?;
     // Entering the host's mounts moves to the root directory.
@@ -88,7 +59,7 @@ fn host_run(command: &[OsString]) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
 }
 
-fn datagrams(to: SocketAddr, times: u32, payloads: &[String]) -> Result<()> {
+fn datagrams(to: &str, times: u32, payloads: &[&str]) -> Result<()> {
     let socket = UdpSocket::bind("0.0.0.0:0").context("cannot open a socket")?;
     for _ in 0..times {
         for payload in payloads {
