@@ -22,6 +22,9 @@ use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Limits, Report, Stat
 use crate::netmanager::{Attachment, NetError};
 use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
 
+#[cfg(test)]
+mod tests;
+
 /// Usage of what runs is reported this often; the cluster gives up an instance after 30 s without.
 const TELEMETRY: Duration = Duration::from_secs(2);
 /// A runtime that takes longer is reported with the values it gave before.
