@@ -58,6 +58,8 @@ struct Inner {
     /// One change of an instance at a time, also when whoever asked for it has lost interest.
     locks: Mutex<HashMap<InstanceId, Weak<tokio::sync::Mutex<()>>>>,
     refreshing: tokio::sync::Mutex<()>,
+    /// One import of the sandbox image at a time: each makes another image and would leave the one before without a name.
+    importing: tokio::sync::Mutex<()>,
 }
 
 impl DockerRuntime {
@@ -72,6 +74,7 @@ impl DockerRuntime {
             running: Running::default(),
             locks: Mutex::default(),
             refreshing: tokio::sync::Mutex::default(),
+            importing: tokio::sync::Mutex::default(),
         });
         let (exits, exited) = mpsc::channel(EXITS);
         let watch = tokio::spawn(watch::run(inner.clone(), exits));
@@ -88,7 +91,6 @@ impl Runtime for DockerRuntime {
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
         let guard = self.inner.lock(&spec.id).await;
         image::ensure(&self.inner.client, &spec.image, spec.platform.as_deref()).await?;
-        image::ensure_pause(&self.inner.client).await?;
         // From here on a caller that goes away must not leave a request half-way: the task ends it and holds the lock that long.
         let (inner, spec) = (self.inner.clone(), spec.clone());
         let made = tokio::spawn(async move { inner.make(&spec, guard).await });
@@ -155,6 +157,10 @@ impl Runtime for DockerRuntime {
 impl Inner {
     /// Sandbox up, workload created, nothing of it running.
     async fn make(&self, spec: &InstanceSpec, guard: OwnedMutexGuard<()>) -> Result<Sandbox, RuntimeError> {
+        {
+            let _one = self.importing.lock().await;
+            image::ensure_pause(&self.client).await?;
+        }
         self.remove(&spec.id, Duration::ZERO, &guard).await?;
         let docker = self.client.get().await?;
         let sandbox = sandbox_name(&spec.id);

@@ -190,7 +190,8 @@ async fn workloads_outlive_the_docker_daemon_and_a_missed_end_is_told() {
     daemon.start();
 
     let exit = exited(&runtime).await;
-    assert_eq!((&exit.instance, exit.code), (&goes.id, 137), "missed, and told");
+    // Docker 26 and later no longer know the code of an end they missed.
+    assert!(exit.instance == goes.id && [137, 255].contains(&exit.code), "missed, and told: {exit:?}");
     assert_eq!(pid_of(&runtime, &stays.id).await, kept, "the same process");
     // The stream is open again: the next end comes at once, and nothing was told twice before it.
     kill(kept);
