@@ -43,8 +43,9 @@ impl Links {
         }
         self.journal().note(undo)?;
         if existing.is_none() {
-            // An address of its own, or the bridge would take on that of a port and change it with every instance.
-            let bridge = LinkMessageBuilder::<LinkBridge>::new(name).mtu(self.config.mtu).address(mac.to_vec());
+            // An address of its own, or the bridge would take on that of a port and change it with every instance. The MTU is set
+            // afterwards: only then does the bridge keep it when its ports change.
+            let bridge = LinkMessageBuilder::<LinkBridge>::new(name).address(mac.to_vec());
             self.netlink.create(name, bridge.build()).await?;
         }
         let unfinished = existing.as_ref().is_none_or(|link| {
@@ -71,7 +72,7 @@ impl Links {
             self.netlink.delete_address(link.index, *address, *prefix).await?;
         }
         for (address, prefix) in wanted.iter().filter(|address| !present.contains(address)) {
-            self.netlink.add_address(&link, *address, *prefix).await?;
+            self.netlink.add_address(link.index, *address, *prefix).await?;
         }
         Ok(Bridge { ifindex: link.index, mac: link.mac.unwrap_or(mac) })
     }

@@ -79,6 +79,9 @@ pub(super) struct Journal {
     notes: Vec<Undo>,
     file: File,
     lines: usize,
+    /// Tests end the work here, as a kill would: after the note, before the change.
+    #[cfg(test)]
+    notes_until_stop: Option<usize>,
 }
 
 impl Journal {
@@ -96,7 +99,15 @@ impl Journal {
         let notes = parse(&text, &boot, &path);
         let file = write_anew(&path, &boot, &notes).map_err(at)?;
         let lines = notes.len();
-        Ok(Self { path, boot, notes, file, lines })
+        Ok(Self {
+            path,
+            boot,
+            notes,
+            file,
+            lines,
+            #[cfg(test)]
+            notes_until_stop: None,
+        })
     }
 
     /// On disk when this returns. Noting what is noted already changes nothing.
@@ -106,6 +117,8 @@ impl Journal {
         }
         self.append('+', &undo)?;
         self.notes.push(undo);
+        #[cfg(test)]
+        self.count_down()?;
         Ok(())
     }
 
@@ -138,6 +151,24 @@ impl Journal {
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&self.path, &error)),
             _ => Ok(()),
+        }
+    }
+
+    /// From then on every note is refused.
+    #[cfg(test)]
+    pub(super) fn stop_after(&mut self, notes: usize) {
+        self.notes_until_stop = Some(notes);
+    }
+
+    #[cfg(test)]
+    fn count_down(&mut self) -> Result<(), LinkError> {
+        match &mut self.notes_until_stop {
+            None => Ok(()),
+            Some(0 | 1) => Err(failed(&self.path, &io::Error::other("stopped by the test"))),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
         }
     }
 

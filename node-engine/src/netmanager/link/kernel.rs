@@ -95,6 +95,11 @@ impl Netlink {
         self.handle.link().set(link).execute().await.map_err(|error| failed("set up", name, &error))
     }
 
+    /// Settings of a bridge's port.
+    pub(super) async fn set_port(&self, name: &str, port: LinkMessage) -> Result<(), LinkError> {
+        self.handle.link().set_port(port).execute().await.map_err(|error| failed("set up", name, &error))
+    }
+
     pub(super) async fn set_up(&self, link: &LinkState) -> Result<(), LinkError> {
         if link.up {
             return Ok(());
@@ -110,15 +115,15 @@ impl Netlink {
     }
 
     /// Without duplicate address detection: whoever hands out the address knows that it is the only one.
-    pub(super) async fn add_address(&self, link: &LinkState, address: IpAddr, prefix: u8) -> Result<(), LinkError> {
-        let mut message = address_message(link.index, address, prefix);
+    pub(super) async fn add_address(&self, link: u32, address: IpAddr, prefix: u8) -> Result<(), LinkError> {
+        let mut message = address_message(link, address, prefix);
         if address.is_ipv6() {
             message.header.flags |= AddressHeaderFlags::Nodad;
             message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
-        let mut request = self.handle.address().add(link.index, address, prefix).replace();
+        let mut request = self.handle.address().add(link, address, prefix).replace();
         *request.message_mut() = message;
-        request.execute().await.map_err(|error| failed("add address to", &link.name, &error))
+        request.execute().await.map_err(|error| failed("add address", address, &error))
     }
 
     /// An address that is not there is a success.
@@ -142,12 +147,12 @@ impl Netlink {
     /// Adds the route or makes it what it should be.
     pub(super) async fn replace_route(
         &self,
-        link: &LinkState,
+        link: u32,
         destination: IpAddr,
         prefix: u8,
         gateway: Option<IpAddr>,
     ) -> Result<(), LinkError> {
-        let message = route_message(link.index, destination, prefix, gateway);
+        let message = route_message(link, destination, prefix, gateway);
         let added = self.handle.route().add(message).replace().execute().await;
         added.map_err(|error| failed("add route to", format_args!("{destination}/{prefix}"), &error))
     }

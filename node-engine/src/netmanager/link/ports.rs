@@ -8,8 +8,10 @@
 //!              from the subnet through a published port into the subnet    → masquerade, so that the answer comes back this way
 //! ```
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{MutexGuard, PoisonError};
 
+use nix::errno::Errno;
 use tracing::{info, warn};
 
 use crate::model::{Addresses, PortMapping, Protocol, Subnet};
@@ -28,17 +30,25 @@ const PORTS: &str = "ports";
 const DESTINATION_PRIORITY: i32 = -110;
 const SOURCE_PRIORITY: i32 = 90;
 
-/// What the table should say.
+/// What the table should say. Before the first `publish` of this process nobody knows the ports: what an earlier one published stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wanted {
     subnet: Option<Subnet>,
-    ports: Vec<(PortMapping, Addresses)>,
+    ports: Option<Vec<(PortMapping, Addresses)>>,
+    /// The kernel has refused the IPv6 half.
+    v4_alone: bool,
+}
+
+/// A chain whose rules are ours to write now, in order.
+#[derive(Clone, Debug)]
+struct Chain {
+    name: &'static str,
+    rules: Vec<Rule>,
 }
 
 /// A rule with the comment that says all that is in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 struct Rule {
-    chain: &'static str,
     comment: String,
     expressions: Vec<Expression>,
 }
@@ -55,37 +65,47 @@ impl Links {
     ) -> Result<(), LinkError> {
         let mut ports = ports.to_vec();
         ports.sort_by_key(|(mapping, _)| *mapping);
-        self.ensure_table(|wanted| *wanted = Wanted { subnet: Some(subnet), ports }).await
+        self.ensure_table(|wanted| {
+            wanted.subnet = Some(subnet);
+            wanted.ports = Some(ports);
+        })
+        .await
     }
 
     /// Compares the rules by their comments and rewrites all of them in one transaction where one is missing or too many.
     async fn ensure_table(&self, change: impl FnOnce(&mut Wanted)) -> Result<(), LinkError> {
         let wanted = {
-            let mut wanted = self.wanted.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut wanted = self.wanted();
             change(&mut wanted);
             wanted.clone()
         };
-        let families: Vec<(Family, Vec<Rule>)> =
-            families().into_iter().map(|family| (family, wanted_rules(family, &self.config, &wanted))).collect();
-        let outdated = blocking("list rules of", {
-            let families = families.clone();
-            move || {
-                let mut outdated = false;
-                for (family, rules) in &families {
-                    outdated |= !is_current(*family, rules)?;
-                }
-                Ok(outdated)
+        let mut tables: Vec<(Family, Vec<Chain>)> =
+            families().into_iter().map(|family| (family, chains(family, &self.config, &wanted))).collect();
+        tables.retain(|(family, _)| *family == Family::V4 || !wanted.v4_alone);
+        let compared = tables.clone();
+        let outdated = blocking("list rules of", move || {
+            let mut outdated = false;
+            for (family, chains) in &compared {
+                outdated |= !is_current(*family, chains)?;
             }
+            Ok(outdated)
         });
         if !outdated.await? {
             return Ok(());
         }
-        for (family, _) in &families {
+        for (family, _) in &tables {
             self.journal().note(Undo::DelTable { family: *family })?;
         }
-        blocking("write", move || Ok(rewrite(&families))).await?.map_err(|refused| refused_by_kernel(&refused))?;
-        info!(subnet = ?wanted.subnet.map(|subnet| subnet.v4), ports = wanted.ports.len(), "wrote the address translation rules");
+        let all = tables.len();
+        let written =
+            blocking("write", move || Ok(rewrite(&tables))).await?.map_err(|refused| refused_by_kernel(&refused))?;
+        self.wanted().v4_alone |= written < all;
+        info!(subnet = ?wanted.subnet, ports = wanted.ports.map(|ports| ports.len()), "wrote the address translation rules");
         Ok(())
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -95,7 +115,11 @@ pub(super) async fn delete_table(family: Family) -> Result<(), LinkError> {
     // Made first, so that it is there to delete.
     batch.table(family, TABLE);
     batch.delete_table(family, TABLE);
-    blocking("delete", move || Ok(batch.commit())).await?.map_err(|refused| refused_by_kernel(&refused))
+    match blocking("delete", move || Ok(batch.commit())).await? {
+        // What the kernel cannot have made.
+        Err(Refused { errno: Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP, .. }) => Ok(()),
+        result => result.map_err(|refused| refused_by_kernel(&refused)),
+    }
 }
 
 pub(super) fn families() -> Vec<Family> {
@@ -115,73 +139,68 @@ pub(super) fn refused_by_kernel(refused: &Refused) -> LinkError {
     LinkError::Kernel { step: "nf_tables", object: refused.step.clone(), reason: refused.errno.desc().to_owned() }
 }
 
-fn is_current(family: Family, rules: &[Rule]) -> std::io::Result<bool> {
+fn is_current(family: Family, chains: &[Chain]) -> std::io::Result<bool> {
     let present = nft::rules(family, TABLE)?;
-    let in_chain = |chain: &str| -> Vec<Option<&str>> {
-        present.iter().filter(|rule| rule.chain == chain).map(|rule| rule.comment.as_deref()).collect()
-    };
-    let wanted_in = |chain: &str| -> Vec<Option<&str>> {
-        rules.iter().filter(|rule| rule.chain == chain).map(|rule| Some(rule.comment.as_str())).collect()
-    };
-    Ok([PREROUTING, OUTPUT, POSTROUTING, PORTS].into_iter().all(|chain| in_chain(chain) == wanted_in(chain)))
+    Ok(chains.iter().all(|chain| {
+        let present = present.iter().filter(|rule| rule.chain == chain.name).map(|rule| rule.comment.as_deref());
+        present.eq(chain.rules.iter().map(|rule| Some(rule.comment.as_str())))
+    }))
 }
 
-/// Both families in one transaction. A kernel whose nf_tables has no IPv6 gets the IPv4 part alone.
-fn rewrite(families: &[(Family, Vec<Rule>)]) -> Result<(), Refused> {
-    match transaction(families).commit() {
-        Err(refused) if families.len() > 1 && refused.step.contains(" ip6 ") => {
+/// All families in one transaction; how many it was. A kernel whose nf_tables has no IPv6 gets the IPv4 part alone.
+fn rewrite(tables: &[(Family, Vec<Chain>)]) -> Result<usize, Refused> {
+    match transaction(tables).commit() {
+        Err(refused) if tables.len() > 1 && refused.step.contains(" ip6 ") => {
             warn!(step = refused.step, reason = refused.errno.desc(), "no address translation for IPv6 on this kernel");
-            transaction(&families[..1]).commit()
+            transaction(&tables[..1]).commit().map(|()| 1)
         }
-        result => result,
+        result => result.map(|()| tables.len()),
     }
 }
 
-fn transaction(families: &[(Family, Vec<Rule>)]) -> Batch {
+fn transaction(tables: &[(Family, Vec<Chain>)]) -> Batch {
     let mut batch = Batch::new();
-    for (family, rules) in families {
+    for (family, chains) in tables {
         let family = *family;
         batch.table(family, TABLE);
         batch.chain(family, TABLE, PORTS);
         batch.nat_chain(family, TABLE, PREROUTING, Hook::Prerouting, DESTINATION_PRIORITY);
         batch.nat_chain(family, TABLE, OUTPUT, Hook::Output, DESTINATION_PRIORITY);
         batch.nat_chain(family, TABLE, POSTROUTING, Hook::Postrouting, SOURCE_PRIORITY);
-        for chain in [PREROUTING, OUTPUT, POSTROUTING, PORTS] {
-            batch.flush(family, TABLE, chain);
-        }
-        for rule in rules {
-            batch.rule(family, TABLE, rule.chain, Place::Last, &rule.comment, &rule.expressions);
+        for chain in chains {
+            batch.flush(family, TABLE, chain.name);
+            for rule in &chain.rules {
+                batch.rule(family, TABLE, chain.name, Place::Last, &rule.comment, &rule.expressions);
+            }
         }
     }
     batch
 }
 
-fn wanted_rules(family: Family, config: &LinkConfig, wanted: &Wanted) -> Vec<Rule> {
-    let mut rules = entry_rules(family);
-    rules.extend(wanted.ports.iter().map(|(mapping, addresses)| port_rule(family, *mapping, *addresses)));
-    rules.extend(wanted.subnet.iter().flat_map(|subnet| masquerade_rules(family, config, *subnet)));
-    rules
+fn chains(family: Family, config: &LinkConfig, wanted: &Wanted) -> Vec<Chain> {
+    let mut chains = entries(family);
+    let masquerade = wanted.subnet.iter().flat_map(|subnet| masquerade_rules(family, config, *subnet));
+    chains.push(Chain { name: POSTROUTING, rules: masquerade.collect() });
+    if let Some(ports) = &wanted.ports {
+        let rules = ports.iter().map(|(mapping, addresses)| port_rule(family, *mapping, *addresses));
+        chains.push(Chain { name: PORTS, rules: rules.collect() });
+    }
+    chains
 }
 
-fn entry_rules(family: Family) -> Vec<Rule> {
+fn entries(family: Family) -> Vec<Chain> {
     let (network, prefix): (IpAddr, u8) = match family {
         Family::V4 => ([127, 0, 0, 0].into(), 8),
-        Family::V6 => (std::net::Ipv6Addr::LOCALHOST.into(), 128),
+        Family::V6 => (Ipv6Addr::LOCALHOST.into(), 128),
     };
+    let local = [Expression::DestinationIsLocal, Expression::Jump(PORTS.into())];
+    let not_loopback = [Expression::NotDestination { network, prefix }];
+    let rule = |comment: &str, expressions| vec![Rule { comment: comment.into(), expressions }];
     vec![
-        Rule {
-            chain: PREROUTING,
-            comment: "published ports".into(),
-            expressions: vec![Expression::DestinationIsLocal, Expression::Jump(PORTS.into())],
-        },
-        Rule {
-            chain: OUTPUT,
-            comment: "published ports, from this host".into(),
-            expressions: vec![
-                Expression::NotDestination { network, prefix },
-                Expression::DestinationIsLocal,
-                Expression::Jump(PORTS.into()),
-            ],
+        Chain { name: PREROUTING, rules: rule("published ports", local.to_vec()) },
+        Chain {
+            name: OUTPUT,
+            rules: rule("published ports, from this host", not_loopback.into_iter().chain(local).collect()),
         },
     ]
 }
@@ -196,7 +215,6 @@ fn port_rule(family: Family, mapping: PortMapping, addresses: Addresses) -> Rule
         Protocol::Udp => 17,
     };
     Rule {
-        chain: PORTS,
         comment: format!("{mapping} of {address}"),
         expressions: vec![
             Expression::Protocol(protocol),
@@ -216,7 +234,6 @@ fn masquerade_rules(family: Family, config: &LinkConfig, subnet: Subnet) -> Vec<
     let LinkConfig { bridge, tun, .. } = config;
     vec![
         Rule {
-            chain: POSTROUTING,
             comment: format!("{network}/{prefix} not to {bridge} or {tun}"),
             expressions: vec![
                 Expression::Source { network, prefix },
@@ -227,7 +244,6 @@ fn masquerade_rules(family: Family, config: &LinkConfig, subnet: Subnet) -> Vec<
             ],
         },
         Rule {
-            chain: POSTROUTING,
             comment: format!("{network}/{prefix} back to {bridge} through a published port"),
             expressions: vec![
                 Expression::Source { network, prefix },

@@ -26,13 +26,13 @@ impl Links {
         for (address, host, _, _) in &wanted {
             if !present.contains(&(*address, *host)) {
                 self.journal().note(Undo::DelAddress { link: tun.name.clone(), address: *address, prefix: *host })?;
-                self.netlink.add_address(&tun, *address, *host).await?;
+                self.netlink.add_address(tun.index, *address, *host).await?;
             }
         }
         self.netlink.set_up(&tun).await?;
         for (_, _, network, prefix) in wanted {
             self.journal().note(Undo::DelRoute { link: tun.name.clone(), destination: network, prefix })?;
-            self.netlink.replace_route(&tun, network, prefix, None).await?;
+            self.netlink.replace_route(tun.index, network, prefix, None).await?;
         }
         Ok(())
     }

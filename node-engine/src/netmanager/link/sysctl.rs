@@ -43,24 +43,26 @@ pub(super) fn settle_own_interface(name: &str) -> Result<(), LinkError> {
     Ok(())
 }
 
-/// The same inside an instance's namespace, for its side of the link. Runtimes switch IPv6 off where they assign no address
-/// themselves. An address that the node hands out has no duplicate, and looking for one delays the first packet by a second.
+/// Inside an instance's namespace, for its side of the link. Runtimes switch IPv6 off where they assign no address themselves. An
+/// address that the node hands out has no duplicate, and looking for one delays the first packet by a second. Another instance
+/// on the bridge is nobody to take a router or a shorter way from; the host itself names one where two instances meet through a
+/// published port, and a packet that follows it misses its translation.
 pub(super) fn prepare_instance_side(interface: &str) -> io::Result<()> {
-    if !has_ipv6() {
-        return Ok(());
-    }
-    for (name, setting, value) in [
-        ("lo", "disable_ipv6", "0"),
-        (interface, "disable_ipv6", "0"),
-        (interface, "accept_ra", "0"),
-        (interface, "accept_dad", "0"),
+    for (family, name, setting, value) in [
+        ("ipv4", "all", "accept_redirects", "0"),
+        ("ipv4", interface, "accept_redirects", "0"),
+        ("ipv6", "lo", "disable_ipv6", "0"),
+        ("ipv6", interface, "disable_ipv6", "0"),
+        ("ipv6", interface, "accept_redirects", "0"),
+        ("ipv6", interface, "accept_ra", "0"),
+        ("ipv6", interface, "accept_dad", "0"),
     ] {
-        let path = format!("net/ipv6/conf/{name}/{setting}");
+        let path = format!("net/{family}/conf/{name}/{setting}");
         let at_path = |error: io::Error| io::Error::new(error.kind(), format!("{path}: {error}"));
         match read(&path) {
             Ok(now) if now == value => {}
             Ok(_) => fs::write(full(&path), value).map_err(at_path)?,
-            // The workload may have renamed it.
+            // No IPv6 here, or the workload has renamed its interface.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(at_path(error)),
         }

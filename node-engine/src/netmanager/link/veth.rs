@@ -8,8 +8,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, try_join_all};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVeth};
+use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use tracing::{info, warn};
 
 use crate::model::{Addresses, InstanceId, Subnet};
@@ -18,6 +20,9 @@ use crate::netns::Netns;
 use super::journal::Undo;
 use super::kernel::{LinkState, Netlink};
 use super::{LinkError, Links, Veth, gateway, stable_hash, stable_mac, sysctl};
+
+/// In every namespace.
+const LOOPBACK: u32 = 1;
 
 /// What a workload sees.
 const INSTANCE_SIDE: &str = "eth0";
@@ -118,11 +123,8 @@ impl Links {
         subnet: Subnet,
         addresses: Addresses,
     ) -> Result<Veth, LinkError> {
-        let bridge = self.netlink.link(&self.config.bridge).await?.ok_or_else(|| LinkError::Kernel {
-            step: "look up",
-            object: self.config.bridge.clone(),
-            reason: "the bridge does not exist yet".into(),
-        })?;
+        let bridge = self.netlink.link(&self.config.bridge).await?;
+        let bridge = bridge.ok_or_else(|| gone(&self.config.bridge, "the bridge does not exist yet"))?;
         if create {
             let pair = self.pair(instance, name, netns, bridge.index, true);
             if self.netlink.create(name, pair).await.is_err() {
@@ -131,27 +133,32 @@ impl Links {
             }
         }
         let host_side = LinkUnspec::new_with_name(name).alias(instance.to_string()).controller(bridge.index).up();
-        self.netlink.set(name, host_side.build()).await?;
-        let gone = || LinkError::Kernel {
-            step: "look up",
-            object: name.to_owned(),
-            reason: "the interface has disappeared".into(),
-        };
-        let host = self.netlink.link(name).await?.ok_or_else(gone)?;
-        let instance_side = host.peer.ok_or_else(gone)?;
-        let mac = furnish(netns, instance_side, subnet, addresses).await?;
-        Ok(Veth { name: host.name, ifindex: host.index, mac: mac.unwrap_or_else(|| stable_mac(&instance.to_string())) })
+        // An instance that asks for a port it has published itself: where bridged packets pass the IP filter (Docker wants it so), the
+        // bridge has to send them out where they came in.
+        let port = LinkBridgePort::new(0).name(name).hairpin(true);
+        // Sent in this order without waiting in between, which the kernel keeps.
+        let ((), (), host, inside) = tokio::try_join!(
+            self.netlink.set(name, host_side.build()),
+            self.netlink.set_port(name, port.build()),
+            self.netlink.link(name),
+            enter(netns),
+        )?;
+        let host = host.ok_or_else(|| gone(name, "the interface has disappeared"))?;
+        let instance_side = host.peer.ok_or_else(|| gone(name, "its other end has disappeared"))?;
+        let new_mac = create.then(|| stable_mac(&instance.to_string()));
+        let mac = furnish(&inside, instance_side, new_mac, subnet, addresses).await?;
+        Ok(Veth { name: host.name, ifindex: host.index, mac })
     }
 
-    /// Both ends in one request: the instance's end is born inside its namespace.
+    /// Both ends in one request: the instance's end is born inside its namespace. It cannot be born up: at that moment the kernel has
+    /// not joined the two yet.
     fn pair(&self, instance: &InstanceId, name: &str, netns: &Netns, bridge: u32, limited: bool) -> LinkMessage {
         let gso = [LinkAttribute::GsoMaxSize(GSO_MAX_SIZE), LinkAttribute::GsoIpv4MaxSize(GSO_MAX_SIZE)];
         let gso = if limited { &gso[..] } else { &[] };
         let mut inner = LinkUnspec::new_with_name(INSTANCE_SIDE)
             .mtu(self.config.mtu)
             .address(stable_mac(&instance.to_string()).to_vec())
-            .setns_by_fd(netns.as_fd().as_raw_fd())
-            .up();
+            .setns_by_fd(netns.as_fd().as_raw_fd());
         let mut outer =
             LinkMessageBuilder::<LinkVeth>::new(name, INSTANCE_SIDE).mtu(self.config.mtu).controller(bridge);
         for attribute in gso {
@@ -166,59 +173,64 @@ impl Links {
     }
 }
 
-/// Addresses, routes and loopback inside the instance's namespace. Returns its MAC.
-async fn furnish(
-    netns: &Arc<Netns>,
-    interface: u32,
-    subnet: Subnet,
-    addresses: Addresses,
-) -> Result<Option<[u8; 6]>, LinkError> {
+/// A socket inside the instance's namespace, whose settings are ready for the interface.
+async fn enter(netns: &Arc<Netns>) -> Result<Netlink, LinkError> {
     let runtime = tokio::runtime::Handle::current();
-    let inside = netns.clone();
+    let netns = netns.clone();
     let opened = tokio::task::spawn_blocking(move || {
-        inside.run(|| {
+        netns.run(|| {
             let _context = runtime.enter();
             sysctl::prepare_instance_side(INSTANCE_SIDE)?;
             Netlink::open()
         })
     });
-    let netlink = opened.await.map_err(std::io::Error::other).and_then(|opened| opened?).map_err(LinkError::Netns)?;
+    opened.await.map_err(std::io::Error::other).and_then(|opened| opened?).map_err(LinkError::Netns)
+}
 
-    let gone = || LinkError::Kernel {
-        step: "look up",
-        object: format!("{INSTANCE_SIDE} in the instance's namespace"),
-        reason: "the interface has disappeared".into(),
-    };
-    let link = netlink.link_at(interface).await?.ok_or_else(gone)?;
-    if let Some(loopback) = netlink.link("lo").await? {
-        netlink.set_up(&loopback).await?;
-    }
-    netlink.set_up(&link).await?;
-
+/// Addresses, routes and loopback inside the instance's namespace. An interface just made has its MAC from us and nothing else yet;
+/// of another we look what it has. Returns the MAC.
+async fn furnish(
+    inside: &Netlink,
+    interface: u32,
+    new_mac: Option<[u8; 6]>,
+    subnet: Subnet,
+    addresses: Addresses,
+) -> Result<[u8; 6], LinkError> {
     let gateway = gateway(subnet);
-    let mut wanted =
-        vec![(IpAddr::V4(addresses.v4), Subnet::V4_PREFIX, IpAddr::V4(gateway.v4), IpAddr::V4(Ipv4Addr::UNSPECIFIED))];
+    let mut wanted = vec![(IpAddr::V4(addresses.v4), Subnet::V4_PREFIX, IpAddr::V4(gateway.v4))];
     if sysctl::has_ipv6() {
-        wanted.push((
-            IpAddr::V6(addresses.v6),
-            Subnet::V6_PREFIX,
-            IpAddr::V6(gateway.v6),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        ));
+        wanted.push((IpAddr::V6(addresses.v6), Subnet::V6_PREFIX, IpAddr::V6(gateway.v6)));
     }
-    let present = netlink.addresses(link.index).await?;
-    for (address, prefix) in &present {
-        if !wanted.iter().any(|(wanted, length, _, _)| wanted == address && length == prefix) {
-            netlink.delete_address(link.index, *address, *prefix).await?;
+    let (mac, present) = match new_mac {
+        Some(mac) => (mac, Vec::new()),
+        None => {
+            let (link, present) = tokio::try_join!(inside.link_at(interface), inside.addresses(interface))?;
+            let mac = link.and_then(|link| link.mac);
+            (mac.ok_or_else(|| gone(INSTANCE_SIDE, "the interface has left the instance's namespace"))?, present)
         }
+    };
+    let is_wanted = |address, prefix| wanted.iter().any(|(wanted, length, _)| (*wanted, *length) == (address, prefix));
+
+    let mut steps: Vec<BoxFuture<'_, Result<(), LinkError>>> = Vec::new();
+    steps.push(inside.set("lo", LinkUnspec::new_with_index(LOOPBACK).up().build()).boxed());
+    steps.push(inside.set(INSTANCE_SIDE, LinkUnspec::new_with_index(interface).up().build()).boxed());
+    for (address, prefix) in present.iter().filter(|(address, prefix)| !is_wanted(*address, *prefix)) {
+        steps.push(inside.delete_address(interface, *address, *prefix).boxed());
     }
-    for (address, prefix, gateway, everywhere) in wanted {
-        if !present.contains(&(address, prefix)) {
-            netlink.add_address(&link, address, prefix).await?;
+    for (address, prefix, gateway) in &wanted {
+        if !present.contains(&(*address, *prefix)) {
+            steps.push(inside.add_address(interface, *address, *prefix).boxed());
         }
-        netlink.replace_route(&link, everywhere, 0, Some(gateway)).await?;
+        let everywhere = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        steps.push(inside.replace_route(interface, everywhere, 0, Some(*gateway)).boxed());
     }
-    Ok(link.mac)
+    // All are sent before the first answer is awaited, and the kernel takes them in this order.
+    try_join_all(steps).await?;
+    Ok(mac)
+}
+
+fn gone(name: &str, reason: &str) -> LinkError {
+    LinkError::Kernel { step: "look up", object: name.to_owned(), reason: reason.to_owned() }
 }
 
 #[cfg(test)]

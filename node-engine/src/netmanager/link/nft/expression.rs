@@ -89,10 +89,7 @@ impl Expression {
                 mask(list, &IPS_DST_NAT.to_ne_bytes());
                 compare(list, Compare::NotEqual, &0_u32.to_ne_bytes());
             }
-            Self::Counter => element(list, "counter", |data| {
-                data.be64(1, 0);
-                data.be64(2, 0);
-            }),
+            Self::Counter => element(list, "counter", |_| {}),
             Self::Masquerade => element(list, "masq", |_| {}),
             Self::TranslateTo(address, port) => {
                 match address {
@@ -105,6 +102,7 @@ impl Expression {
                     data.be32(2, if address.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 });
                     data.be32(3, REG_1);
                     data.be32(5, REG_2);
+                    data.be32(7, NAT_PORT_GIVEN);
                 });
             }
             Self::Accept => verdict(list, NF_ACCEPT, None),
@@ -125,6 +123,7 @@ const RTN_LOCAL: u32 = 2;
 const CT_STATUS: u32 = 2;
 const IPS_DST_NAT: u32 = 1 << 5;
 const NAT_DESTINATION: u32 = 1;
+const NAT_PORT_GIVEN: u32 = 2;
 const NFPROTO_IPV4: u32 = 2;
 const NFPROTO_IPV6: u32 = 10;
 const NF_ACCEPT: i32 = 1;
@@ -142,8 +141,8 @@ fn element(list: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
 
 fn meta(list: &mut Writer, key: u32) {
     element(list, "meta", |data| {
-        data.be32(1, REG_1);
         data.be32(2, key);
+        data.be32(1, REG_1);
     });
 }
 

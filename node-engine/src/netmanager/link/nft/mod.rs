@@ -5,16 +5,15 @@
 
 mod attribute;
 mod expression;
+mod socket;
 
 use std::io;
 
-use netlink_sys::protocols::NETLINK_NETFILTER;
-use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
-use nix::sys::socket::{setsockopt, sockopt};
 
 use super::journal::Family;
 use attribute::{Writer, as_be32, as_be64, as_text, find};
+use socket::{Answer, dump, open, receive};
 
 pub(super) use expression::Expression;
 
@@ -219,7 +218,7 @@ pub(super) fn rules(family: Family, table: &str) -> io::Result<Vec<RuleState>> {
             comment: find(attributes, 7).and_then(comment),
         })
     };
-    Ok(dump(&request, NEW_RULE)?.iter().filter_map(|answer| rule(answer.attributes())).collect())
+    Ok(dump(&request, SUBSYSTEM << 8 | NEW_RULE)?.iter().filter_map(|answer| rule(answer.attributes())).collect())
 }
 
 /// All chains of all tables and families.
@@ -235,7 +234,7 @@ pub(super) fn chains() -> io::Result<Vec<ChainState>> {
             drops_by_default: find(attributes, 5).and_then(as_be32) == Some(NF_DROP),
         })
     };
-    Ok(dump(&request, NEW_CHAIN)?.iter().filter_map(chain).collect())
+    Ok(dump(&request, SUBSYSTEM << 8 | NEW_CHAIN)?.iter().filter_map(chain).collect())
 }
 
 const BATCH_BEGIN: u16 = 0x10;
@@ -255,15 +254,8 @@ const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
-
-/// `nlmsghdr` and `nfgenmsg`.
-const NETLINK_HEADER: usize = 16;
-const HEADERS: usize = 20;
 
 fn message(
     kind: u16,
@@ -310,88 +302,83 @@ fn comment(mut bytes: &[u8]) -> Option<String> {
     None
 }
 
-/// One message from the kernel.
-#[derive(Debug)]
-struct Answer {
-    kind: u16,
-    sequence: u32,
-    body: Vec<u8>,
-}
+#[cfg(test)]
+mod tests {
+    use super::socket::split;
+    use super::*;
 
-impl Answer {
-    /// The errno of a refusal; 0 of an acknowledgement.
-    fn error(&self) -> Option<i32> {
-        let code = i32::from_ne_bytes(self.body.get(..4)?.try_into().ok()?);
-        (self.kind == ERROR).then_some(code.wrapping_neg())
+    /// `nft --debug=mnl add rule ip t ports tcp dport 8080 counter dnat to 10.18.0.2:80 comment "x"` (nftables 1.0.6), attributes
+    /// only: what the kernel's own user-space sends for this rule.
+    #[cfg(target_endian = "little")]
+    const RULE: &str = "\
+        06000100740000000a000200706f7274730000005801048024000180090001006d6574610000000014000280080002000000001008000100\
+        000000012c00018008000100636d700020000280080001000000000108000200000000000c0003800500010006000000340001800c000100\
+        7061796c6f6164002400028008000100000000010800020000000002080003000000000208000400000000022c00018008000100636d7000\
+        20000280080001000000000108000200000000000c000380060001001f900000140001800c000100636f756e74657200040002802c000180\
+        0e000100696d6d6564696174650000001800028008000100000000010c000280080001000a1200022c0001800e000100696d6d6564696174\
+        650000001800028008000100000000020c000280060001000050000038000180080001006e6174002c000280080001000000000108000200\
+        000000020800030000000001080005000000000208000700000000020800070000027800";
+
+    fn port_rule() -> Batch {
+        let mut batch = Batch::new();
+        let expressions = [
+            Expression::Protocol(6),
+            Expression::DestinationPort(8080),
+            Expression::Counter,
+            Expression::TranslateTo([10, 18, 0, 2].into(), 80),
+        ];
+        batch.rule(Family::V4, "t", "ports", Place::Last, "x", &expressions);
+        batch
     }
 
-    fn family(&self) -> Option<u8> {
-        self.body.first().copied()
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn a_rule_is_byte_for_byte_what_nft_sends() {
+        let (bytes, steps) = port_rule().finish();
+        assert_eq!(steps, ["rule \"x\" in ip t ports"]);
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        // Begin: length, type, flags, sequence, port, family, version, subsystem.
+        assert_eq!(hex(&bytes[..20]), "14000000100001000000000000000000".to_owned() + "0000000a");
+        // The rule: CREATE, APPEND, ACK, REQUEST.
+        assert_eq!(hex(&bytes[20..40]), "88010000060a050c0100000000000000".to_owned() + "02000000");
+        assert_eq!(hex(&bytes[40..412]), RULE);
+        assert_eq!(hex(&bytes[412..]), "14000000110001000100000000000000".to_owned() + "0000000a");
     }
 
-    fn attributes(&self) -> &[u8] {
-        self.body.get(HEADERS - NETLINK_HEADER..).unwrap_or_default()
-    }
-}
-
-fn dump(request: &[u8], wanted: u16) -> io::Result<Vec<Answer>> {
-    // A dump that the tables changed under is told as interrupted only on new kernels; the next look is soon enough.
-    let socket = open(request.len())?;
-    socket.send(request, 0)?;
-    let mut found = Vec::new();
-    for answer in receive(&socket)? {
-        match answer.error().map(Errno::from_raw) {
-            None if answer.kind == SUBSYSTEM << 8 | wanted => found.push(answer),
-            None => {}
-            // No such table; no IPv6 in nf_tables.
-            Some(Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP) => return Ok(Vec::new()),
-            Some(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(found)
-}
-
-/// A socket that can send so many bytes at once, in the calling thread's namespace.
-fn open(bytes: usize) -> io::Result<Socket> {
-    let mut socket = Socket::new(NETLINK_NETFILTER)?;
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    socket.set_non_blocking(true)?;
-    // Without it every refusal sends back the whole message.
-    socket.set_cap_ack(true)?;
-    let size = bytes * 2 + 65_536;
-    setsockopt(&socket, sockopt::SndBufForce, &size)?;
-    setsockopt(&socket, sockopt::RcvBufForce, &(size * 4))?;
-    Ok(socket)
-}
-
-/// All that the kernel has to say now.
-fn receive(socket: &Socket) -> io::Result<Vec<Answer>> {
-    let mut answers = Vec::new();
-    loop {
-        let (bytes, _) = match socket.recv_from_full() {
-            Ok(received) => received,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(answers),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        let before = answers.len();
+    #[test]
+    fn messages_read_what_they_write() {
+        let (bytes, _) = port_rule().finish();
+        let mut answers = Vec::new();
         split(&bytes, &mut answers);
-        if answers[before..].iter().any(|answer| answer.kind == DONE) {
-            return Ok(answers);
+        let kinds: Vec<u16> = answers.iter().map(|answer| answer.kind).collect();
+        assert_eq!(kinds, [BATCH_BEGIN, SUBSYSTEM << 8 | NEW_RULE, BATCH_END]);
+        let rule = &answers[1];
+        assert_eq!((rule.sequence, rule.family()), (1, Some(2)));
+        assert_eq!(find(rule.attributes(), 2).map(as_text).as_deref(), Some("ports"));
+        assert_eq!(find(rule.attributes(), 7).and_then(comment).as_deref(), Some("x"));
+    }
+
+    #[test]
+    fn comments_fit_and_foreign_user_data_is_not_ours() {
+        let long = "c".repeat(300);
+        assert_eq!(comment(&user_data(&long)).map(|text| text.len()), Some(COMMENT_LIMIT));
+        assert_eq!(comment(&[1, 2, 0, 0, 0, 2, b'a', 0]).as_deref(), Some("a"), "after another kind of note");
+        for broken in [&[][..], &[0], &[0, 5, b'a'], &[1, 0]] {
+            assert_eq!(comment(broken), None, "{broken:?}");
         }
     }
-}
 
-fn split(mut bytes: &[u8], answers: &mut Vec<Answer>) {
-    let field =
-        |bytes: &[u8], at: usize| -> Option<u32> { Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?)) };
-    while let (Some(length), Some(kind), Some(sequence)) = (field(bytes, 0), field(bytes, 4), field(bytes, 8)) {
-        let Ok(length) = usize::try_from(length) else { return };
-        let Some(body) = bytes.get(NETLINK_HEADER..length) else { return };
-        // Type in the first two bytes in memory, flags in the other two.
-        let [first, second, ..] = kind.to_ne_bytes();
-        answers.push(Answer { kind: u16::from_ne_bytes([first, second]), sequence, body: body.to_vec() });
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    #[test]
+    fn a_cut_message_ends_the_reading() {
+        let (bytes, _) = port_rule().finish();
+        for cut in 0..bytes.len() {
+            let mut answers = Vec::new();
+            split(&bytes[..cut], &mut answers);
+            assert!(answers.len() < 3);
+            // Whatever is left of a message is read without a fault.
+            for answer in &answers {
+                let _ = (answer.error(), answer.family(), attribute::read(answer.attributes()).count());
+            }
+        }
     }
 }

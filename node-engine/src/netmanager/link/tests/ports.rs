@@ -1,0 +1,172 @@
+use super::*;
+
+fn publish(host: &Host, ports: &[(PortMapping, Addresses)]) {
+    host.links(|links| async move { links.publish(SUBNET, ports).await.expect("published") });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_published_port_leads_to_its_instance_until_it_is_replaced() {
+    let host = Host::new("pub");
+    let instance = host.with_instance();
+    let _server = Server::start(&instance, 80);
+    let refused = |from: &Namespace, address, port| ask(from, address, port).is_err();
+    for address in [HOST_V4, HOST_V6] {
+        assert!(refused(&host.outside, address, 8080), "nothing is published yet");
+    }
+
+    publish(&host, &[(tcp(8080, 80), FIRST), (tcp(8081, 80), FIRST)]);
+    for (address, outside) in [(HOST_V4, OUTSIDE_V4), (HOST_V6, OUTSIDE_V6)] {
+        for port in [8080, 8081] {
+            assert_eq!(ask(&host.outside, address, port).expect("from outside"), outside, "the real source is seen");
+        }
+        assert_eq!(ask(&host.namespace, address, 8080).expect("from the host itself"), address);
+        ask(&instance, address, 8080).expect("from the instance itself");
+        assert!(refused(&host.outside, address, 80), "only the host port is published");
+    }
+    // What is published is not taken from the host's own loopback, nor from others whom the host only forwards to.
+    assert!(refused(&host.namespace, Ipv4Addr::LOCALHOST.into(), 8080));
+    assert!(refused(&host.namespace, Ipv6Addr::LOCALHOST.into(), 8080));
+    let _outside = Server::start(&host.outside, 8080);
+    for (address, masqueraded) in [(OUTSIDE_V4, HOST_V4), (OUTSIDE_V6, HOST_V6)] {
+        assert_eq!(ask(&instance, address, 8080).expect("somebody else's port"), masqueraded);
+    }
+
+    publish(&host, &[(tcp(8081, 80), FIRST)]);
+    for address in [HOST_V4, HOST_V6] {
+        assert!(refused(&host.outside, address, 8080));
+        assert!(ask(&host.outside, address, 8081).is_ok());
+    }
+    publish(&host, &[]);
+    for address in [HOST_V4, HOST_V6] {
+        assert!(refused(&host.outside, address, 8081));
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn instances_reach_each_other_through_a_published_port() {
+    let host = Host::new("hair");
+    let first = host.with_instance();
+    let second = Namespace::new("in");
+    let path = &second.path;
+    host.links(|links| async move {
+        links.attach(&id(1), path, SUBNET, SECOND).await.expect("attached");
+        links.publish(SUBNET, &[(tcp(8080, 80), FIRST)]).await.expect("published");
+    });
+    let _server = Server::start(&first, 80);
+    // Docker has bridges hand their packets to the IP filter, which takes quite another way through the kernel.
+    for through_filter in ["0", "1"] {
+        for setting in ["iptables", "ip6tables"] {
+            host.namespace.write(&format!("net/bridge/bridge-nf-call-{setting}"), through_filter);
+        }
+        for address in [HOST_V4, HOST_V6] {
+            ask(&second, address, 8080).expect("by the host's address");
+            ask(&first, address, 8080).expect("itself by the host's address");
+            ask(&second, address, 8080).expect("by the host's address, once more");
+        }
+    }
+    assert_eq!(ask(&second, FIRST.v4.into(), 80).expect("directly"), IpAddr::from(SECOND.v4));
+    assert_eq!(ask(&second, FIRST.v6.into(), 80).expect("directly"), IpAddr::from(SECOND.v6));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn udp_and_tcp_are_published_apart() {
+    let host = Host::new("udp");
+    let instance = host.with_instance();
+    let udp = |host, container| PortMapping { host, container, protocol: Protocol::Udp };
+    let _server = Server::start(&instance, 80);
+    publish(&host, &[(udp(8080, 53), FIRST)]);
+    assert!(ask(&host.outside, HOST_V4, 8080).is_err());
+
+    let socket = instance.within(|| std::net::UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 53))).expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+    for (address, outside) in [(HOST_V4, OUTSIDE_V4), (HOST_V6, OUTSIDE_V6)] {
+        host.outside.within(|| {
+            let client = std::net::UdpSocket::bind((outside, 0)).expect("a socket");
+            client.connect((address, 8080)).expect("connected");
+            client.send(b"question").expect("sent");
+            let mut buffer = [0; 16];
+            let (length, from) = socket.recv_from(&mut buffer).expect("the question");
+            socket.send_to(&buffer[..length], from).expect("answered");
+            client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+            assert_eq!(client.recv(&mut buffer).expect("the answer, from where it was asked"), length);
+        });
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn instances_reach_the_outside_under_the_hosts_address() {
+    let host = Host::new("masq");
+    let instance = host.with_instance();
+    let _server = Server::start(&host.outside, 80);
+    assert_eq!(ask(&instance, OUTSIDE_V4, 80).expect("IPv4"), HOST_V4);
+    assert_eq!(ask(&instance, OUTSIDE_V6, 80).expect("IPv6"), HOST_V6);
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_flushed_ruleset_comes_back_with_all_published_ports() {
+    let host = Host::new("flush");
+    let instance = host.with_instance();
+    let _server = Server::start(&instance, 80);
+    let namespace = &host.namespace;
+    host.links(|links| async move {
+        links.publish(SUBNET, &[(tcp(8080, 80), FIRST)]).await.expect("published");
+        let before = namespace.exec("nft list ruleset");
+        namespace.exec("nft flush ruleset");
+        links.ensure_bridge(SUBNET).await.expect("bridge");
+        assert_eq!(namespace.exec("nft list ruleset"), before);
+    });
+    assert!(ask(&host.outside, HOST_V4, 8080).is_ok());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_thousand_ports_are_one_transaction() {
+    let host = Host::new("many");
+    let ports: Vec<_> = (0..1000).map(|number| (tcp(10_000 + number, 80), FIRST)).collect();
+    publish(&host, &ports);
+    let rules = host.namespace.exec("nft list table ip node_engine");
+    assert_eq!(rules.matches("dnat to 10.18.0.2:80").count(), 1000);
+    publish(&host, &ports[..1]);
+    assert_eq!(host.namespace.exec("nft list table ip6 node_engine").matches("dnat to [fc00::2]:80").count(), 1);
+}
+
+/// The rules as `nft` reads them back: what the encoder means is what the kernel understood.
+#[test]
+#[ignore = "needs root"]
+fn nft_reads_the_rules_as_they_are_meant() {
+    let host = Host::new("nft");
+    publish(&host, &[(tcp(8080, 80), FIRST)]);
+    let text = |family: &str| {
+        let listing = host.namespace.exec(&format!("nft -s list table {family} node_engine"));
+        listing.lines().map(|line| line.trim().to_owned()).filter(|line| !line.is_empty()).collect::<Vec<_>>()
+    };
+    let v4 = text("ip");
+    for line in [
+        "type nat hook prerouting priority dstnat - 10; policy accept;",
+        "type nat hook output priority -110; policy accept;",
+        "type nat hook postrouting priority srcnat - 10; policy accept;",
+        "fib daddr type local jump ports comment \"published ports\"",
+        "ip daddr != 127.0.0.0/8 fib daddr type local jump ports comment \"published ports, from this host\"",
+        "tcp dport 8080 counter dnat to 10.18.0.2:80 comment \"8080:80/tcp of 10.18.0.2\"",
+        "ip saddr 10.18.0.0/26 oifname != \"lk-bridge\" oifname != \"lk-tun\" counter masquerade comment \"10.18.0.0/26 not to \
+         lk-bridge or lk-tun\"",
+        "ip saddr 10.18.0.0/26 oifname \"lk-bridge\" ct status dnat counter masquerade comment \"10.18.0.0/26 back to lk-bridge \
+         through a published port\"",
+    ] {
+        assert!(v4.contains(&line.to_owned()), "{line}\nis not among\n{}", v4.join("\n"));
+    }
+    let v6 = text("ip6");
+    for line in [
+        "ip6 daddr != ::1 fib daddr type local jump ports comment \"published ports, from this host\"",
+        "tcp dport 8080 counter dnat to [fc00::2]:80 comment \"8080:80/tcp of fc00::2\"",
+        "ip6 saddr fc00::/120 oifname != \"lk-bridge\" oifname != \"lk-tun\" counter masquerade comment \"fc00::/120 not to \
+         lk-bridge or lk-tun\"",
+    ] {
+        assert!(v6.contains(&line.to_owned()), "{line}\nis not among\n{}", v6.join("\n"));
+    }
+}
