@@ -9,7 +9,9 @@
 //!
 //! This directory knows neither where rows come from nor who asks the cluster for missing ones.
 
+mod choose;
 mod counters;
+mod ebpf;
 mod flows;
 mod held;
 mod memory;
@@ -25,6 +27,8 @@ use async_trait::async_trait;
 use netmanager_common::abi::{Config, Endpoint, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 
+pub use choose::{Chosen, choose};
+pub use ebpf::{Ebpf, uninstall};
 pub use memory::Memory;
 pub use tun::Tun;
 

@@ -1,0 +1,226 @@
+//! Programs on interfaces: by TCX with a pinned link where the kernel has it (6.6), else as a filter of the clsact qdisc. A restart
+//! replaces the program in place; there is no moment without one.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::mem;
+
+use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use nix::net::if_::{if_indextoname, if_nameindex};
+
+use super::pins::Pins;
+use super::reason::{reason, unsupported};
+use crate::netmanager::datapath::{DatapathError, Port};
+
+/// Our filter among those of a clsact qdisc: a number of our own, so that a restart finds and replaces it.
+const PRIORITY: u16 = 50_103;
+const HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Where a program sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hook {
+    /// The host end of an instance's veth.
+    Veth,
+    Uplink,
+}
+
+impl Hook {
+    const ALL: [Self; 2] = [Self::Veth, Self::Uplink];
+
+    /// The program's name in the object.
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Veth => "tc_veth_ingress",
+            Self::Uplink => "tc_uplink_ingress",
+        }
+    }
+
+    const fn prefix(self) -> &'static str {
+        match self {
+            Self::Veth => "veth_",
+            Self::Uplink => "uplink_",
+        }
+    }
+
+    /// The link's pin. By index and not by name: names come again, and may hold dots.
+    fn pin(self, ifindex: u32) -> String {
+        format!("{}{ifindex}", self.prefix())
+    }
+
+    /// The index in a pin's name, if it is of this hook.
+    fn ifindex(self, pin: &str) -> Option<u32> {
+        pin.strip_prefix(self.prefix())?.parse().ok()
+    }
+}
+
+/// The loaded programs.
+pub(super) struct Hooks {
+    programs: aya::Ebpf,
+    pins: Pins,
+}
+
+impl fmt::Debug for Hooks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hooks").field("pins", &self.pins).finish_non_exhaustive()
+    }
+}
+
+impl Hooks {
+    /// Passes the programs by the verifier and pins them.
+    pub(super) fn load(mut programs: aya::Ebpf, pins: Pins) -> Result<Self, DatapathError> {
+        for hook in Hook::ALL {
+            let program = classifier(&mut programs, hook)?;
+            program.load().map_err(|error| unsupported("load programs", &error))?;
+            let pin = pins.program(hook.program());
+            // The pin of the previous run names the previous program, which lives on by its links until they are updated.
+            let _ = fs::remove_file(&pin);
+            program.pin(&pin).map_err(|error| unsupported("pin programs", &error))?;
+        }
+        Ok(Self { programs, pins })
+    }
+
+    /// Puts the program on the interface, or in the place of the one of an earlier run.
+    pub(super) fn attach(&mut self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
+        let program = classifier(&mut self.programs, hook)?;
+        let pin = hook.pin(port.ifindex);
+        if !replace_link(program, &self.pins, &pin) {
+            let linked = new_link(program, port, &self.pins, &pin);
+            if let Err(tcx) = linked {
+                filter(program, port).map_err(|clsact| DatapathError::Unsupported {
+                    what: "attach program",
+                    reason: format!("{}: TCX: {tcx}; clsact: {clsact}", port.name),
+                })?;
+            }
+        }
+        self.pins.retire_others(&pin);
+        Ok(())
+    }
+
+    /// Takes the program off the interface.
+    pub(super) fn detach(&mut self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
+        let pin = self.pins.link(&hook.pin(port.ifindex));
+        match fs::remove_file(&pin) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => {
+                return Err(DatapathError::Step { step: "unpin link", reason: format!("{}: {error}", pin.display()) });
+            }
+        }
+        remove_filter(&port.name, hook);
+        Ok(())
+    }
+
+    /// Removes the pins of interfaces that are gone, and of uplinks that are none any more.
+    pub(super) fn sweep(&self, uplink: u32) {
+        for pin in self.pins.links() {
+            let gone = |ifindex| if_indextoname(ifindex).is_err();
+            let stale = Hook::Veth.ifindex(&pin).is_some_and(gone)
+                || Hook::Uplink.ifindex(&pin).is_some_and(|ifindex| ifindex != uplink);
+            if stale {
+                let _ = fs::remove_file(self.pins.link(&pin));
+            }
+        }
+    }
+}
+
+fn classifier(programs: &mut aya::Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DatapathError> {
+    let missing = || DatapathError::Unsupported {
+        what: "load programs",
+        reason: format!("the embedded object has no classifier {}: build it anew", hook.program()),
+    };
+    programs.program_mut(hook.program()).ok_or_else(missing)?.try_into().map_err(|_: ProgramError| missing())
+}
+
+/// Updates the pinned link to this program. False where there is none, or it is no use: then its pin is gone.
+fn replace_link(program: &mut SchedClassifier, pins: &Pins, pin: &str) -> bool {
+    let path = pins.link(pin);
+    let Ok(pinned) = PinnedLink::from_pin(&path) else { return false };
+    let replaced = SchedClassifierLink::try_from(FdLink::from(pinned))
+        .map_err(|error| reason(&error))
+        .and_then(|link| program.attach_to_link(link).map_err(|error| reason(&error)))
+        // Out of aya's hands, which would hold the descriptor for as long as the program.
+        .and_then(|id| program.take_link(id).map_err(|error| reason(&error)));
+    match replaced {
+        Ok(link) => {
+            drop(link);
+            true
+        }
+        Err(reason) => {
+            // Its interface went, and another has come by this index.
+            tracing::debug!(pin, reason, "a pinned link cannot be updated and is made anew");
+            let _ = fs::remove_file(path);
+            false
+        }
+    }
+}
+
+fn new_link(program: &mut SchedClassifier, port: &Port, pins: &Pins, pin: &str) -> Result<(), String> {
+    let order = TcAttachOptions::TcxOrder(LinkOrder::default());
+    let attached = program.attach_with_options(&port.name, TcAttachType::Ingress, order);
+    let link = attached.and_then(|id| program.take_link(id)).map_err(|error| reason(&error))?;
+    let link = FdLink::try_from(link).map_err(|error| reason(&error))?;
+    link.pin(pins.link(pin)).map(drop).map_err(|error| reason(&error))
+}
+
+/// Puts the program into the clsact qdisc, which is made where it is missing.
+fn filter(program: &mut SchedClassifier, port: &Port) -> Result<(), String> {
+    match tc::qdisc_add_clsact(&port.name) {
+        Err(error) if !exists(&error) => return Err(reason(&error)),
+        _ => {}
+    }
+    let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+    let attached = program.attach_with_options(&port.name, TcAttachType::Ingress, TcAttachOptions::Netlink(options));
+    let attached = match attached {
+        Err(ProgramError::TcError(error)) if exists(&error) => {
+            let link = SchedClassifierLink::attached(&port.name, TcAttachType::Ingress, PRIORITY, HANDLE, None);
+            program.attach_to_link(link.map_err(|error| error.to_string())?)
+        }
+        other => other,
+    };
+    let link = attached.and_then(|id| program.take_link(id)).map_err(|error| reason(&error))?;
+    // Dropping it would take the filter away; it shall outlive the process.
+    mem::forget(link);
+    Ok(())
+}
+
+fn exists(error: &TcError) -> bool {
+    match error {
+        TcError::NetlinkError(error) => error.raw_os_error() == Some(libc::EEXIST),
+        TcError::AlreadyAttached => true,
+        TcError::IoError(error) => error.raw_os_error() == Some(libc::EEXIST),
+        _ => false,
+    }
+}
+
+/// Removes our filters from every interface.
+pub(super) fn remove_filters() {
+    for interface in if_nameindex().iter().flat_map(|interfaces| interfaces.iter()) {
+        for hook in Hook::ALL {
+            if let Ok(name) = interface.name().to_str() {
+                remove_filter(name, hook);
+            }
+        }
+    }
+}
+
+fn remove_filter(interface: &str, hook: Hook) {
+    // No such interface, no such qdisc, no such filter: all that was wanted.
+    let _ = tc::qdisc_detach_program(interface, TcAttachType::Ingress, hook.program());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_are_read_as_they_are_written() {
+        for hook in Hook::ALL {
+            assert_eq!(hook.ifindex(&hook.pin(17)), Some(17));
+        }
+        assert_eq!(Hook::Veth.ifindex("uplink_3"), None);
+        assert_eq!(Hook::Veth.ifindex("veth_x"), None);
+    }
+}

@@ -1,0 +1,211 @@
+//! The tables of the law in the kernel's maps, reached by system calls: the slow path learns flows where the kernel finds them, and
+//! deltas are written where the kernel reads.
+
+use std::fmt;
+
+use aya::Pod;
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Reply, ReplyKey, Service, Slot};
+use netmanager_common::addr::Addr;
+use netmanager_common::pipeline::{Owned, Tables};
+use netmanager_common::verdict::COUNTERS;
+
+use super::pins::Pins;
+use crate::netmanager::datapath::counters::kernel_name;
+use crate::netmanager::datapath::projection::{Projection, Write};
+use crate::netmanager::datapath::tables::Random;
+use crate::netmanager::datapath::{DatapathError, Snapshot};
+
+/// The maps that outlive the process, by their names in the object.
+pub(super) const PINNED: [&str; 9] =
+    ["CONFIG", "SERVICES", "CANDIDATES", "SLOTS", "PEERS", "ENDPOINTS", "FLOWS", "REPLIES", "COUNTERS"];
+
+/// The kernel's maps by their pins.
+pub(super) struct BpfTables {
+    config: Array<MapData, Config>,
+    services: HashMap<MapData, Addr, Service>,
+    candidates: HashMap<MapData, CandidateKey, u32>,
+    slots: Array<MapData, Slot>,
+    peers: Array<MapData, Peer>,
+    endpoints: HashMap<MapData, Addr, Endpoint>,
+    flows: HashMap<MapData, FlowKey, Flow>,
+    replies: HashMap<MapData, ReplyKey, Reply>,
+    random: Random,
+}
+
+impl BpfTables {
+    /// # Errors
+    /// A map is missing, or was made with another layout.
+    pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        Ok(Self {
+            config: open(pins, "CONFIG")?,
+            services: open(pins, "SERVICES")?,
+            candidates: open(pins, "CANDIDATES")?,
+            slots: open(pins, "SLOTS")?,
+            peers: open(pins, "PEERS")?,
+            endpoints: open(pins, "ENDPOINTS")?,
+            flows: open(pins, "FLOWS")?,
+            replies: open(pins, "REPLIES")?,
+            random: Random::default(),
+        })
+    }
+}
+
+/// A map by its pin. The sizes are those of the map in the kernel, so a pin of another layout is refused.
+fn open<M: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<M, DatapathError> {
+    let path = pins.map(name);
+    MapData::from_pin(&path).and_then(Map::from_map_data).and_then(M::try_from).map_err(|error| {
+        let reason = format!("{}: {error}; if it was made by another version, uninstall that first", path.display());
+        DatapathError::Unsupported { what: "adopt map", reason }
+    })
+}
+
+impl Tables for BpfTables {
+    type Row<T: Copy + 'static> = Owned<T>;
+
+    fn config(&mut self) -> Option<Owned<Config>> {
+        self.config.get(&0, 0).ok().filter(|config| !config.service_v4_mask.is_none()).map(Owned)
+    }
+
+    fn service(&mut self, address: &Addr) -> Option<Owned<Service>> {
+        self.services.get(address, 0).ok().map(Owned)
+    }
+
+    fn candidate(&mut self, key: &CandidateKey) -> Option<u32> {
+        self.candidates.get(key, 0).ok()
+    }
+
+    fn slot(&mut self, index: u32) -> Option<Owned<Slot>> {
+        self.slots.get(&index, 0).ok().map(Owned)
+    }
+
+    fn peer(&mut self, index: u32) -> Option<Owned<Peer>> {
+        self.peers.get(&index, 0).ok().map(Owned)
+    }
+
+    fn endpoint(&mut self, address: &Addr) -> Option<Owned<Endpoint>> {
+        self.endpoints.get(address, 0).ok().map(Owned)
+    }
+
+    fn flow(&mut self, key: &FlowKey) -> Option<Owned<Flow>> {
+        self.flows.get(key, 0).ok().map(Owned)
+    }
+
+    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
+        self.flows.insert(key, flow, 0).is_ok()
+    }
+
+    fn reply(&mut self, key: &ReplyKey) -> Option<Owned<Reply>> {
+        self.replies.get(key, 0).ok().map(Owned)
+    }
+
+    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
+        self.replies.insert(key, reply, 0).is_ok()
+    }
+
+    fn pick(&mut self) -> u32 {
+        self.random.next()
+    }
+}
+
+impl Projection for BpfTables {
+    fn write(&mut self, write: &Write) -> Result<(), DatapathError> {
+        match write {
+            Write::Config(row) => written("CONFIG", self.config.set(0, row, 0)),
+            Write::Peer(index, row) => written("PEERS", self.peers.set(*index, row, 0)),
+            Write::Slot(index, row) => written("SLOTS", self.slots.set(*index, row, 0)),
+            Write::Endpoint(key, row) => written("ENDPOINTS", self.endpoints.insert(key, row, 0)),
+            Write::Candidate(key, slot) => written("CANDIDATES", self.candidates.insert(key, slot, 0)),
+            Write::Service(key, row) => written("SERVICES", self.services.insert(key, row, 0)),
+            Write::CandidateGone(key) => written("CANDIDATES", gone(self.candidates.remove(key))),
+            Write::ServiceGone(key) => written("SERVICES", gone(self.services.remove(key))),
+            Write::EndpointGone(key) => written("ENDPOINTS", gone(self.endpoints.remove(key))),
+        }
+    }
+
+    fn snapshot(&self) -> Result<Snapshot, DatapathError> {
+        Ok(Snapshot {
+            slots: indexed("SLOTS", &self.slots, |slot| slot.generation != 0)?,
+            peers: indexed("PEERS", &self.peers, |peer| !peer.host.is_none())?,
+            services: read("SERVICES", self.services.iter().collect())?,
+            endpoints: read("ENDPOINTS", self.endpoints.iter().collect())?,
+        })
+    }
+
+    fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError> {
+        read("CANDIDATES", self.candidates.keys().collect())
+    }
+}
+
+fn written(map: &'static str, result: Result<(), MapError>) -> Result<(), DatapathError> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(MapError::OutOfBounds { .. }) => Err(DatapathError::Full(map)),
+        Err(error) if os_error(&error) == Some(libc::E2BIG) => Err(DatapathError::Full(map)),
+        Err(error) => Err(DatapathError::Step { step: "write map", reason: format!("{map}: {}", causes(&error)) }),
+    }
+}
+
+/// Removing what is not there is a success.
+fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(error) if os_error(&error) == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn os_error(error: &MapError) -> Option<i32> {
+    match error {
+        MapError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+fn read<T>(map: &'static str, rows: Result<Vec<T>, MapError>) -> Result<Vec<T>, DatapathError> {
+    rows.map_err(|error| DatapathError::Step { step: "read map", reason: format!("{map}: {}", causes(&error)) })
+}
+
+/// The rows of an array that are in use.
+fn indexed<T: Pod>(
+    map: &'static str,
+    array: &Array<MapData, T>,
+    used: impl Fn(&T) -> bool,
+) -> Result<Vec<(u32, T)>, DatapathError> {
+    let rows = (0..).zip(array.iter()).map(|(index, row)| row.map(|row| (index, row)));
+    read(map, rows.filter(|row| row.as_ref().map_or(true, |(_, row)| used(row))).collect())
+}
+
+fn causes(error: &MapError) -> String {
+    match error {
+        MapError::SyscallError(error) => format!("{}: {}", error.call, error.io_error),
+        other => other.to_string(),
+    }
+}
+
+impl fmt::Debug for BpfTables {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BpfTables").finish_non_exhaustive()
+    }
+}
+
+/// What the kernel programs counted.
+pub(super) struct KernelCounters(PerCpuArray<MapData, u64>);
+
+impl KernelCounters {
+    pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
+        open(pins, "COUNTERS").map(Self)
+    }
+
+    /// Sums over all CPUs; a counter that cannot be read is left out.
+    pub(super) fn read(&self) -> Vec<(&'static str, u64)> {
+        let cells = (0..COUNTERS).filter_map(|index| Some((index, kernel_name(index)?)));
+        cells.filter_map(|(index, name)| Some((name, self.0.get(&index, 0).ok()?.iter().sum()))).collect()
+    }
+}
+
+impl fmt::Debug for KernelCounters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelCounters").finish_non_exhaustive()
+    }
+}

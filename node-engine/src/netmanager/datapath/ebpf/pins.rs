@@ -1,0 +1,178 @@
+//! Where maps, links and programs are pinned, and how they go away.
+//!
+//! ```text
+//! <pin_dir>/v<ABI_VERSION>/maps/<MAP>
+//!                         /links/veth_<ifindex>   uplink_<ifindex>
+//!                         /programs/<program>
+//! ```
+//!
+//! Each layout version has a directory of its own, so that an upgrade never reads a row it does not understand. bpffs knows neither
+//! ordinary files nor names with dots.
+
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use netmanager_common::ABI_VERSION;
+use nix::mount::{MsFlags, mount, umount};
+use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
+
+use super::hooks;
+use crate::netmanager::datapath::DatapathError;
+
+/// Where the system has its bpffs, mounted or not.
+const SYSTEM: &str = "/sys/fs/bpf";
+/// A directory in a bpffs that we mounted says so.
+const MOUNTED: &str = "mounted_by_node_engine";
+
+/// The pins of this layout version.
+#[derive(Clone, Debug)]
+pub(super) struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// Makes the directories, on a bpffs.
+    pub(super) fn ensure(root: &Path) -> Result<Self, DatapathError> {
+        ensure_bpffs(root)?;
+        let pins = Self { root: root.to_owned() };
+        for directory in ["maps", "links", "programs"] {
+            make_directory(&pins.version().join(directory))?;
+        }
+        Ok(pins)
+    }
+
+    pub(super) fn map(&self, name: &str) -> PathBuf {
+        self.version().join("maps").join(name)
+    }
+
+    pub(super) fn link(&self, name: &str) -> PathBuf {
+        self.version().join("links").join(name)
+    }
+
+    pub(super) fn program(&self, name: &str) -> PathBuf {
+        self.version().join("programs").join(name)
+    }
+
+    /// Names of the pinned links.
+    pub(super) fn links(&self) -> Vec<String> {
+        names(&self.version().join("links"))
+    }
+
+    /// Removes the link of this name that another layout version has pinned; ours carries now. A version without links goes whole.
+    pub(super) fn retire_others(&self, link: &str) {
+        let own = version_name();
+        for other in versions(&self.root).into_iter().filter(|version| *version != own) {
+            let directory = self.root.join(other);
+            let _ = fs::remove_file(directory.join("links").join(link));
+            if names(&directory.join("links")).is_empty() {
+                let _ = fs::remove_dir_all(&directory);
+            }
+        }
+    }
+
+    fn version(&self) -> PathBuf {
+        self.root.join(version_name())
+    }
+}
+
+/// Removes programs from every interface, and all pins. What another process pinned stays.
+///
+/// Returns what could not be removed.
+pub fn uninstall(pin_dir: &Path) -> Vec<DatapathError> {
+    let mut errors = retire(pin_dir);
+    let mountpoint = mountpoint(pin_dir);
+    let marker = mountpoint.join(MOUNTED);
+    if marker.is_dir() {
+        // Somebody else may have begun to use it: then it stays.
+        let others = names(&mountpoint).iter().any(|name| name != MOUNTED);
+        if !others {
+            let unmounted = fs::remove_dir(&marker).and_then(|()| Ok(umount(&mountpoint)?));
+            errors.extend(unmounted.err().map(|error| step("unmount bpffs", &mountpoint, &error)));
+        }
+    }
+    errors
+}
+
+/// Takes the datapath out of the kernel: programs off the interfaces, pins away. The bpffs stays.
+pub(in crate::netmanager::datapath) fn retire(pin_dir: &Path) -> Vec<DatapathError> {
+    let mut errors = Vec::new();
+    let versions = versions(pin_dir);
+    if versions.is_empty() {
+        return errors;
+    }
+    for version in versions {
+        let directory = pin_dir.join(version);
+        // Links first: a program must not run over maps that are half gone.
+        for directory in [directory.join("links"), directory] {
+            match fs::remove_dir_all(&directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    errors.push(step("remove pins", &directory, &error));
+                }
+                _ => {}
+            }
+        }
+    }
+    hooks::remove_filters();
+    if pin_dir != mountpoint(pin_dir) {
+        // Not empty: something in it is not ours.
+        let _ = fs::remove_dir(pin_dir);
+    }
+    errors
+}
+
+/// Mounts a bpffs where the pins would not be on one.
+fn ensure_bpffs(root: &Path) -> Result<(), DatapathError> {
+    if on_bpffs(root) {
+        return Ok(());
+    }
+    let mountpoint = mountpoint(root);
+    if mountpoint == root {
+        make_directory(root)?;
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), &mountpoint, Some("bpf"), flags, Some("mode=0700")).map_err(|error| {
+        let reason = format!("{}: {error}", mountpoint.display());
+        DatapathError::Unsupported { what: "mount bpffs", reason }
+    })?;
+    make_directory(&mountpoint.join(MOUNTED))
+}
+
+/// Is the nearest directory that exists on a bpffs?
+fn on_bpffs(path: &Path) -> bool {
+    let nearest = path.ancestors().find(|ancestor| ancestor.is_dir());
+    nearest.and_then(|nearest| statfs(nearest).ok()).is_some_and(|fs| fs.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Where the bpffs of these pins is mounted, by us or by the system: the system's place where they lie below it, else their own root.
+fn mountpoint(root: &Path) -> PathBuf {
+    if root.starts_with(SYSTEM) { SYSTEM.into() } else { root.to_owned() }
+}
+
+fn version_name() -> String {
+    format!("v{ABI_VERSION}")
+}
+
+/// The layout versions that have pins.
+fn versions(root: &Path) -> Vec<String> {
+    let number = |name: &String| name.strip_prefix('v').is_some_and(|rest| rest.parse::<u32>().is_ok());
+    names(root).into_iter().filter(number).collect()
+}
+
+/// What the directory holds; nothing where there is none.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
+}
+
+fn make_directory(path: &Path) -> Result<(), DatapathError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|error| {
+        let reason = format!("{}: {error}", path.display());
+        DatapathError::Unsupported { what: "make pin directory", reason }
+    })
+}
+
+fn step(step: &'static str, path: &Path, error: &io::Error) -> DatapathError {
+    DatapathError::Step { step, reason: format!("{}: {error}", path.display()) }
+}
