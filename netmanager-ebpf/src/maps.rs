@@ -50,7 +50,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn config(&mut self) -> Option<&'static Config> {
-        row(CONFIG.get_ptr(0))
+        // An array always has its row; before it is written its masks are zero, and would match every address.
+        row(CONFIG.get_ptr(0)).filter(|config| !config.service_v4_mask.is_none())
     }
 
     #[inline(always)]

@@ -86,7 +86,8 @@ pub fn uninstall(pin_dir: &Path) -> Vec<DatapathError> {
     let marker = mountpoint.join(MOUNTED);
     if marker.is_dir() {
         // Somebody else may have begun to use it: then it stays.
-        let others = names(&mountpoint).iter().any(|name| name != MOUNTED);
+        // Names with a dot are the kernel's own.
+        let others = names(&mountpoint).iter().any(|name| name != MOUNTED && !name.contains('.'));
         if !others {
             let unmounted = fs::remove_dir(&marker).and_then(|()| Ok(umount(&mountpoint)?));
             errors.extend(unmounted.err().map(|error| step("unmount bpffs", &mountpoint, &error)));
