@@ -1,7 +1,18 @@
 //! The wire to the cluster. A control plane is a pump between the cluster and two closed enums; it holds no state of instances
 //! or networks, decides nothing about them, and never ends because of what the cluster says.
 
+mod backoff;
+mod cluster;
+mod encode;
+mod http;
 pub mod memory;
+mod mqtt;
+mod outbox;
+mod register;
+mod socketio;
+pub mod tls;
+
+pub use cluster::{Cluster, Node};
 
 use async_trait::async_trait;
 use tokio::sync::mpsc::{Receiver, Sender};
@@ -23,3 +34,6 @@ pub trait ControlPlane: Send {
         stop: Drain,
     ) -> anyhow::Result<()>;
 }
+
+#[cfg(test)]
+mod tests;

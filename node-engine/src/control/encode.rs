@@ -1,0 +1,140 @@
+//! A report as the messages of one generation.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use crate::model::{Generation, InstanceId, Report, Status};
+use crate::wire::{FromNode, node, status, table};
+
+/// Jobs remembered for a first-generation cluster.
+const MAX_JOBS: usize = 4096;
+
+/// What a report needs besides itself to become a message.
+#[derive(Debug)]
+pub(super) struct Encoder {
+    pub(super) generation: Generation,
+    pub(super) address: Option<IpAddr>,
+    pub(super) tunnel_port: u16,
+    /// First-generation clusters know an instance by the id of its job.
+    jobs: BTreeMap<InstanceId, String>,
+}
+
+impl Encoder {
+    pub(super) fn new(tunnel_port: u16) -> Self {
+        Self { generation: Generation::G4, address: None, tunnel_port, jobs: BTreeMap::new() }
+    }
+
+    /// The cluster wants an instance of this job.
+    pub(super) fn deploying(&mut self, instance: &InstanceId, job: &str) {
+        if job.is_empty() || (self.jobs.len() >= MAX_JOBS && !self.jobs.contains_key(instance)) {
+            return;
+        }
+        self.jobs.insert(instance.clone(), job.to_owned());
+    }
+
+    /// The cluster wants this instance no longer.
+    pub(super) fn deleting(&mut self, instance: &InstanceId) {
+        self.jobs.remove(instance);
+    }
+
+    /// The messages of a report; none where this generation has no message for it.
+    pub(super) fn encode(&self, report: &Report) -> Vec<(FromNode, String)> {
+        match self.generation {
+            Generation::G1 => self.first_generation(report).into_iter().collect(),
+            Generation::G2 | Generation::G4 => self.current(report),
+        }
+    }
+
+    fn current(&self, report: &Report) -> Vec<(FromNode, String)> {
+        match report {
+            Report::Status { instance, status, detail } => {
+                vec![(FromNode::Job, status::job_report(instance, *status, detail, self.address))]
+            }
+            Report::Deployed { instance, addresses } => {
+                // Without an address of this node the notice would be refused, and peers could not reach us by it.
+                let Some(host) = self.address else { return Vec::new() };
+                let notice = table::Deployed {
+                    instance: instance.clone(),
+                    addresses: *addresses,
+                    host,
+                    host_port: self.tunnel_port,
+                };
+                vec![(FromNode::Deployed, table::deployed(&notice))]
+            }
+            Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
+            Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
+            Report::InterestAdd(_) => Vec::new(),
+            Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
+            Report::Node(usage) => {
+                vec![(FromNode::Information, node::information(self.generation, usage, self.address))]
+            }
+            Report::Instances(usages) => {
+                node::resources(usages).into_iter().map(|text| (FromNode::Resources, text)).collect()
+            }
+        }
+    }
+
+    /// This generation hears of a job twice at most: that it is deployed, and that it failed.
+    fn first_generation(&self, report: &Report) -> Option<(FromNode, String)> {
+        let job = |instance| self.jobs.get(instance);
+        match report {
+            Report::Status { instance, status: Status::Failed | Status::Dead, detail } => {
+                Some((FromNode::Job, status::first_generation_failed(job(instance)?, detail)))
+            }
+            Report::Deployed { instance, addresses } => {
+                let address = IpAddr::V4(addresses.v4);
+                Some((FromNode::Job, status::first_generation_deployed(job(instance)?, address)))
+            }
+            Report::Node(usage) => {
+                Some((FromNode::Information, node::information(self.generation, usage, self.address)))
+            }
+            Report::Status { .. }
+            | Report::SubnetRequest
+            | Report::TableQuery(_)
+            | Report::InterestAdd(_)
+            | Report::InterestRemove(_)
+            | Report::Instances(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Addresses;
+
+    #[test]
+    fn the_first_generation_hears_of_jobs_it_gave() {
+        let mut encoder = Encoder::new(50103);
+        encoder.generation = Generation::G1;
+        let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
+        let deployed = Report::Deployed {
+            instance: instance.clone(),
+            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        let status = |status| Report::Status { instance: instance.clone(), status, detail: "why".into() };
+        assert!(encoder.encode(&deployed).is_empty());
+        encoder.deploying(&instance, "60c0aa");
+        let expected = r#"{"job_id":"60c0aa","status":"DEPLOYED","ns_ip":"172.18.0.2"}"#;
+        assert_eq!(encoder.encode(&deployed), [(FromNode::Job, expected.to_owned())]);
+        let expected = r#"{"job_id":"60c0aa","status":"FAILED","status_detail":"why"}"#;
+        assert_eq!(encoder.encode(&status(Status::Failed)), [(FromNode::Job, expected.to_owned())]);
+        for other in [Status::Creating, Status::Created, Status::Running, Status::Completed, Status::Undeployed] {
+            assert!(encoder.encode(&status(other)).is_empty());
+        }
+        encoder.deleting(&instance);
+        assert!(encoder.encode(&status(Status::Failed)).is_empty());
+    }
+
+    #[test]
+    fn no_notice_without_an_address() {
+        let mut encoder = Encoder::new(50103);
+        let deployed = Report::Deployed {
+            instance: "a.b.c.d.instance.0".parse().unwrap(),
+            addresses: Addresses { v4: "10.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        assert!(encoder.encode(&deployed).is_empty());
+        encoder.address = Some("192.0.2.1".parse().unwrap());
+        assert_eq!(encoder.encode(&deployed).len(), 1);
+    }
+}

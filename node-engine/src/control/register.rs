@@ -1,0 +1,201 @@
+//! Becoming a node of the cluster: finding out what kind of cluster it is, and being taken in.
+
+use std::net::IpAddr;
+
+use tokio::net::UdpSocket;
+use tracing::debug;
+
+use super::http::{self, HttpError, ask, authority};
+use super::socketio::{self, SocketIoError, TransportError};
+use crate::config::ClusterConfig;
+use crate::model::{Generation, NodeFacts, NodeIdentity, NodeUsage};
+use crate::wire::json::{MAX_MESSAGE, Malformed, Members, excerpt};
+use crate::wire::register;
+
+/// Cluster managers since the second generation, and the ones before.
+const HTTP_PORT: u16 = 10100;
+const SOCKETIO_PORT: u16 = 10000;
+
+/// Why a registration did not happen. Every one is worth another try.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RegisterError {
+    #[error("no cluster manager at {url}: {source}")]
+    Unreachable {
+        url: String,
+        #[source]
+        source: HttpError,
+    },
+    #[error("nobody registers nodes at {0}")]
+    NoSuchPlace(String),
+    #[error("the cluster manager at {url} refused the registration with {status}: {body}")]
+    Refused { url: String, status: u16, body: String },
+    #[error("the cluster manager at {url} answered with nonsense: {source}: {body}")]
+    Malformed {
+        url: String,
+        #[source]
+        source: Malformed,
+        body: String,
+    },
+    #[error("no first-generation cluster manager at {url}: {source}")]
+    SocketIo {
+        url: String,
+        #[source]
+        source: SocketIoError,
+    },
+    #[error("{http}; {socketio}")]
+    Neither { http: Box<RegisterError>, socketio: Box<RegisterError> },
+}
+
+/// A node that was taken in.
+#[derive(Clone, Debug)]
+pub(super) struct Registration {
+    pub(super) identity: NodeIdentity,
+    /// This node's address as its peers and the cluster see it.
+    pub(super) address: Option<IpAddr>,
+}
+
+/// What it takes to register.
+#[derive(Clone, Debug)]
+pub(super) struct Registrar {
+    pub(super) http: reqwest::Client,
+    pub(super) cluster: ClusterConfig,
+    pub(super) facts: NodeFacts,
+    pub(super) public_address: Option<IpAddr>,
+    pub(super) tunnel_port: u16,
+}
+
+impl Registrar {
+    pub(super) async fn register(self, usage: NodeUsage) -> Result<Registration, RegisterError> {
+        let address = self.own_address().await;
+        let identity = match self.cluster.generation {
+            Some(Generation::G1) => self.by_socketio(&usage, address).await?,
+            Some(known) => self.by_http(Some(known), &usage, address).await?,
+            None => self.by_probing(&usage, address).await?,
+        };
+        Ok(Registration { identity, address })
+    }
+
+    /// HTTP first; where nobody registers nodes that way, the older conversation. A cluster that answers and refuses is no
+    /// older one.
+    async fn by_probing(&self, usage: &NodeUsage, address: Option<IpAddr>) -> Result<NodeIdentity, RegisterError> {
+        let http = match self.by_http(None, usage, address).await {
+            Err(error @ (RegisterError::Unreachable { .. } | RegisterError::NoSuchPlace(_))) => error,
+            decided => return decided,
+        };
+        debug!(%http, "trying a first-generation cluster");
+        match self.by_socketio(usage, address).await {
+            Ok(identity) => Ok(identity),
+            Err(socketio) => Err(RegisterError::Neither { http: Box::new(http), socketio: Box::new(socketio) }),
+        }
+    }
+
+    async fn by_http(
+        &self,
+        known: Option<Generation>,
+        usage: &NodeUsage,
+        address: Option<IpAddr>,
+    ) -> Result<NodeIdentity, RegisterError> {
+        let base = self.base(HTTP_PORT);
+        let generation = match known {
+            Some(generation) => generation,
+            None => self.generation(&base).await?,
+        };
+        let url = format!("{base}/api/node/register");
+        let body = register::registration(generation, &self.facts, usage, address);
+        let request = self.http.post(&url).header("content-type", "application/json").body(body);
+        let answer = match ask(request, MAX_MESSAGE).await {
+            Ok(answer) => answer,
+            Err(source) => return Err(RegisterError::Unreachable { url, source }),
+        };
+        match answer.status {
+            200..=299 => register::read_answer(&answer.body, generation).map_err(|source| RegisterError::Malformed {
+                url,
+                source,
+                body: excerpt(&answer.body),
+            }),
+            404 | 405 => Err(RegisterError::NoSuchPlace(url)),
+            status => Err(RegisterError::Refused { url, status, body: excerpt(&answer.body) }),
+        }
+    }
+
+    /// Only clusters of the newest generation tell their status.
+    async fn generation(&self, base: &str) -> Result<Generation, RegisterError> {
+        let url = format!("{base}/api/cluster/status");
+        let answer = match ask(self.http.get(&url), MAX_MESSAGE).await {
+            Ok(answer) => answer,
+            Err(source) => return Err(RegisterError::Unreachable { url, source }),
+        };
+        let tells = answer.status == 200
+            && Members::parse(&answer.body, MAX_MESSAGE).is_ok_and(|members| members.has("cluster_id"));
+        Ok(if tells { Generation::G4 } else { Generation::G2 })
+    }
+
+    async fn by_socketio(&self, usage: &NodeUsage, address: Option<IpAddr>) -> Result<NodeIdentity, RegisterError> {
+        let base = self.base(SOCKETIO_PORT);
+        let greeting = register::greeting(&self.facts, usage, address, self.tunnel_port);
+        let answer = match socketio::register(&self.http, &base, &greeting).await {
+            Ok(answer) => answer,
+            Err(source) => return Err(RegisterError::SocketIo { url: base, source }),
+        };
+        let mut identity = register::read_answer(answer.as_bytes(), Generation::G1)
+            .map_err(|source| RegisterError::Malformed { url: base, source, body: excerpt(answer.as_bytes()) })?;
+        // Who assigns no subnet here has a service manager to ask: the generation between the first and the second, which
+        // differs from the second in this conversation alone.
+        if identity.subnet.is_none() {
+            identity.generation = Generation::G2;
+        }
+        Ok(identity)
+    }
+
+    fn base(&self, port: u16) -> String {
+        let scheme = if self.cluster.tls { "https" } else { "http" };
+        format!("{scheme}://{}", authority(&self.cluster.host, self.cluster.port.unwrap_or(port)))
+    }
+
+    /// Where the first-generation cluster manager answers questions.
+    pub(super) fn overlay_url(&self, path: &str) -> String {
+        format!("{}{path}", self.base(SOCKETIO_PORT))
+    }
+
+    /// The configured address, or the one packets to the cluster leave from. Nothing is sent to find out.
+    async fn own_address(&self) -> Option<IpAddr> {
+        if let Some(address) = self.public_address {
+            return Some(address);
+        }
+        let port = self.cluster.port.unwrap_or(HTTP_PORT);
+        for unspecified in ["0.0.0.0:0", "[::]:0"] {
+            let Ok(socket) = UdpSocket::bind(unspecified).await else { continue };
+            if socket.connect((self.cluster.host.as_str(), port)).await.is_ok() {
+                return socket.local_addr().ok().map(|address| address.ip());
+            }
+        }
+        None
+    }
+}
+
+impl RegisterError {
+    /// What stays the same while the same thing is wrong: said once, not with every try.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Unreachable { .. } => "unreachable",
+            Self::NoSuchPlace(_) => "no such place",
+            Self::Refused { .. } => "refused",
+            Self::Malformed { .. } => "malformed",
+            Self::SocketIo { source, .. } => match source {
+                SocketIoError::Transport(TransportError::Http(_)) => "unreachable",
+                SocketIoError::Transport(_) => "no socket.io",
+                SocketIoError::Refused(_) | SocketIoError::Ended => "socket.io refused",
+                SocketIoError::Timeout => "socket.io timeout",
+            },
+            Self::Neither { http, socketio } => match (http.kind(), socketio.kind()) {
+                ("unreachable", "unreachable") => "unreachable",
+                (_, kind) => kind,
+            },
+        }
+    }
+}
+
+/// A client for the cluster manager.
+pub(super) fn http_client() -> Result<reqwest::Client, HttpError> {
+    http::client()
+}

@@ -1,0 +1,126 @@
+//! Who takes a node in, and how.
+
+use super::broker::Broker;
+use super::init::{Init, Manner};
+use super::manager::Manager;
+use super::*;
+
+#[tokio::test]
+async fn the_newest_generation_is_told_by_its_status() {
+    let mut broker = Broker::start().await;
+    let manager = Manager::start(broker.port, true).await;
+    let mut running = start(config(manager.port));
+    let identity = running.registered().await;
+    assert_eq!((identity.id.as_str(), identity.generation), ("6b034ec446528056c08b89ae", Generation::G4));
+    assert_eq!(broker.connection().await, "6b034ec446528056c08b89ae-ne");
+    running.connected().await;
+    let bodies = manager.book.bodies.lock().unwrap().clone();
+    assert_eq!(bodies.len(), 1);
+    assert!(bodies[0].contains(r#""memory":4000"#) && bodies[0].contains(r#""ip":"127.0.0.1""#), "{}", bodies[0]);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn an_older_generation_hears_memory_as_a_percentage() {
+    let broker = Broker::start().await;
+    let manager = Manager::start(broker.port, false).await;
+    let mut running = start(config(manager.port));
+    assert_eq!(running.registered().await.generation, Generation::G2);
+    assert!(manager.book.bodies.lock().unwrap()[0].contains(r#""memory":0.0"#));
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_configured_generation_is_not_asked_for() {
+    let broker = Broker::start().await;
+    let manager = Manager::start(broker.port, false).await;
+    let mut running = start(ClusterConfig { generation: Some(Generation::G4), ..config(manager.port) });
+    assert_eq!(running.registered().await.generation, Generation::G4);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_refused_registration_is_tried_again() {
+    let broker = Broker::start().await;
+    let manager = Manager::start(broker.port, true).await;
+    manager.book.refusals.store(2, std::sync::atomic::Ordering::Relaxed);
+    let mut running = start(config(manager.port));
+    running.registered().await;
+    assert_eq!(manager.book.bodies.lock().unwrap().len(), 3);
+    running.end().await;
+}
+
+#[tokio::test]
+async fn a_node_without_a_cluster_takes_reports_and_ends_when_told() {
+    let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let running = start(config(unused));
+    for _ in 0..100 {
+        running.say(status("a", Status::Creating)).await;
+        running.say(Report::Node(Box::default())).await;
+    }
+    running.end().await;
+}
+
+async fn first_generation(manner: Manner) -> (Init, NodeIdentity) {
+    let mut broker = Broker::start().await;
+    let init = Init::start(manner, broker.port).await;
+    let mut running = start(config(init.port));
+    let identity = running.registered().await;
+    broker.subscription("nodes/node1/control/+").await;
+    running.connected().await;
+    running.end().await;
+    (init, identity)
+}
+
+fn the_conversation_was_right(heard: &[String]) {
+    assert_eq!(heard[0], "40/init,");
+    let greeting = heard[1].strip_prefix("42/init,").unwrap();
+    let event: (String, String) = serde_json::from_str(greeting).expect("a name and JSON as text");
+    let document: serde_json::Value = serde_json::from_str(&event.1).unwrap();
+    assert_eq!((event.0.as_str(), &document["node_port"], &document["host"]), ("cs1", &50103.into(), &"w1".into()));
+    assert_eq!(heard[2..], ["3", "41/init,", "1"]);
+}
+
+#[tokio::test]
+async fn a_first_generation_cluster_takes_a_node_in_over_a_websocket() {
+    let (init, identity) = first_generation(Manner::WebSocket).await;
+    assert_eq!((identity.id.as_str(), identity.generation), ("node1", Generation::G1));
+    assert_eq!(identity.subnet.unwrap().v4.to_string(), "172.18.0.64");
+    the_conversation_was_right(&init.heard());
+}
+
+#[tokio::test]
+async fn a_first_generation_cluster_takes_a_node_in_by_polling_alone() {
+    let (init, identity) = first_generation(Manner::Polling).await;
+    assert_eq!(identity.generation, Generation::G1);
+    the_conversation_was_right(&init.heard());
+}
+
+#[tokio::test]
+async fn an_upgrade_that_fails_leaves_polling() {
+    let (init, _) = first_generation(Manner::BrokenUpgrade).await;
+    the_conversation_was_right(&init.heard());
+}
+
+#[tokio::test]
+async fn a_namespace_that_is_never_confirmed_is_spoken_to_anyway() {
+    let (init, _) = first_generation(Manner::Unconfirmed).await;
+    the_conversation_was_right(&init.heard());
+}
+
+#[tokio::test]
+async fn a_refused_namespace_is_an_error_with_its_reason() {
+    let init = Init::start(Manner::Refusing, 1).await;
+    let http = super::super::http::client().unwrap();
+    let base = format!("http://127.0.0.1:{}", init.port);
+    let error = super::super::socketio::register(&http, &base, "{}").await.unwrap_err();
+    assert!(error.to_string().contains("not you"), "{error}");
+}
+
+#[tokio::test]
+async fn whoever_speaks_no_engine_io_is_refused() {
+    let manager = Manager::start(1, true).await;
+    let http = super::super::http::client().unwrap();
+    let error = super::super::socketio::register(&http, &format!("http://127.0.0.1:{}", manager.port), "{}").await;
+    assert!(error.unwrap_err().to_string().contains("404"));
+}
