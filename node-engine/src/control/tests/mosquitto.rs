@@ -1,5 +1,6 @@
 //! The same against the broker that clusters really run.
 
+use std::path::Path;
 use std::process::Stdio;
 
 use tokio::net::TcpStream;
@@ -8,6 +9,7 @@ use tokio::process::{Child, Command as Process};
 use super::super::mqtt::{Address, Link, LinkEvent, Outcome};
 use super::manager::Manager;
 use super::*;
+use crate::config::MqttTls;
 
 const NODE: &str = "6b034ec446528056c08b89ae";
 
@@ -18,15 +20,23 @@ struct Mosquitto {
 
 impl Mosquitto {
     async fn start() -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut mosquitto = Self { port, process: None };
+        let mut mosquitto = Self::unused();
         mosquitto.up().await;
         mosquitto
     }
 
+    fn unused() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        Self { port, process: None }
+    }
+
     async fn up(&mut self) {
+        self.run(&["-p", &self.port.to_string()]).await;
+    }
+
+    async fn run(&mut self, arguments: &[&str]) {
         let process = Process::new("/usr/sbin/mosquitto")
-            .args(["-p", &self.port.to_string()])
+            .args(arguments)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .kill_on_drop(true)
@@ -156,4 +166,57 @@ async fn a_retained_message_that_is_too_long_does_not_end_the_node() {
     mosquitto.publish(&topic, &job("web")).await;
     assert_eq!(running.deploy().await.id, instance("web"));
     running.end().await;
+}
+
+/// A certificate authority, a broker's certificate and a node's, made by the openssl program in `directory`.
+async fn certificates(directory: &Path) {
+    let openssl = async |arguments: &str| {
+        let mut process = Process::new("openssl");
+        process.args(arguments.split(' ')).current_dir(directory).stdout(Stdio::null()).stderr(Stdio::null());
+        assert!(process.status().await.expect("openssl is installed").success(), "{arguments}");
+    };
+    openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=ca").await;
+    std::fs::write(directory.join("names"), "subjectAltName=IP:127.0.0.1").unwrap();
+    for name in ["broker", "node"] {
+        openssl(&format!("req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}")).await;
+        let sign = "-CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names";
+        openssl(&format!("x509 -req -in {name}.csr -out {name}.crt {sign}")).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs mosquitto and openssl"]
+async fn a_broker_with_mutual_tls_lets_in_who_has_a_certificate() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name);
+    certificates(directory.path()).await;
+    let mut mosquitto = Mosquitto::unused();
+    let setup = format!(
+        "listener {} 127.0.0.1\nallow_anonymous true\ncafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate true\n",
+        mosquitto.port,
+        file("ca.crt").display(),
+        file("broker.crt").display(),
+        file("broker.key").display(),
+    );
+    std::fs::write(file("broker.conf"), setup).unwrap();
+    for name in ["ca.crt", "broker.crt", "broker.key", "."] {
+        use std::os::unix::fs::PermissionsExt;
+        // Mosquitto gives up root before it reads them.
+        let mode = std::fs::Permissions::from_mode(if name == "." { 0o755 } else { 0o644 });
+        std::fs::set_permissions(file(name), mode).unwrap();
+    }
+    mosquitto.run(&["-c", file("broker.conf").to_str().unwrap()]).await;
+
+    let manager = Manager::start(mosquitto.port, true).await;
+    let tls = MqttTls { certificate: file("node.crt"), key: file("node.key"), ca: Some(file("ca.crt")) };
+    let mut running = start(ClusterConfig { mqtt_tls: Some(tls.clone()), ..config(manager.port) });
+    running.connected().await;
+    running.end().await;
+
+    let keyless = MqttTls { key: file("nowhere.key"), ..tls };
+    let cluster = Cluster::new(ClusterConfig { mqtt_tls: Some(keyless), ..config(manager.port) }, node());
+    let (commands, _heard) = channel(1);
+    let (_say, reports) = channel(1);
+    let error = Box::new(cluster).run(commands, reports, Drain::new(LONG)).await.unwrap_err();
+    assert!(error.to_string().contains("nowhere.key"), "{error}");
 }

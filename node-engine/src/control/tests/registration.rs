@@ -64,8 +64,11 @@ async fn a_node_without_a_cluster_takes_reports_and_ends_when_told() {
 async fn first_generation(manner: Manner) -> (Init, NodeIdentity) {
     let mut broker = Broker::start().await;
     let init = Init::start(manner, broker.port).await;
+    let begun = tokio::time::Instant::now();
     let mut running = start(config(init.port));
     let identity = running.registered().await;
+    // Whoever misses the question, which comes before the confirmation, waits for another five seconds.
+    assert_eq!(begun.elapsed() >= Duration::from_secs(5), manner == Manner::Unconfirmed);
     broker.subscription("nodes/node1/control/+").await;
     running.connected().await;
     running.end().await;
