@@ -4,7 +4,9 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// An IPv6 address, or an IPv4 address mapped into one, in network byte order.
-#[repr(transparent)]
+///
+/// Aligned so that the kernel's programs copy it by words; every map type has it at a multiple of 4 anyway.
+#[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Addr(pub [u8; 16]);
 
