@@ -165,11 +165,18 @@ impl Inner {
         let docker = self.client.get().await?;
         let sandbox = sandbox_name(&spec.id);
         self.create(&docker, &sandbox, "", container::sandbox(spec, host_name_servers())).await?;
-        docker.start_container(&sandbox, None).await.map_err(|error| self.client.failed("start the sandbox", error))?;
-        let pid = self.ours(&docker, &spec.id, &sandbox).await?.as_ref().and_then(running_pid);
-        let pid = pid.ok_or_else(|| RuntimeError::Step { step: "sandbox", reason: "it ended at once".into() })?;
+        let start = async {
+            let started = docker.start_container(&sandbox, None).await;
+            started.map_err(|error| self.client.failed("start the sandbox", error))?;
+            let pid = self.ours(&docker, &spec.id, &sandbox).await?.as_ref().and_then(running_pid);
+            pid.ok_or_else(|| RuntimeError::Step { step: "sandbox", reason: "it ended at once".into() })
+        };
+        // Docker takes a third of a deployment for either, and they do not need each other yet.
         let workload = container::workload(spec, &sandbox, cgroup::online_cpus());
-        self.create(&docker, &workload_name(&spec.id), spec.platform.as_deref().unwrap_or_default(), workload).await?;
+        let (name, platform) = (workload_name(&spec.id), spec.platform.as_deref().unwrap_or_default());
+        let (pid, created) = tokio::join!(start, self.create(&docker, &name, platform, workload));
+        created?;
+        let pid = pid?;
         Ok(netns(pid))
     }
 

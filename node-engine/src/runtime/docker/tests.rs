@@ -384,7 +384,9 @@ impl Daemon {
         let mut dockerd = Command::new(&self.command[0]);
         dockerd.args(&self.command[1..]).process_group(0);
         dockerd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        dockerd.spawn().expect("dockerd starts");
+        let mut dockerd = dockerd.spawn().expect("dockerd starts");
+        // Collected should the next restart come from this process too.
+        std::thread::spawn(move || dockerd.wait());
     }
 }
 
