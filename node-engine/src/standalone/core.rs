@@ -15,6 +15,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{InstanceId, NodeId, Query, ServiceName, Status, Subnet};
@@ -45,14 +46,18 @@ pub(super) enum Message {
     Changed { service: ServiceName, change: Change },
 }
 
-/// An instance for a node, with the state of its whole service, as deploy documents carry it.
+/// An instance for a node, with what its job document says of service and node. Other instances are not in it: a large service
+/// would be described to every node of it with all its instances.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct DeployOrder {
     pub(super) node: NodeId,
-    pub(super) number: u32,
-    pub(super) service: Service,
-    /// Address and port of the nodes of the service's instances.
-    pub(super) hosts: HashMap<NodeId, (Option<IpAddr>, Option<String>)>,
+    pub(super) instance: InstanceId,
+    pub(super) job: String,
+    pub(super) document: Arc<str>,
+    pub(super) round_robin: AddressPair,
+    pub(super) next_number: u32,
+    pub(super) host: Option<IpAddr>,
+    pub(super) port: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,12 +9,12 @@ use std::net::IpAddr;
 use serde_json::{Map, Value, json};
 
 use crate::model::{InstanceId, Query, ServiceName, Technology};
-use crate::wire::json::{MAX_DOCUMENT, Members, excerpt};
+use crate::wire::json::{MAX_DOCUMENT, MAX_MESSAGE, Members, excerpt};
 use crate::wire::table::{Update, subnet_result, updates_available};
 use crate::wire::{self, ToNode};
 
 use super::core::{Change, DeployOrder, Message, Row, Table};
-use super::inventory::{Instance, Needs, Request};
+use super::inventory::{Needs, Request};
 use super::{ClusterApiError, Target};
 
 /// What somebody wants of the cluster.
@@ -95,7 +95,8 @@ fn common_order(members: &Members<'_>, job: &[u8]) -> Result<Order, ClusterApiEr
 
 /// Reads the description of a service in any of its spellings.
 pub(super) fn request(bytes: &[u8]) -> Result<Request, ClusterApiError> {
-    let fields = Members::parse(bytes, MAX_DOCUMENT).map_err(refuse)?;
+    // A node gets it back with the state of the instance added, and takes at most `MAX_DOCUMENT`.
+    let fields = Members::parse(bytes, MAX_MESSAGE).map_err(refuse)?;
     let name = service(&fields)?;
     let mut document: Map<String, Value> = serde_json::from_slice(bytes).map_err(refuse)?;
     for runtime_state in ["instance_number", "instance_list", "next_instance_progressive_number", "_id", "id", "name"] {
@@ -231,11 +232,10 @@ pub(super) fn publication(message: &Message, cluster: &str) -> (String, String) 
     }
 }
 
-/// The job document for one node: the description, and the state of the service around it.
+/// The job document for one node: the description, and where this instance of it stands.
 fn deploy(order: &DeployOrder) -> String {
-    let service = &order.service;
-    let mut document: Map<String, Value> = serde_json::from_str(&service.request.document).unwrap_or_default();
-    let name = &service.request.name;
+    let mut document: Map<String, Value> = serde_json::from_str(&order.document).unwrap_or_default();
+    let name = &order.instance.service;
     let mut parts = name.as_str().split('.');
     for (member, alias) in [
         ("app_name", None),
@@ -249,33 +249,27 @@ fn deploy(order: &DeployOrder) -> String {
             document.insert(alias.into(), part.into());
         }
     }
-    let instances: Vec<Value> = service.instances.values().map(|instance| listed(instance, order)).collect();
+    let instance = json!({
+        "instance_number": order.instance.number,
+        "status": "NODE_SCHEDULED",
+        "worker_id": order.node.as_str(),
+        "host_ip": order.host,
+        "host_port": order.port,
+    });
     for (member, value) in [
-        ("_id", Value::from(service.job.as_str())),
-        ("microserviceID", service.job.as_str().into()),
+        ("_id", Value::from(order.job.as_str())),
+        ("microserviceID", order.job.as_str().into()),
         ("job_name", name.as_str().into()),
         ("status", "NODE_SCHEDULED".into()),
-        ("instance_number", order.number.into()),
-        ("instance_list", instances.into()),
-        ("next_instance_progressive_number", service.next_number.into()),
-        ("RR_ip", service.round_robin.v4.to_string().into()),
-        ("RR_ip_v6", service.round_robin.v6.to_string().into()),
+        ("instance_number", order.instance.number.into()),
+        ("instance_list", json!([instance])),
+        ("next_instance_progressive_number", order.next_number.into()),
+        ("RR_ip", order.round_robin.v4.to_string().into()),
+        ("RR_ip_v6", order.round_robin.v6.to_string().into()),
     ] {
         document.insert(member.into(), value);
     }
     Value::Object(document).to_string()
-}
-
-fn listed(instance: &Instance, order: &DeployOrder) -> Value {
-    let (address, port) = instance.node.as_ref().and_then(|node| order.hosts.get(node)).cloned().unwrap_or_default();
-    json!({
-        "instance_number": instance.number,
-        "status": instance.phase.word(),
-        "status_detail": instance.detail,
-        "worker_id": instance.node.as_ref().map(|node| node.as_str()),
-        "host_ip": address,
-        "host_port": port,
-    })
 }
 
 /// A table answer. An instance without a network has its service addresses and no others.

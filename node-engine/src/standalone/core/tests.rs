@@ -75,7 +75,7 @@ impl Cluster {
 
     fn short(&self, message: &Message) -> String {
         match message {
-            Message::Deploy(order) => format!("deploy {} on {}", order.number, self.host(&order.node)),
+            Message::Deploy(order) => format!("deploy {} on {}", order.instance.number, self.host(&order.node)),
             Message::Delete { node, instance, .. } => format!("delete {} on {}", instance.number, self.host(node)),
             Message::NotRegistered { node } => format!("not registered {node}"),
             Message::Subnet { node, subnet } => format!("subnet {} {} for {}", subnet.v4, subnet.v6, self.host(node)),

@@ -1,5 +1,6 @@
 //! What time and failures bring: silence, redeploys with back-off, retirement, moves that end.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::{InstanceId, NodeId};
@@ -22,6 +23,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// How often a waiting instance looks for a node.
 const SEARCH: Duration = Duration::from_secs(2);
 
+/// A search looks at every node and what is on it; in a full cluster many search for ever.
+const SEARCHES_A_TICK: usize = 64;
+
 /// A node that comes back says within this time what still runs on it.
 const COME_BACK: Duration = Duration::from_secs(5);
 
@@ -34,27 +38,28 @@ const MOVE_ATTEMPTS: u32 = 3;
 impl Core {
     /// To be called about once a second.
     pub(in super::super) fn tick(&mut self, now: Moment) {
-        let due: Vec<InstanceId> = self
-            .services
-            .values()
-            .flat_map(|service| service.instances.keys().map(|number| service.instance_id(*number)))
-            .collect();
-        for id in &due {
-            self.tick_instance(id, now);
+        let mut searching = Vec::new();
+        for id in self.instances() {
+            let Some(instance) = self.instance_mut(&id) else { continue };
+            match instance.phase {
+                Phase::Retiring { delete } if now >= delete => self.remove(&id),
+                phase if phase.placed() && now.saturating_sub(instance.heard) >= SILENCE => self.lost(&id, now),
+                phase => searching.extend(phase.retry().filter(|retry| now >= *retry).map(|retry| (retry, id))),
+            }
         }
-        for id in &due {
-            self.finish_move(id, now);
+        // Who has waited longest is first, so that nobody starves.
+        searching.sort();
+        for (_, id) in searching.into_iter().take(SEARCHES_A_TICK) {
+            self.place(&id, now);
+        }
+        for id in self.instances() {
+            self.finish_move(&id, now);
         }
     }
 
-    fn tick_instance(&mut self, id: &InstanceId, now: Moment) {
-        let Some(instance) = self.instance_mut(id) else { return };
-        match instance.phase {
-            Phase::Retiring { delete } if now >= delete => self.remove(id),
-            phase if phase.placed() && now.saturating_sub(instance.heard) >= SILENCE => self.lost(id, now),
-            phase if phase.retry().is_some_and(|retry| now >= retry) => self.place(id, now),
-            _ => {}
-        }
+    fn instances(&self) -> Vec<InstanceId> {
+        let all = self.services.values().map(|service| (service, service.instances.keys()));
+        all.flat_map(|(service, numbers)| numbers.map(|number| service.instance_id(*number))).collect()
     }
 
     /// Finds a node for the instance and sends it there, or says why not and looks again later.
@@ -204,7 +209,6 @@ impl Core {
         instance.phase = Phase::Lost { retry: now };
         instance.detail = detail;
         self.changed(id);
-        self.place(id, now);
     }
 
     /// A replacement that runs and can be reached ends what it replaces; one that cannot come up ends itself.
@@ -235,11 +239,18 @@ impl Core {
 
     fn send_deploy(&mut self, node: NodeId, id: &InstanceId) {
         let Some(service) = self.services.get(&id.service) else { return };
-        let placed = service.instances.values().filter_map(|instance| instance.node.as_ref());
-        let hosts = placed
-            .filter_map(|id| self.node(id))
-            .map(|node| (node.id.clone(), (node.facts.address, node.facts.port.clone())));
-        let order = DeployOrder { node, number: id.number, service: service.clone(), hosts: hosts.collect() };
+        let facts = self.node(&node).map(|node| (node.facts.address, node.facts.port.clone()));
+        let (host, port) = facts.unwrap_or_default();
+        let order = DeployOrder {
+            node,
+            instance: id.clone(),
+            job: service.job.clone(),
+            document: Arc::clone(&service.request.document),
+            round_robin: service.round_robin,
+            next_number: service.next_number,
+            host,
+            port,
+        };
         self.effects.messages.push(Message::Deploy(Box::new(order)));
     }
 }

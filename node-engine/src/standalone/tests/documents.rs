@@ -1,7 +1,13 @@
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
-use super::super::documents::{Order, order, request};
-use super::super::{ClusterApiError, Target};
+use super::super::core::{Core, Message};
+use super::super::documents::{self, Order, order, request};
+use super::super::inventory::NodeFacts;
+use super::super::{AddressPlan, ClusterApiError, Target};
+use crate::model::{NodeId, Query, Status};
+use crate::wire::json::MAX_DOCUMENT;
 
 #[test]
 fn a_service_is_named_in_any_spelling() {
@@ -85,4 +91,29 @@ fn commands_become_orders() {
     ] {
         assert!(matches!(read(refused.clone()), Err(ClusterApiError::Document { .. })), "{refused}");
     }
+}
+
+#[test]
+fn the_longest_documents_are_ones_a_node_takes() {
+    let now = Duration::from_secs(1);
+    let mut core = Core::new("c".parse().unwrap(), AddressPlan::default());
+    let node: NodeId = "6b034ec446528056c08b89ae".parse().unwrap();
+    let facts = NodeFacts { technologies: ["docker".into()].into(), ..NodeFacts::default() };
+    core.register("n", facts, node.clone()).unwrap();
+    core.information(&node, NodeFacts::default(), now);
+    let document = json!({ "job_name": "a.b.c.d", "image": "i", "x": "x".repeat(60_000) });
+    let request = request(document.to_string().as_bytes()).unwrap();
+    for instance in core.deploy(request, 1000, None, "job".into(), now).unwrap() {
+        core.report(&node, &instance, Status::Creating, &"\u{1}".repeat(2000), now);
+    }
+    core.take_effects();
+    core.report(&node, &"a.b.c.d.instance.0".parse().unwrap(), Status::Failed, "", now);
+    core.tick(now + Duration::from_secs(3));
+    let table = documents::table(&core.table(Query::Name("a.b.c.d".parse().unwrap())), "c").to_string();
+    assert!(table.len() < MAX_DOCUMENT, "{}", table.len());
+    let messages = core.take_effects().messages;
+    let deploy = messages.iter().find(|message| matches!(message, Message::Deploy(_))).expect("a deploy");
+    let (_, payload) = documents::publication(deploy, "c");
+    assert!(payload.len() < MAX_DOCUMENT, "{}", payload.len());
+    assert!(crate::wire::deploy(payload.as_bytes(), None).is_ok());
 }
