@@ -1,1 +1,351 @@
-//! What was typed.
+//! What was typed. The daemon's options become settings of `config`; everything else is asked of a running daemon over its socket.
+
+mod ask;
+mod describe;
+mod table;
+mod uninstall;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+
+use crate::api::Selector;
+use crate::api::client::Client;
+use crate::config::{self, Flag, Sources};
+
+/// The daemon on every machine of an edge cluster: runs workloads, connects them, reports the node.
+///
+/// Without a command it is the daemon and belongs to the cluster that --cluster names. `node-engine standalone` is a cluster of its
+/// own. The other commands ask the daemon that runs on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "node-engine", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    daemon: DaemonArgs,
+    #[command(flatten)]
+    shared: SharedArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Clone, Debug, Default, Args)]
+struct SharedArgs {
+    /// Socket of the daemon to ask [default: api.sock in the run directory]
+    #[arg(long, global = true, value_name = "PATH", env = "NODE_ENGINE_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Tell more: -v each turn taken, -vv everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// What is logged, such as `debug` or `info,node_engine::control=trace`
+    #[arg(long, global = true, value_name = "FILTER", env = "NODE_ENGINE_LOG")]
+    log: Option<String>,
+}
+
+/// Options of the daemon; each is a setting of the configuration file too.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct DaemonArgs {
+    /// The cluster manager this node belongs to
+    #[arg(long, value_name = "HOST[:PORT]")]
+    cluster: Option<String>,
+    /// Generation of the cluster: auto, g1, g2, g4
+    #[arg(long)]
+    generation: Option<String>,
+    /// Name of this node [default: its host name]
+    #[arg(long)]
+    name: Option<String>,
+    /// What carries packets: auto, ebpf, tun
+    #[arg(long)]
+    datapath: Option<String>,
+    /// Interface towards the other nodes [default: the one that leads to the cluster]
+    #[arg(long, value_name = "INTERFACE")]
+    uplink: Option<String>,
+    /// Address at which the other nodes reach this one [default: the uplink's]
+    #[arg(long, value_name = "ADDRESS")]
+    public_ip: Option<String>,
+    /// UDP port of the overlay [default: 50103]
+    #[arg(long, value_name = "PORT")]
+    tunnel_port: Option<String>,
+    /// What happens to workloads when the daemon is stopped: leave, stop
+    #[arg(long, value_name = "FATE")]
+    on_exit: Option<String>,
+    /// What outlives a reboot [default: /var/lib/node-engine]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<String>,
+    /// What a reboot forgets [default: /run/node-engine]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<String>,
+    /// Socket or address of the Docker daemon
+    #[arg(long, value_name = "URL")]
+    docker_host: Option<String>,
+    /// Configuration file [default: /etc/node-engine/config.toml]
+    #[arg(long, value_name = "FILE", env = "NODE_ENGINE_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Be the daemon (as without a command)
+    Run(DaemonArgs),
+    /// Be a cluster and, unless told otherwise, its first node
+    Standalone(StandaloneArgs),
+    /// What the daemon is and how it is
+    Status(Output),
+    /// Instances on this node, or of the cluster where this machine is one
+    Ps {
+        /// Only those on this node
+        #[arg(long)]
+        local: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// The last output of an instance on this node
+    Logs {
+        #[arg(value_name = "INSTANCE")]
+        instance: Selector,
+        /// Bytes from the end
+        #[arg(long, value_name = "BYTES")]
+        tail: Option<usize>,
+    },
+    /// Deploy a service
+    Deploy(describe::DeployArgs),
+    /// Take down an instance (NAME#N) or a whole service (NAME)
+    Delete {
+        #[arg(value_name = "NAME[#N]")]
+        target: Selector,
+    },
+    /// Bring a service to so many instances
+    Replicate {
+        #[arg(value_name = "NAME")]
+        service: Selector,
+        #[arg(value_name = "N")]
+        replicas: u32,
+    },
+    /// Move an instance to another node; the new one runs before the old one ends
+    Move {
+        #[arg(value_name = "NAME#N")]
+        instance: Selector,
+        /// Name or id of the node
+        #[arg(value_name = "NODE")]
+        node: String,
+    },
+    /// The nodes of the cluster that this machine is
+    Nodes(Output),
+    /// Remove everything that node-engine has made on this machine; works without the daemon
+    Uninstall {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+        /// Remove what outlives a reboot too: the node's identity and addresses
+        #[arg(long)]
+        purge: bool,
+    },
+    /// The version
+    Version,
+}
+
+#[derive(Clone, Debug, Args)]
+struct StandaloneArgs {
+    #[command(flatten)]
+    daemon: DaemonArgs,
+    /// Be the cluster alone, without a node on this machine
+    #[arg(long)]
+    no_node: bool,
+    /// Port where nodes register
+    #[arg(long, value_name = "PORT", default_value_t = 10100)]
+    http_port: u16,
+    /// Port where nodes of the first generation register
+    #[arg(long, value_name = "PORT", default_value_t = 10000)]
+    socketio_port: u16,
+    /// Port of the broker
+    #[arg(long, value_name = "PORT", default_value_t = 10003)]
+    broker_port: u16,
+    /// Use this broker in place of one's own
+    #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port, conflicts_with = "broker_port")]
+    broker: Option<(String, u16)>,
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct Output {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the process is to do.
+#[derive(Debug)]
+pub enum Task {
+    Daemon(Sources),
+    Standalone(Sources, StandaloneChoice),
+    /// A question to a daemon, or something done without one.
+    Ask(Question),
+    Uninstall {
+        sources: Sources,
+        purge: bool,
+    },
+    Version,
+}
+
+/// How to be a cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StandaloneChoice {
+    pub node: bool,
+    pub http_port: u16,
+    pub socketio_port: u16,
+    pub broker_port: u16,
+    pub broker: Option<(String, u16)>,
+}
+
+/// Something a running daemon is asked.
+#[derive(Debug)]
+pub struct Question {
+    socket: PathBuf,
+    command: ask::Ask,
+}
+
+/// What is logged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogChoice {
+    pub filter: Option<String>,
+    pub verbose: u8,
+}
+
+impl Cli {
+    pub fn log(&self) -> LogChoice {
+        LogChoice { filter: self.shared.log.clone(), verbose: self.shared.verbose }
+    }
+
+    /// Sorts what was typed by what it asks for.
+    ///
+    /// # Errors
+    /// Where options of the daemon stand before a command that does not take them.
+    pub fn task(self) -> Result<Task, clap::Error> {
+        let Self { daemon, shared, command } = self;
+        let command = match command {
+            None => return Ok(Task::Daemon(daemon.sources())),
+            Some(Command::Run(args)) => return Ok(Task::Daemon(daemon.under(args).sources())),
+            Some(Command::Standalone(args)) => {
+                let sources = daemon.under(args.daemon.clone()).sources();
+                return Ok(Task::Standalone(sources, args.choice()));
+            }
+            Some(Command::Uninstall { daemon: args, purge }) => {
+                return Ok(Task::Uninstall { sources: daemon.under(args).sources(), purge });
+            }
+            Some(command) => command,
+        };
+        if daemon.flags().iter().any(|flag| flag.key != "run_dir") {
+            let message = "options of the daemon go with `run`, `standalone` or no command";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, message));
+        }
+        let ask = match command {
+            Command::Status(output) => ask::Ask::Status { json: output.json },
+            Command::Ps { local, output } => ask::Ask::Ps { local, json: output.json },
+            Command::Logs { instance, tail } => ask::Ask::Logs { instance, tail },
+            Command::Deploy(args) => ask::Ask::Deploy(args),
+            Command::Delete { target } => ask::Ask::Delete { target },
+            Command::Replicate { service, replicas } => ask::Ask::Replicate { service, replicas },
+            Command::Move { instance, node } => ask::Ask::Move { instance, node },
+            Command::Nodes(output) => ask::Ask::Nodes { json: output.json },
+            Command::Version => return Ok(Task::Version),
+            Command::Run(_) | Command::Standalone(_) | Command::Uninstall { .. } => {
+                unreachable!("returned above")
+            }
+        };
+        let socket = shared.socket.unwrap_or_else(|| default_socket(&daemon.sources()));
+        Ok(Task::Ask(Question { socket, command: ask }))
+    }
+}
+
+impl Question {
+    /// Asks, and prints the answer.
+    ///
+    /// # Errors
+    /// One line that says what to do.
+    pub async fn ask(self) -> anyhow::Result<()> {
+        self.command.run(&self.socket).await
+    }
+}
+
+/// Removes everything of ours from this machine.
+///
+/// # Errors
+/// If the daemon runs, or something could not be removed: everything else has been.
+pub async fn uninstall(config: &crate::config::Config, purge: bool) -> anyhow::Result<()> {
+    uninstall::run(config, purge).await
+}
+
+impl DaemonArgs {
+    fn sources(&self) -> Sources {
+        Sources { file: self.config.clone(), environment: environment(), flags: self.flags() }
+    }
+
+    fn flags(&self) -> Vec<Flag> {
+        [
+            ("--cluster", "cluster.host", &self.cluster),
+            ("--generation", "cluster.generation", &self.generation),
+            ("--name", "node_name", &self.name),
+            ("--datapath", "network.datapath", &self.datapath),
+            ("--uplink", "network.uplink", &self.uplink),
+            ("--public-ip", "network.public_ip", &self.public_ip),
+            ("--tunnel-port", "network.tunnel_port", &self.tunnel_port),
+            ("--on-exit", "on_exit", &self.on_exit),
+            ("--state-dir", "state_dir", &self.state_dir),
+            ("--run-dir", "run_dir", &self.run_dir),
+            ("--docker-host", "runtime.docker_host", &self.docker_host),
+        ]
+        .into_iter()
+        .filter_map(|(name, key, value)| Some(Flag { name, key, value: value.clone()? }))
+        .collect()
+    }
+
+    /// What stands after the command wins over what stands before it.
+    fn under(self, over: Self) -> Self {
+        Self {
+            cluster: over.cluster.or(self.cluster),
+            generation: over.generation.or(self.generation),
+            name: over.name.or(self.name),
+            datapath: over.datapath.or(self.datapath),
+            uplink: over.uplink.or(self.uplink),
+            public_ip: over.public_ip.or(self.public_ip),
+            tunnel_port: over.tunnel_port.or(self.tunnel_port),
+            on_exit: over.on_exit.or(self.on_exit),
+            state_dir: over.state_dir.or(self.state_dir),
+            run_dir: over.run_dir.or(self.run_dir),
+            docker_host: over.docker_host.or(self.docker_host),
+            config: over.config.or(self.config),
+        }
+    }
+}
+
+impl StandaloneArgs {
+    fn choice(self) -> StandaloneChoice {
+        StandaloneChoice {
+            node: !self.no_node,
+            http_port: self.http_port,
+            socketio_port: self.socketio_port,
+            broker_port: self.broker_port,
+            broker: self.broker,
+        }
+    }
+}
+
+/// Variables that are not text are nobody's setting.
+fn environment() -> std::collections::BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+/// Where the daemon of this machine is configured to listen. A configuration that cannot be read is the daemon's trouble.
+fn default_socket(sources: &Sources) -> PathBuf {
+    let run_dir = config::load(sources).map(|loaded| loaded.config.run_dir);
+    run_dir.as_deref().unwrap_or(Path::new("/run/node-engine")).join("api.sock")
+}
+
+fn host_and_port(text: &str) -> Result<(String, u16), String> {
+    let (host, port) = text.rsplit_once(':').ok_or("expected HOST:PORT")?;
+    let port = port.parse().map_err(|_| "the port is not a number from 1 to 65535")?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    if host.is_empty() || port == 0 { Err("expected HOST:PORT".into()) } else { Ok((host.to_owned(), port)) }
+}
+
+#[cfg(test)]
+mod tests;

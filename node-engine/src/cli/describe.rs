@@ -1,0 +1,100 @@
+//! The description of a service to deploy: read from a file, or made from options.
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use serde_json::json;
+
+use crate::api::LARGEST_BODY;
+use crate::model::ServiceName;
+
+/// What to deploy.
+#[derive(Clone, Debug, Args)]
+pub(super) struct DeployArgs {
+    /// Description in the cluster's own JSON; `-` reads it from the standard input
+    #[arg(value_name = "FILE", required_unless_present = "image", conflicts_with = "image")]
+    file: Option<PathBuf>,
+    /// Image to run, in place of a description
+    #[arg(long, requires = "name")]
+    image: Option<String>,
+    /// Name of the service: `web`, or all four parts `app.default.web.default`
+    #[arg(long, requires = "image", value_parser = service_name)]
+    name: Option<ServiceName>,
+    /// Port of the host that leads to the service: 8080:80, 5353:53/udp; may be repeated
+    #[arg(long = "port", requires = "image", value_name = "HOST:CONTAINER[/PROTOCOL]")]
+    ports: Vec<String>,
+    /// Environment variable; may be repeated
+    #[arg(long = "env", requires = "image", value_name = "NAME=VALUE")]
+    environment: Vec<String>,
+    /// Command in place of the image's; takes the rest of the line
+    #[arg(long = "cmd", requires = "image", value_name = "WORD", num_args = 1.., allow_hyphen_values = true)]
+    command: Vec<String>,
+    /// Memory limit
+    #[arg(long, requires = "image", value_name = "MIB")]
+    memory: Option<u64>,
+    /// CPU limit
+    #[arg(long, requires = "image", value_name = "N")]
+    vcpus: Option<u32>,
+    /// What runs it: container, unikernel, wasm
+    #[arg(long, requires = "image", value_name = "TECHNOLOGY", default_value = "container")]
+    technology: String,
+    /// It is meant to end: exit code 0 means completed
+    #[arg(long, requires = "image")]
+    one_shot: bool,
+    /// How many instances
+    #[arg(long, value_name = "N")]
+    pub(super) replicas: Option<u32>,
+    /// Name or id of the node to run on
+    #[arg(long, value_name = "NODE")]
+    pub(super) on: Option<String>,
+}
+
+impl DeployArgs {
+    /// The description, as the cluster reads it.
+    pub(super) fn document(&self) -> anyhow::Result<Vec<u8>> {
+        match (&self.file, &self.name) {
+            (Some(path), _) if path.as_os_str() == "-" => read(std::io::stdin(), "the standard input"),
+            (Some(path), _) => {
+                let shown = path.display().to_string();
+                read(std::fs::File::open(path).with_context(|| format!("read {shown}"))?, &shown)
+            }
+            (None, Some(name)) => Ok(self.from_options(name)),
+            (None, None) => bail!("name what to deploy: a FILE, or --image with --name"),
+        }
+    }
+
+    fn from_options(&self, name: &ServiceName) -> Vec<u8> {
+        let mut document = json!({
+            "job_name": name.to_string(),
+            "virtualization": self.technology,
+            "image": self.image,
+            "cmd": self.command,
+            "environment": self.environment,
+            "port": self.ports.join(";"),
+            "one_shot": self.one_shot,
+        });
+        if let Some(memory) = self.memory {
+            document["memory"] = memory.into();
+        }
+        if let Some(vcpus) = self.vcpus {
+            document["vcpus"] = vcpus.into();
+        }
+        document.to_string().into_bytes()
+    }
+}
+
+fn read(from: impl Read, shown: &str) -> anyhow::Result<Vec<u8>> {
+    let mut document = Vec::new();
+    from.take(LARGEST_BODY as u64 + 1).read_to_end(&mut document).with_context(|| format!("read {shown}"))?;
+    if document.len() > LARGEST_BODY {
+        bail!("{shown} is longer than {} KiB: it is no description of a service", LARGEST_BODY / 1024);
+    }
+    Ok(document)
+}
+
+fn service_name(text: &str) -> Result<ServiceName, String> {
+    let full = if text.contains('.') { text.to_owned() } else { format!("app.default.{text}.default") };
+    full.parse().map_err(|_| "expected 1 to 30 letters or digits, or app.namespace.service.namespace of such".into())
+}

@@ -1,0 +1,127 @@
+//! What was typed → what it asks for.
+
+use super::*;
+use crate::cli::ask::Ask;
+
+fn task(line: &str) -> Result<Task, String> {
+    let words = std::iter::once("node-engine").chain(line.split(' ').filter(|word| !word.is_empty()));
+    Cli::try_parse_from(words).and_then(Cli::task).map_err(|error| error.to_string())
+}
+
+fn flags(line: &str) -> Vec<(&'static str, String)> {
+    match task(line).unwrap() {
+        Task::Daemon(sources) | Task::Standalone(sources, _) | Task::Uninstall { sources, .. } => {
+            sources.flags.into_iter().map(|flag| (flag.key, flag.value)).collect()
+        }
+        other => panic!("{line:?} is {other:?}"),
+    }
+}
+
+fn question(line: &str) -> Question {
+    match task(line).unwrap() {
+        Task::Ask(question) => question,
+        other => panic!("{line:?} is {other:?}"),
+    }
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn the_daemon_is_what_runs_without_a_command() {
+    assert_eq!(flags(""), []);
+    assert_eq!(flags("--cluster c:1 --datapath tun"), flags("run --cluster c:1 --datapath tun"));
+    assert_eq!(flags("--cluster a run --cluster b"), [("cluster.host", "b".to_owned())]);
+    assert!(matches!(task("--cluster c -vv --log debug"), Ok(Task::Daemon(_))));
+}
+
+#[test]
+fn every_flag_sets_a_setting_that_exists() {
+    let line = "--cluster c --generation g4 --name n --datapath tun --uplink e --public-ip 192.0.2.1 --tunnel-port 1 \
+                --on-exit stop --state-dir /s --run-dir /r --docker-host unix:///d";
+    let Task::Daemon(sources) = task(line).unwrap() else { panic!("not a daemon") };
+    assert_eq!(sources.flags.len(), 11);
+    let sources = Sources { environment: Default::default(), ..sources };
+    let config = config::load(&sources).unwrap().config;
+    assert_eq!(config.cluster.host, "c");
+    assert_eq!(config.node_name, "n");
+    assert_eq!(config.network.uplink.as_deref(), Some("e"));
+    assert_eq!(config.network.tunnel_port, 1);
+    assert_eq!(config.on_exit, crate::config::OnExit::Stop);
+    assert_eq!((config.state_dir, config.run_dir), (PathBuf::from("/s"), PathBuf::from("/r")));
+    assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d"));
+}
+
+#[test]
+fn a_standalone_cluster_has_the_reference_ports_unless_told() {
+    let choice = |line: &str| match task(line) {
+        Ok(Task::Standalone(_, choice)) => choice,
+        other => panic!("{line:?} is {other:?}"),
+    };
+    let plain = choice("standalone");
+    assert!(plain.node);
+    assert_eq!((plain.http_port, plain.socketio_port, plain.broker_port), (10100, 10000, 10003));
+    let other = choice("standalone --no-node --http-port 1 --broker [::1]:1883 --name x");
+    assert_eq!((other.node, other.http_port, other.broker), (false, 1, Some(("::1".to_owned(), 1883))));
+    assert!(task("standalone --broker h:1 --broker-port 2").is_err());
+    assert!(task("standalone --broker nonsense").is_err());
+}
+
+#[test]
+fn questions_go_to_the_socket_that_was_named() {
+    let question = question("--socket /x/api.sock logs web#0 --tail 5");
+    assert_eq!(question.socket, PathBuf::from("/x/api.sock"));
+    let Ask::Logs { instance, tail } = question.command else { panic!("not logs") };
+    assert_eq!((instance.to_string(), tail), ("web#0".to_owned(), Some(5)));
+}
+
+#[test]
+fn a_run_directory_is_where_its_socket_is() {
+    assert_eq!(question("--run-dir /x status").socket, PathBuf::from("/x/api.sock"));
+}
+
+#[test]
+fn deploy_takes_a_file_or_an_image_with_a_name() {
+    let document = |line: &str| {
+        let Ask::Deploy(args) = question(line).command else { panic!("not deploy") };
+        serde_json::from_slice::<serde_json::Value>(&args.document().unwrap()).unwrap()
+    };
+    let made = document(
+        "deploy --image nginx --name web --port 8080:80 --port 53:53/udp --env A=b --memory 64 --one-shot --cmd sh -c true",
+    );
+    assert_eq!(
+        made,
+        serde_json::json!({
+            "job_name": "app.default.web.default", "virtualization": "container", "image": "nginx",
+            "cmd": ["sh", "-c", "true"], "environment": ["A=b"], "port": "8080:80;53:53/udp", "memory": 64,
+            "one_shot": true,
+        })
+    );
+    assert_eq!(document("deploy --image i --name a.b.c.d")["job_name"], "a.b.c.d");
+
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    std::io::Write::write_all(&mut file, br#"{"x":1}"#).unwrap();
+    assert_eq!(document(&format!("deploy {}", file.path().display())), serde_json::json!({"x": 1}));
+
+    for bad in [
+        "deploy",
+        "deploy --image i",
+        "deploy f --image i --name n",
+        "deploy --image i --name a.b",
+        "deploy f --memory 1",
+    ] {
+        assert!(task(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn what_cannot_be_meant_is_a_usage_error() {
+    for bad in ["--cluster c status", "delete", "delete ../x", "replicate web", "replicate web -1", "move web#0", "fly"]
+    {
+        assert!(task(bad).is_err(), "{bad}");
+    }
+    assert!(matches!(task("version"), Ok(Task::Version)));
+    assert!(matches!(task("uninstall --purge"), Ok(Task::Uninstall { purge: true, .. })));
+}
