@@ -115,6 +115,8 @@ enum Event {
     Link(LinkEvent),
     Done(Done),
     Registered(Result<Registration, RegisterError>),
+    /// Where packets to the cluster leave from now.
+    Address(Option<IpAddr>),
     Answer(Query, Result<TableAnswer, String>),
     Timer,
     Stop(Instant),
@@ -144,6 +146,7 @@ struct Session {
     register_backoff: Backoff,
     register_complaints: Complaints,
 
+    locating: Option<BoxFuture<'static, Option<IpAddr>>>,
     link: Option<Link>,
     connect_at: Option<Instant>,
     up_since: Option<Instant>,
@@ -192,6 +195,7 @@ impl Session {
             registered_at: None,
             register_backoff: Backoff::up_to_a_minute(),
             register_complaints: Complaints::default(),
+            locating: None,
             link: None,
             connect_at: None,
             up_since: None,
@@ -237,6 +241,7 @@ impl Session {
                 Event::Link(LinkEvent::Down(reason)) => self.down(&reason),
                 Event::Done(done) => self.done(done),
                 Event::Registered(result) => self.registered(result),
+                Event::Address(address) => self.located(address),
                 Event::Answer(query, answer) => self.answered(&query, answer),
                 Event::Timer => {}
                 Event::Stop(deadline) => {
@@ -279,6 +284,12 @@ impl Session {
                 None => std::future::pending().await,
             }
         };
+        let locating = async {
+            match &mut self.locating {
+                Some(locating) => locating.await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             deadline = stop.wait(), if !stopping => Event::Stop(deadline),
             permit = commands.reserve(), if !self.inbox.is_empty() => match (permit, self.inbox.pop_front()) {
@@ -294,6 +305,10 @@ impl Session {
             result = registering => {
                 self.registering = None;
                 Event::Registered(result)
+            }
+            address = locating => {
+                self.locating = None;
+                Event::Address(address)
             }
             Some((query, answer)) = self.answers.next() => Event::Answer(query, answer),
             () = timer => Event::Timer,
@@ -382,6 +397,14 @@ impl Session {
         }
     }
 
+    /// A node that moved to another network registers anew: its peers hear of its address from the cluster.
+    fn located(&mut self, address: Option<IpAddr>) {
+        if address.is_some() && address != self.encoder.address {
+            info!(?address, before = ?self.encoder.address, "this node's address changed, registering again");
+            self.register_again(Duration::ZERO);
+        }
+    }
+
     // --- the link
 
     fn connect(&mut self) {
@@ -408,6 +431,8 @@ impl Session {
         if self.lost_at.take().is_some_and(|lost| now - lost > LONG_OUTAGE) {
             self.register_again(Duration::ZERO);
         }
+        let registrar = self.registrar.clone();
+        self.locating = Some(async move { registrar.own_address().await }.boxed());
         self.unsubscribe.clear();
         self.subscribe.clear();
         if watches(identity.generation) {

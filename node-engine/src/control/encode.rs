@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use tracing::warn;
+
 use crate::model::{Generation, InstanceId, Report, Status};
 use crate::wire::{FromNode, node, status, table};
 
@@ -52,7 +54,10 @@ impl Encoder {
             }
             Report::Deployed { instance, addresses } => {
                 // Without an address of this node the notice would be refused, and peers could not reach us by it.
-                let Some(host) = self.address else { return Vec::new() };
+                let Some(host) = self.address else {
+                    warn!(%instance, "no address of this node is known: peers will not find the instance");
+                    return Vec::new();
+                };
                 let notice = table::Deployed {
                     instance: instance.clone(),
                     addresses: *addresses,

@@ -158,7 +158,7 @@ impl Registrar {
     }
 
     /// The configured address, or the one packets to the cluster leave from. Nothing is sent to find out.
-    async fn own_address(&self) -> Option<IpAddr> {
+    pub(super) async fn own_address(&self) -> Option<IpAddr> {
         if let Some(address) = self.public_address {
             return Some(address);
         }

@@ -50,7 +50,7 @@ impl Broker {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (sender, seen) = mpsc::unbounded_channel();
-        let (acts, _) = broadcast::channel(256);
+        let (acts, _) = broadcast::channel(8192);
         let switches = Arc::<Switches>::default();
         let (orders, rules) = (acts.clone(), switches.clone());
         tokio::spawn(async move {

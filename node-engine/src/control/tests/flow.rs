@@ -295,6 +295,28 @@ async fn a_question_waits_for_the_subscription_before_it() {
 }
 
 #[tokio::test]
+async fn a_storm_of_orders_loses_none_and_keeps_their_order() {
+    let (broker, _manager, mut running) = online().await;
+    let nonsense = ["", "{", "[]", "\u{1}", r#"{"job_name":"../../etc"}"#];
+    for number in 0..3000 {
+        broker.publish(&topic("control/deploy"), job(&format!("n{number}")));
+        if number % 20 == 0 {
+            broker.publish(&topic("control/deploy"), nonsense[number % nonsense.len()]);
+        }
+        if number % 10 == 0 {
+            broker.publish(&topic("control/deploy"), job(&format!("n{number}")));
+        }
+    }
+    for number in 0..3000 {
+        let wanted = instance(&format!("n{number}"));
+        for _ in 0..=usize::from(number % 10 == 0) {
+            assert_eq!(running.deploy().await.id, wanted);
+        }
+    }
+    running.end().await;
+}
+
+#[tokio::test]
 async fn a_first_generation_cluster_is_asked_over_http() {
     let mut broker = Broker::start().await;
     let init = Init::start(Manner::Polling, broker.port).await;
