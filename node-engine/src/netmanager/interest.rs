@@ -17,9 +17,13 @@ const NEGATIVE: Duration = Duration::from_secs(2);
 const REFRESH: Duration = Duration::from_secs(45);
 /// The last part of the refresh period is random.
 const JITTER: Duration = Duration::from_secs(10);
-/// A service without an instance here that nobody has used for so long is forgotten. Long, because the kernel's path does not
-/// tell of every use.
+/// A service without an instance here that nobody has missed for so long is idle: it is forgotten where no instance is left on
+/// the node that could use it. Else it stays, because the kernel's path does not tell of use, and a flow would lose its instance.
 const IDLE: Duration = Duration::from_secs(10 * 60);
+/// Idle services are refreshed so many times less often; updates of them are still pushed.
+const IDLE_REFRESH: u32 = 8;
+/// More idle services than this are not kept: those that were used longest ago go first.
+const MAX_IDLE: usize = 1_024;
 /// Queries a second, and how many at once.
 const RATE: u32 = 50;
 const BURST: u32 = 100;
@@ -161,7 +165,7 @@ impl Interests {
             }
         }
         if let Some(watch) = answer.service.as_ref().and_then(|service| self.watched.get_mut(service)) {
-            watch.refresh = now + refresh_after(jitter);
+            watch.refresh = watch.next_refresh(jitter, now);
         }
         outcomes
     }
@@ -196,23 +200,22 @@ impl Interests {
     pub fn tick(&mut self, jitter: u64, now: Duration) -> Vec<Outcome> {
         let mut outcomes = self.expire_questions(now);
         self.negative.retain(|_, until| *until > now);
+        let connected = self.connected;
         let mut due = Vec::new();
-        let mut idle = Vec::new();
         for (place, (service, watch)) in self.watched.iter_mut().enumerate() {
-            if watch.local == 0 && now.saturating_sub(watch.used) >= IDLE {
-                idle.push(service.clone());
-            } else if self.connected && watch.refresh <= now {
-                watch.refresh = now + refresh_after(jitter.wrapping_add(place as u64));
+            if connected && watch.refresh <= now {
+                watch.refresh = watch.next_refresh(jitter.wrapping_add(place as u64), now);
                 due.push(service.clone());
             }
         }
-        for service in due {
-            outcomes.extend(self.ask(Query::Name(service), now));
-        }
-        for service in idle {
+        for service in self.surplus(now) {
             self.watched.remove(&service);
             self.open.remove(&Query::Name(service.clone()));
+            due.retain(|other| *other != service);
             outcomes.push(Outcome::Remove(service));
+        }
+        for service in due {
+            outcomes.extend(self.ask(Query::Name(service), now));
         }
         outcomes.extend(self.drain(now));
         outcomes
@@ -231,6 +234,20 @@ impl Interests {
     /// How many questions were not asked because too many were open.
     pub fn refused(&self) -> u64 {
         self.refused
+    }
+
+    /// Idle services that are not worth keeping.
+    fn surplus(&self, now: Duration) -> Vec<ServiceName> {
+        let mut idle: Vec<(Duration, &ServiceName)> = self
+            .watched
+            .iter()
+            .filter(|(_, watch)| watch.idle(now))
+            .map(|(service, watch)| (watch.used, service))
+            .collect();
+        let kept = if self.watched.values().any(|watch| watch.local > 0) { MAX_IDLE } else { 0 };
+        idle.sort_unstable();
+        idle.truncate(idle.len().saturating_sub(kept));
+        idle.into_iter().map(|(_, service)| service.clone()).collect()
     }
 
     fn watch(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
@@ -349,9 +366,17 @@ impl Interests {
     }
 }
 
-fn refresh_after(jitter: u64) -> Duration {
-    let span = u64::try_from(JITTER.as_millis()).unwrap_or(1);
-    REFRESH - Duration::from_millis(jitter % span)
+impl Watch {
+    fn idle(&self, now: Duration) -> bool {
+        self.local == 0 && now.saturating_sub(self.used) >= IDLE
+    }
+
+    /// The last part of the period is random, so that services do not stay in step.
+    fn next_refresh(&self, jitter: u64, now: Duration) -> Duration {
+        let span = u64::try_from(JITTER.as_millis()).unwrap_or(1);
+        let period = if self.idle(now) { REFRESH * IDLE_REFRESH } else { REFRESH };
+        now + period - Duration::from_millis(jitter % span)
+    }
 }
 
 #[cfg(test)]
@@ -467,6 +492,47 @@ mod tests {
             outcomes.contains(&Outcome::Remove(name("web")))
         });
         assert_eq!(removed, Some(900));
+    }
+
+    #[test]
+    fn idle_service_stays_while_an_instance_here_may_use_it() {
+        let mut interests = connected();
+        interests.hold(&name("client"), at(0));
+        interests.miss(ip(VIP), at(0));
+        interests.answered(&answer(Some(Query::Address(ip(VIP))), Some("web")), 0, at(0), |_| true);
+        let mut asked = Vec::new();
+        for second in 1..7_200 {
+            for outcome in interests.tick(0, at(second)) {
+                match outcome {
+                    Outcome::Ask(Query::Name(service)) => {
+                        if service == name("web") {
+                            asked.push(second);
+                        }
+                        interests.answered(&answer(None, Some(service.short())), 0, at(second), |_| true);
+                    }
+                    other => panic!("{other:?} at {second}"),
+                }
+            }
+        }
+        assert_eq!(asked.iter().filter(|second| **second <= 600).count(), 13);
+        assert_eq!(asked.windows(2).last(), Some(&[6750, 7110][..]), "it is asked for less often");
+        interests.release(&name("client"), at(7_200));
+        let outcomes = interests.tick(0, at(7_200));
+        assert!(outcomes.contains(&Outcome::Remove(name("web"))), "nobody is left to use it");
+    }
+
+    #[test]
+    fn of_too_many_idle_services_the_oldest_go() {
+        let mut interests = Interests::new();
+        interests.hold(&name("client"), at(0));
+        for number in 0..1_030u32 {
+            let service = name(&format!("s{number}"));
+            interests.hold(&service, at(0));
+            interests.release(&service, at(u64::from(number)));
+        }
+        let outcomes = interests.tick(0, at(3_000));
+        let removed: Vec<_> = (0..6).map(|number| Outcome::Remove(name(&format!("s{number}")))).collect();
+        assert_eq!(outcomes, removed);
     }
 
     #[test]

@@ -4,10 +4,10 @@
 //! ```text
 //! node-engine leases 1
 //! subnet 10.18.0.64 fc00::100
-//! lease app.ns.web.ns.instance.0 10.18.0.66 fc00::102 own=10.30.0.0,fdff:: ports=8080:80/tcp netns=/proc/17/ns/net
+//! lease app.ns.web.ns.instance.0 10.18.0.66 fc00::102 own=10.30.0.0,fdff:: ports=8080:80/tcp inode=4026532281 netns=/proc/17/ns/net
 //! ```
 //!
-//! `own` and `ports` may be empty. The namespace's path comes last and may hold blanks.
+//! `own` and `ports` may be empty, `inode` 0. The namespace's path comes last and may hold blanks.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -29,6 +29,8 @@ pub struct KeptLease {
     /// Its instance addresses, as far as the cluster has told them.
     pub own: FamilyPair,
     pub ports: Vec<PortMapping>,
+    /// Tells whether `netns` still leads to the same namespace; 0 where it is not known.
+    pub inode: u64,
     pub netns: PathBuf,
 }
 
@@ -61,8 +63,8 @@ impl Leases {
             let own: Vec<String> = own.map(|address| address.to_string()).collect();
             let ports: Vec<String> = lease.ports.iter().map(PortMapping::to_string).collect();
             let Addresses { v4, v6 } = lease.addresses;
-            let (instance, own, ports) = (&lease.instance, own.join(","), ports.join(","));
-            let _ = writeln!(text, "lease {instance} {v4} {v6} own={own} ports={ports} netns={netns}");
+            let (instance, own, ports, inode) = (&lease.instance, own.join(","), ports.join(","), lease.inode);
+            let _ = writeln!(text, "lease {instance} {v4} {v6} own={own} ports={ports} inode={inode} netns={netns}");
         }
         text
     }
@@ -121,13 +123,14 @@ fn subnet(text: &str) -> Option<Subnet> {
 }
 
 fn lease(text: &str) -> Option<KeptLease> {
-    let mut words = text.splitn(6, ' ');
+    let mut words = text.splitn(7, ' ');
     let instance = words.next()?.parse().ok()?;
     let addresses = Addresses { v4: words.next()?.parse().ok()?, v6: words.next()?.parse().ok()? };
     let own = addresses_of(words.next()?.strip_prefix("own=")?)?;
     let ports = list(words.next()?.strip_prefix("ports=")?, port)?;
+    let inode = words.next()?.strip_prefix("inode=")?.parse().ok()?;
     let netns = words.next()?.strip_prefix("netns=")?.into();
-    Some(KeptLease { instance, addresses, own, ports, netns })
+    Some(KeptLease { instance, addresses, own, ports, inode, netns })
 }
 
 fn addresses_of(text: &str) -> Option<FamilyPair> {
@@ -179,6 +182,7 @@ mod tests {
                         PortMapping { host: 8080, container: 80, protocol: Protocol::Tcp },
                         PortMapping { host: 53, container: 53, protocol: Protocol::Udp },
                     ],
+                    inode: 4_026_532_281,
                     netns: "/run/my name spaces/a b".into(),
                 },
                 KeptLease {
@@ -186,6 +190,7 @@ mod tests {
                     addresses: Addresses { v4: Ipv4Addr::new(10, 18, 0, 67), v6: "fc00::103".parse().unwrap() },
                     own: FamilyPair::default(),
                     ports: vec![],
+                    inode: 0,
                     netns: "/proc/17/ns/net".into(),
                 },
             ],
@@ -197,7 +202,7 @@ mod tests {
         assert_eq!(Leases::decode(&full().encode()), Ok(full()));
         assert_eq!(Leases::decode(&Leases::default().encode()), Ok(Leases::default()));
         assert!(full().encode().contains(
-            "lease app.ns.web.ns.instance.0 10.18.0.66 fc00::102 own=10.30.0.0,fdff:: ports=8080:80/tcp,53:53/udp netns=/run/my"
+            "lease app.ns.web.ns.instance.0 10.18.0.66 fc00::102 own=10.30.0.0,fdff:: ports=8080:80/tcp,53:53/udp inode=4026532281 netns=/run/my"
         ));
     }
 

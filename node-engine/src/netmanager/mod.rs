@@ -1,19 +1,34 @@
 //! The overlay of this node: gives instances addresses, connects their namespaces, keeps the service table, and projects it
 //! into the datapath. Knows neither runtimes nor the cluster's wire: a namespace path comes in, reports go out.
 
+mod actor;
+mod connect;
+mod core;
 pub mod datapath;
 pub mod hello;
+mod home;
 pub mod interest;
 pub mod ipam;
 pub mod lease;
 pub mod link;
+mod outbox;
 pub mod table;
 
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
 
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
-use crate::model::{Addresses, Command, InstanceId, PortMapping};
+use crate::config::NetworkConfig;
+use crate::drain::Drain;
+use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, Subnet};
+
+/// Requests that may wait for the task.
+const REQUESTS: usize = 256;
+/// Address of every node's TUN device; it is never seen on a wire.
+const TUN_V4: Ipv4Addr = Ipv4Addr::new(10, 19, 1, 254);
+const TUN_V6: Ipv6Addr = Ipv6Addr::new(0xfcef, 0, 0, 0, 0, 0, 0xdead, 0xbeef);
 
 /// Handle to the one task that owns the overlay's state. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -21,8 +36,53 @@ pub struct NetManager {
     requests: mpsc::Sender<Request>,
 }
 
+/// What the overlay is made of.
+#[derive(Debug)]
+pub struct Setup {
+    pub config: NetworkConfig,
+    /// Address of the cluster: the way there is the way to the peers, unless another uplink is configured.
+    pub cluster: Option<IpAddr>,
+    /// Where the journal of the host's changes and the leases lie.
+    pub run_dir: PathBuf,
+    /// The subnet an earlier run was assigned, and under which node id.
+    pub subnet: Option<(NodeId, Subnet)>,
+    pub reports: mpsc::Sender<Report>,
+    /// Told each subnet the cluster assigns, to be kept over reboots.
+    pub subnets: mpsc::Sender<(NodeId, Subnet)>,
+    /// To begin when the last workload has finished: until then instances come and go.
+    pub drain: Drain,
+}
+
+/// Opens links and datapath, adopts what an earlier run left, and goes on from there. The handle is ready at once; instances wait
+/// for a subnet where there is none. The end takes nothing down: what is connected stays connected, and the next start adopts it.
+///
+/// # Errors
+/// There is no way to the peers, or neither links nor datapath can be had on this host.
+pub async fn start(setup: Setup) -> Result<(NetManager, JoinHandle<anyhow::Result<()>>), NetError> {
+    let (requests, inbox) = mpsc::channel(REQUESTS);
+    let task = actor::start(setup, inbox).await?;
+    Ok((NetManager::new(requests), task))
+}
+
+/// Names and sizes of what this node makes on its host.
+pub fn link_config(config: &NetworkConfig, run_dir: &Path, mtu: u32) -> link::LinkConfig {
+    link::LinkConfig {
+        bridge: config.bridge.clone(),
+        tun: config.tun.clone(),
+        mtu,
+        run_dir: run_dir.to_owned(),
+        service_v4: config.service_v4,
+        service_v6: config.service_v6,
+    }
+}
+
+/// Where the datapath's programs and maps are pinned.
+pub fn pin_dir(config: &NetworkConfig) -> PathBuf {
+    config.bpffs.join("node-engine")
+}
+
 /// What to connect.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attachment {
     pub instance: InstanceId,
     pub netns: PathBuf,
@@ -46,6 +106,12 @@ pub enum NetError {
     PortTaken { port: PortMapping, owner: InstanceId },
     #[error("{step}: {reason}")]
     Link { step: &'static str, reason: String },
+    #[error("the instance was disconnected, or connected to another namespace, meanwhile")]
+    Cancelled,
+    #[error("this node has no way to its peers: {0}; configure network.uplink and network.public_ip")]
+    NoUplink(String),
+    #[error("no datapath works here: {0}")]
+    NoDatapath(String),
     #[error("the network manager has stopped")]
     Stopped,
 }
@@ -56,6 +122,7 @@ pub(crate) enum Request {
     Attach(Attachment, oneshot::Sender<Result<Lease, NetError>>),
     Detach(InstanceId, oneshot::Sender<Result<(), NetError>>),
     Deliver(Command),
+    Retain(Vec<InstanceId>),
     Status(oneshot::Sender<NetStatus>),
 }
 
@@ -65,11 +132,15 @@ pub struct NetStatus {
     pub datapath: String,
     /// Why the datapath is not a faster one; empty where it is the fastest.
     pub reason: String,
-    pub subnet: Option<crate::model::Subnet>,
+    pub subnet: Option<Subnet>,
     pub uplink: String,
+    /// This node's address towards its peers.
+    pub address: Option<IpAddr>,
     pub leases: Vec<Lease>,
     pub services: usize,
     pub peers: usize,
+    /// What on this host is in the way of traffic and not ours to change, a sentence each.
+    pub warnings: Vec<String>,
     /// Counter name and value, drops and verdicts.
     pub counters: Vec<(String, u64)>,
 }
@@ -97,6 +168,11 @@ impl NetManager {
     /// Hands over a command that concerns the network.
     pub async fn deliver(&self, command: Command) -> Result<(), NetError> {
         self.requests.send(Request::Deliver(command)).await.map_err(|_| NetError::Stopped)
+    }
+
+    /// Disconnects every instance that is not in the list: said once after a start, when it is known which instances still exist.
+    pub async fn retain(&self, instances: Vec<InstanceId>) -> Result<(), NetError> {
+        self.requests.send(Request::Retain(instances)).await.map_err(|_| NetError::Stopped)
     }
 
     pub async fn status(&self) -> Result<NetStatus, NetError> {

@@ -69,7 +69,8 @@ fn plan(delta: &TableDelta, mut current: impl FnMut(&Addr) -> Option<Service>) -
 
     let mut groups = Vec::new();
     groups.extend(delta.config.map(Write::Config).map(one));
-    groups.extend(delta.peers.iter().map(|(index, peer)| one(Write::Peer(*index, *peer))));
+    let (gone, peers): (Vec<_>, Vec<_>) = delta.peers.iter().copied().partition(|(_, peer)| peer.host.is_none());
+    groups.extend(peers.into_iter().map(|(index, peer)| one(Write::Peer(index, peer))));
     groups.extend(live.into_iter().map(|(index, slot)| one(Write::Slot(index, slot))));
     groups.extend(delta.endpoints.iter().map(|(address, row)| one(Write::Endpoint(*address, *row))));
     for (address, row, slots) in &delta.services {
@@ -83,6 +84,8 @@ fn plan(delta: &TableDelta, mut current: impl FnMut(&Addr) -> Option<Service>) -
     // A slot loses its instance after the rows that led to it: a new flow must not meet an empty slot while another would do.
     groups.extend(dead.into_iter().map(|(index, slot)| one(Write::Slot(index, slot))));
     groups.extend(delta.endpoints_gone.iter().map(|address| one(Write::EndpointGone(*address))));
+    // A peer goes after the slots that named it: an instance whose node has changed its address is never without one.
+    groups.extend(gone.into_iter().map(|(index, peer)| one(Write::Peer(index, peer))));
     groups
 }
 
@@ -161,15 +164,18 @@ mod tests {
         change.slots.push((9, Slot { generation: 4, ..Slot::default() }));
         change.services_gone.push(B);
         change.endpoints_gone.push(B);
+        change.peers = vec![(1, Peer::default()), (2, Peer { host: B, ..Peer::default() })];
         let writes = plan(&change, |_| None).concat();
         let at = |wanted: &dyn Fn(&Write) -> bool| writes.iter().position(wanted).expect("not planned");
         let order = [
+            at(&|w| matches!(w, Write::Peer(2, _))),
             at(&|w| matches!(w, Write::Slot(1, _))),
             at(&|w| matches!(w, Write::Candidate(..))),
             at(&|w| matches!(w, Write::Service(..))),
             at(&|w| matches!(w, Write::ServiceGone(_))),
             at(&|w| matches!(w, Write::Slot(9, _))),
             at(&|w| matches!(w, Write::EndpointGone(_))),
+            at(&|w| matches!(w, Write::Peer(1, _))),
         ];
         assert!(order.is_sorted(), "{writes:#?}");
     }

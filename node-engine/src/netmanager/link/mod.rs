@@ -163,6 +163,12 @@ impl Links {
         self.find_default_route().await
     }
 
+    /// The way out over this interface: its first global address, IPv4 before IPv6. `None` where there is no such interface, or it
+    /// has no address.
+    pub async fn route_over(&self, name: &str) -> Result<Option<Route>, LinkError> {
+        self.find_route_over(name).await
+    }
+
     /// Index of the interface with this name, if there is one.
     pub async fn link_index(&self, name: &str) -> Result<Option<u32>, LinkError> {
         Ok(self.netlink.link(name).await?.map(|link| link.index))

@@ -56,6 +56,16 @@ impl Links {
         })
     }
 
+    pub(super) async fn find_route_over(&self, name: &str) -> Result<Option<Route>, LinkError> {
+        let Some(link) = self.netlink.link(name).await? else { return Ok(None) };
+        let v4 = self.first_address(&link, false).await?;
+        let source = match v4 {
+            Some(v4) => Some(v4),
+            None => self.first_address(&link, true).await?,
+        };
+        Ok(source.map(|source| Route { interface: link.name, ifindex: link.index, source, mtu: link.mtu }))
+    }
+
     pub(super) async fn find_default_route(&self) -> Result<Route, LinkError> {
         for v6 in [false, true] {
             if v6 && !sysctl::has_ipv6() {

@@ -213,9 +213,9 @@ impl ServiceTable {
         self.projection.take()
     }
 
-    /// The way to one node, as the kernel's routes have it.
-    pub fn set_way(&mut self, host: Addr, way: Way) -> TableDelta {
-        self.projection.set_way(host, way);
+    /// The ways to some nodes, as the kernel's routes have them.
+    pub fn set_ways(&mut self, ways: impl IntoIterator<Item = (Addr, Way)>) -> TableDelta {
+        self.projection.set_ways(ways);
         self.projection.take()
     }
 
@@ -239,6 +239,11 @@ impl ServiceTable {
     /// The instance addresses of an instance on this node, as far as the cluster has told them.
     pub fn own(&self, instance: &InstanceId) -> FamilyPair {
         self.locals.get(instance).map(|local| local.own).unwrap_or_default()
+    }
+
+    /// Does the instance here with this namespace address know its instance address?
+    pub fn knows_own(&self, namespace: Addr) -> bool {
+        self.projection.endpoint(namespace).is_some_and(|endpoint| !endpoint.instance.is_none())
     }
 
     /// Which service has this address: a service address, or the namespace address of an instance here.

@@ -244,9 +244,11 @@ impl Projection {
         self.rewrite_peers();
     }
 
-    /// The way to one node.
-    pub(super) fn set_way(&mut self, host: Addr, way: Way) {
-        self.ways.insert(host, way);
+    /// The ways to some nodes. Those that are no peers any more are forgotten.
+    pub(super) fn set_ways(&mut self, ways: impl IntoIterator<Item = (Addr, Way)>) {
+        self.ways.extend(ways);
+        let hosts: HashSet<Addr> = self.peers.values().map(|peer| peer.host).collect();
+        self.ways.retain(|host, _| hosts.contains(host));
         self.rewrite_peers();
     }
 

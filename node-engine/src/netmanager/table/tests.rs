@@ -182,7 +182,7 @@ fn ways_and_hellos_change_the_peer_alone() {
     assert_eq!((lab.peers[&v4].source, lab.peers[&v4].ifindex), (HOST, 2));
     assert_eq!(lab.peers[&v6].source, Addr::NONE, "no way in this family yet");
     let way = Way { source: addr("2001:db8::1"), ifindex: 3 };
-    let delta = lab.apply(|table| table.set_way(addr("2001:db8::3"), way));
+    let delta = lab.apply(|table| table.set_ways([(addr("2001:db8::3"), way)]));
     assert_eq!((delta.peers.len(), delta.slots.len(), delta.services.len()), (1, 0, 0));
     assert_eq!((lab.peers[&v6].source, lab.peers[&v6].ifindex), (way.source, 3));
     lab.apply(|table| table.set_ours(v6, true));

@@ -320,7 +320,7 @@ impl Net {
                 self.attached.remove(&instance.number);
                 let _ = reply.send(Ok(()));
             }
-            NetRequest::Deliver(_) | NetRequest::Status(_) => {}
+            NetRequest::Deliver(_) | NetRequest::Status(_) | NetRequest::Retain(_) => {}
         }
     }
 }

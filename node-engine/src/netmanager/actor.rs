@@ -1,0 +1,539 @@
+//! Runs what the core decides. Nothing blocks its loop: effects are spawned and come back as events, changes of the datapath's
+//! tables through one lane that keeps their order. Ends with an error when the datapath does, and takes nothing down at its end.
+
+use std::any::Any;
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use futures_util::FutureExt;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::connect::{Made, Step};
+use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
+use super::datapath::{self, Datapath, Event as DatapathEvent, TableDelta, Underlay};
+use super::lease::Leases;
+use super::link::{Bridge, LinkError, Links, Route};
+use super::outbox::Outbox;
+use super::table::{ServiceNets, Way};
+use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
+use crate::model::{InstanceId, Report, Subnet};
+use crate::netns;
+
+const TICK: Duration = Duration::from_secs(1);
+/// Changes that may wait for the datapath before nothing more is listened to.
+const LANE: usize = 1_024;
+/// Outer IP, UDP and VXLAN headers with the inner Ethernet header, on an IPv4 and on an IPv6 underlay.
+const OVERHEAD_V4: u32 = 50;
+const OVERHEAD_V6: u32 = 70;
+/// IPv6 does not work on less.
+const SMALLEST_MTU: u32 = 1_280;
+/// An uplink that has been another interface so often in a row is another.
+const MOVED: u32 = 3;
+
+/// What a spawned effect comes back with.
+enum Answer {
+    Event(Event),
+    Uplink(Route),
+    /// The lane has done what it had.
+    Lane(Vec<Event>),
+    LeasesKept,
+    Nothing,
+}
+
+/// A change for the datapath, in order with others.
+#[derive(Debug)]
+enum Change {
+    Apply(TableDelta),
+    Reconcile(TableDelta),
+    GiveUp(netmanager_common::addr::Addr),
+    Settle(InstanceId),
+}
+
+/// Which way to the peers is wanted.
+#[derive(Clone, Debug)]
+struct Wish {
+    uplink: Option<String>,
+    cluster: Option<IpAddr>,
+}
+
+struct Actor {
+    core: Core,
+    setup: Setup,
+    wish: Wish,
+    links: Arc<Links>,
+    datapath: Arc<dyn Datapath>,
+    reason: String,
+    uplink: Route,
+    began: Instant,
+    outbox: Outbox,
+    work: JoinSet<Answer>,
+    attaching: BTreeMap<Waiter, oneshot::Sender<Result<Lease, NetError>>>,
+    detaching: BTreeMap<Waiter, oneshot::Sender<Result<(), NetError>>>,
+    next_waiter: u64,
+    lane: VecDeque<Change>,
+    lane_runs: bool,
+    lease_file: PathBuf,
+    /// The newest leases, where they are not in the file yet.
+    leases: Option<Leases>,
+    writing: bool,
+    moved: u32,
+    failure: Option<anyhow::Error>,
+}
+
+pub(super) async fn start(
+    setup: Setup,
+    inbox: mpsc::Receiver<Request>,
+) -> Result<JoinHandle<anyhow::Result<()>>, NetError> {
+    let config = &setup.config;
+    std::fs::create_dir_all(&setup.run_dir).map_err(|error| step("make the run directory", &error))?;
+    // The size of our links follows from the uplink, and only netlink knows that one.
+    let finder = open_links(&setup, SMALLEST_MTU).await?;
+    let wish = Wish { uplink: config.uplink.clone(), cluster: setup.cluster };
+    let uplink = find_uplink(&finder, &wish).await.map_err(|error| NetError::NoUplink(error.to_string()))?;
+    drop(finder);
+    let overhead = if uplink.source.is_ipv4() { OVERHEAD_V4 } else { OVERHEAD_V6 };
+    let mtu = uplink.mtu.saturating_sub(overhead).clamp(SMALLEST_MTU, u32::from(u16::MAX) - overhead);
+    let links = Arc::new(open_links(&setup, mtu).await?);
+    let underlay = Underlay {
+        uplink: uplink.interface.clone(),
+        uplink_ifindex: uplink.ifindex,
+        address: uplink.source,
+        tunnel_port: config.tunnel_port,
+        tun_name: config.tun.clone(),
+        tun_v4: TUN_V4,
+        tun_v6: TUN_V6,
+        mtu,
+        service_v4: config.service_v4,
+        service_v6: config.service_v6,
+        pin_dir: pin_dir(config),
+    };
+    let chosen =
+        datapath::choose(config.datapath, &underlay).await.map_err(|error| NetError::NoDatapath(error.to_string()))?;
+    let lease_file = setup.run_dir.join("leases");
+    let remains = remains(&lease_file, &links, chosen.datapath.as_ref()).await?;
+    let settings = Settings {
+        nets: ServiceNets { v4: config.service_v4, v6: config.service_v6 },
+        tunnel_port: config.tunnel_port,
+        relax_source: config.relax_source,
+        address: config.public_ip.unwrap_or(uplink.source),
+        uplink: way(&uplink),
+        subnet: setup.subnet.clone(),
+        seed: RandomState::new().hash_one(0),
+    };
+    tracing::info!(
+        datapath = chosen.datapath.name(),
+        reason = chosen.reason,
+        uplink = uplink.interface,
+        address = %settings.address,
+        mtu,
+        "the overlay carries"
+    );
+    let (core, effects) = Core::new(settings, remains);
+    let mut actor = Actor {
+        core,
+        setup,
+        wish,
+        links,
+        datapath: chosen.datapath,
+        reason: chosen.reason,
+        uplink,
+        began: Instant::now(),
+        outbox: Outbox::default(),
+        work: JoinSet::new(),
+        attaching: BTreeMap::new(),
+        detaching: BTreeMap::new(),
+        next_waiter: 0,
+        lane: VecDeque::new(),
+        lane_runs: false,
+        lease_file,
+        leases: None,
+        writing: false,
+        moved: 0,
+        failure: None,
+    };
+    actor.run_all(effects);
+    Ok(tokio::spawn(actor.run(inbox)))
+}
+
+async fn open_links(setup: &Setup, mtu: u32) -> Result<Links, NetError> {
+    Links::open(link_config(&setup.config, &setup.run_dir, mtu)).await.map_err(|error| step("open netlink", &error))
+}
+
+/// The configured interface, else the one that leads to the cluster, else the default route's. A cluster on this very machine leads
+/// nowhere.
+async fn find_uplink(links: &Links, wish: &Wish) -> Result<Route, LinkError> {
+    if let Some(name) = &wish.uplink {
+        let missing = || LinkError::Kernel {
+            step: "look up",
+            object: name.clone(),
+            reason: "there is no such interface, or it has no address".into(),
+        };
+        return links.route_over(name).await?.ok_or_else(missing);
+    }
+    if let Some(cluster) = wish.cluster
+        && let Ok(route) = links.route_to(cluster).await
+        && !route.source.is_loopback()
+        && route.source != cluster
+    {
+        return Ok(route);
+    }
+    links.default_route().await
+}
+
+/// What an earlier run left on this host. What cannot be read is made anew.
+async fn remains(file: &std::path::Path, links: &Links, datapath: &dyn Datapath) -> Result<Remains, NetError> {
+    let leases = Leases::read(file).unwrap_or_else(|error| {
+        tracing::warn!(%error, "leases of an earlier run are lost, its instances are connected anew");
+        Leases::default()
+    });
+    let veths = links.attached().await.map_err(|error| step("list the instances' interfaces", &error))?;
+    let snapshot = datapath.snapshot().await.map_err(|error| step("read the datapath's tables", &error))?;
+    Ok(Remains { leases, veths, snapshot })
+}
+
+/// Puts back whatever is missing, and says which veths are there.
+async fn upkeep(links: Arc<Links>, subnet: Subnet) -> Result<(Bridge, Vec<(InstanceId, u32)>), String> {
+    let work = async {
+        let bridge = links.ensure_bridge(subnet).await?;
+        links.ensure_tun_routes(TUN_V4, TUN_V6).await?;
+        let present = links.attached().await?.into_iter().map(|(instance, veth)| (instance, veth.ifindex)).collect();
+        Ok((bridge, present))
+    };
+    work.await.map_err(|error: LinkError| error.to_string())
+}
+
+impl Actor {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Request>) -> anyhow::Result<()> {
+        let (links, datapath) = (Arc::clone(&self.links), Arc::clone(&self.datapath));
+        let (reports, drain) = (self.setup.reports.clone(), self.setup.drain.clone());
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // A control plane that has gone takes no reports any more.
+        let mut listening = true;
+        let mut open = true;
+        while self.failure.is_none() {
+            let room = self.lane.len() < LANE;
+            tokio::select! {
+                Some(answer) = self.work.join_next() => self.answered(answer),
+                permit = reports.reserve(), if listening && !self.outbox.is_empty() => match (permit, self.outbox.pop()) {
+                    (Ok(permit), Some(report)) => permit.send(report),
+                    _ => listening = false,
+                },
+                request = inbox.recv(), if open && room => match request {
+                    Some(request) => self.asked(request),
+                    None => open = false,
+                },
+                event = datapath.event(), if room => match event {
+                    DatapathEvent::Failed(reason) => self.failure = Some(anyhow!("the datapath has failed: {reason}")),
+                    event => self.event(Event::Datapath(event)),
+                },
+                () = links.changed() => self.event(Event::HostChanged),
+                _ = tick.tick() => self.event(Event::Tick),
+                deadline = drain.wait() => return self.finish(deadline).await,
+            }
+        }
+        // The first failure is the one to tell; nothing is taken down, so the next start adopts all of it.
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    /// Lets the steps in hand end, so that nothing is half there, and what is to be kept be kept.
+    async fn finish(mut self, deadline: Instant) -> anyhow::Result<()> {
+        while !self.work.is_empty() {
+            match tokio::time::timeout_at(deadline, self.work.join_next()).await {
+                Ok(Some(answer)) => self.answered(answer),
+                Ok(None) => break,
+                Err(_) => return Err(anyhow!("{} steps of the overlay have not ended in time", self.work.len())),
+            }
+        }
+        while let Some(report) = self.outbox.pop() {
+            if tokio::time::timeout_at(deadline, self.setup.reports.send(report)).await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn asked(&mut self, request: Request) {
+        match request {
+            Request::Attach(attachment, reply) => {
+                let waiter = self.waiter();
+                self.attaching.insert(waiter, reply);
+                self.event(Event::Attach(attachment, waiter));
+            }
+            Request::Detach(instance, reply) => {
+                let waiter = self.waiter();
+                self.detaching.insert(waiter, reply);
+                self.event(Event::Detach(instance, waiter));
+            }
+            Request::Deliver(command) => self.event(Event::Command(command)),
+            Request::Retain(instances) => self.event(Event::Retain(instances)),
+            Request::Status(reply) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(self.status());
+            }
+        }
+    }
+
+    fn waiter(&mut self) -> Waiter {
+        self.next_waiter += 1;
+        Waiter(self.next_waiter)
+    }
+
+    fn answered(&mut self, answer: Result<Answer, tokio::task::JoinError>) {
+        match answer {
+            Ok(Answer::Event(event)) => self.event(event),
+            Ok(Answer::Uplink(uplink)) => self.found_uplink(uplink),
+            Ok(Answer::Lane(events)) => {
+                self.lane_runs = false;
+                events.into_iter().for_each(|event| self.event(event));
+                self.run_lane();
+            }
+            Ok(Answer::LeasesKept) => {
+                self.writing = false;
+                self.write_leases();
+            }
+            Ok(Answer::Nothing) => {}
+            Err(error) => self.failure = Some(anyhow!("a step of the overlay ended without an answer: {error}")),
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        let effects = self.core.handle(event, self.began.elapsed());
+        self.run_all(effects);
+    }
+
+    fn run_all(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            self.perform(effect);
+        }
+        self.run_lane();
+    }
+
+    fn perform(&mut self, effect: Effect) {
+        let (links, datapath) = (Arc::clone(&self.links), Arc::clone(&self.datapath));
+        match effect {
+            Effect::AttachVeth { instance, netns, inode, subnet, addresses } => {
+                let id = instance.clone();
+                let work = async move {
+                    let found = netns::identity(&netns).map_err(|error| error.to_string())?.inode();
+                    if inode.is_some_and(|inode| inode != found) {
+                        return Err(format!("{} leads to another namespace now", netns.display()));
+                    }
+                    let veth = links.attach(&id, &netns, subnet, addresses).await.map_err(|error| error.to_string())?;
+                    Ok(Made::Veth { veth, inode: found })
+                };
+                self.step(instance, Step::Veth, work);
+            }
+            Effect::DetachVeth(instance) => {
+                let id = instance.clone();
+                let work =
+                    async move { links.detach(&id).await.map(|()| Made::Done).map_err(|error| error.to_string()) };
+                self.step(instance, Step::Veth, work);
+            }
+            Effect::Carry { instance, port, replaces } => {
+                let work = async move {
+                    if let Some(old) = replaces {
+                        datapath.detach(&old).await.map_err(|error| error.to_string())?;
+                    }
+                    datapath.attach(&port).await.map(|()| Made::Done).map_err(|error| error.to_string())
+                };
+                self.step(instance, Step::Carry, work);
+            }
+            Effect::Release { instance, port } => {
+                let work = async move { datapath.detach(&port).await.map(|()| Made::Done).map_err(|e| e.to_string()) };
+                self.step(instance, Step::Carry, work);
+            }
+            Effect::Settle(instance) => self.lane.push_back(Change::Settle(instance)),
+            Effect::Apply(delta) => self.lane.push_back(Change::Apply(delta)),
+            Effect::Reconcile(full) => self.lane.push_back(Change::Reconcile(full)),
+            Effect::GiveUp(address) => self.lane.push_back(Change::GiveUp(address)),
+            Effect::Publish(subnet, ports) => {
+                let work = async move { links.publish(subnet, &ports).await.map_err(|error| error.to_string()) };
+                self.spawn(work, Event::Published);
+            }
+            Effect::Upkeep(subnet) => self.spawn(upkeep(links, subnet), Event::Kept),
+            Effect::FindUplink => self.look_for_uplink(),
+            Effect::FindWays(hosts) => {
+                let work = async move {
+                    let mut ways = Vec::with_capacity(hosts.len());
+                    for host in hosts {
+                        // Without a route to it the uplink is as good a guess as any.
+                        ways.extend(links.route_to(host).await.ok().map(|route| (host, way(&route))));
+                    }
+                    Ok(ways)
+                };
+                self.spawn(work, |ways| Event::Ways(ways.unwrap_or_default()));
+            }
+            Effect::SendControl(to, payload) => {
+                self.work.spawn(async move {
+                    if let Err(error) = datapath.send_control(to, &payload).await {
+                        tracing::debug!(%to, %error, "a control datagram was not sent");
+                    }
+                    Answer::Nothing
+                });
+            }
+            Effect::Report(report) => self.report(report),
+            Effect::SaveSubnet(node, subnet) => {
+                tracing::info!(%node, v4 = %subnet.v4, v6 = %subnet.v6, "the cluster assigned a subnet");
+                if self.setup.subnets.try_send((node, subnet)).is_err() {
+                    tracing::warn!("nobody keeps the subnet, the next start asks for another");
+                }
+            }
+            Effect::KeepLeases(leases) => {
+                self.leases = Some(leases);
+                self.write_leases();
+            }
+            Effect::Attached(waiter, result) => {
+                if let Some(reply) = self.attaching.remove(&waiter) {
+                    let _ = reply.send(result);
+                }
+            }
+            Effect::Detached(waiter, result) => {
+                if let Some(reply) = self.detaching.remove(&waiter) {
+                    let _ = reply.send(result);
+                }
+            }
+            Effect::Warn(sentence) => tracing::warn!("{sentence}"),
+        }
+    }
+
+    fn report(&mut self, report: Report) {
+        match &report {
+            Report::Deployed { instance, addresses } => {
+                tracing::info!(%instance, v4 = %addresses.v4, v6 = %addresses.v6, "connected");
+            }
+            other => tracing::debug!(?other, "report"),
+        }
+        self.outbox.push(report);
+    }
+
+    /// Does what waits for the datapath, in order.
+    fn run_lane(&mut self) {
+        if self.lane_runs || self.lane.is_empty() {
+            return;
+        }
+        self.lane_runs = true;
+        let changes: Vec<Change> = self.lane.drain(..).collect();
+        let datapath = Arc::clone(&self.datapath);
+        self.work.spawn(async move {
+            let mut events = Vec::new();
+            for change in changes {
+                let result = match change {
+                    Change::Apply(delta) => datapath.apply(&delta).await,
+                    Change::Reconcile(full) => datapath.reconcile(&full).await,
+                    Change::GiveUp(address) => {
+                        datapath.give_up(address).await;
+                        Ok(())
+                    }
+                    Change::Settle(instance) => {
+                        events.push(Event::Stepped { instance, step: Step::Endpoint, result: Ok(Made::Done) });
+                        Ok(())
+                    }
+                };
+                if let Err(error) = result {
+                    tracing::warn!(%error, "the datapath did not take a change of its tables");
+                    events.push(Event::ApplyFailed);
+                }
+            }
+            Answer::Lane(events)
+        });
+    }
+
+    /// One write at a time, of the newest.
+    fn write_leases(&mut self) {
+        if self.writing {
+            return;
+        }
+        let Some(leases) = self.leases.take() else { return };
+        self.writing = true;
+        let file = self.lease_file.clone();
+        self.work.spawn_blocking(move || {
+            if let Err(error) = leases.write(&file) {
+                tracing::warn!(%error, "leases cannot be kept: a restart will connect instances anew");
+            }
+            Answer::LeasesKept
+        });
+    }
+
+    fn look_for_uplink(&mut self) {
+        let (links, wish) = (Arc::clone(&self.links), self.wish.clone());
+        self.work.spawn(async move {
+            // No way to the peers now: the old one is as good as any until there is one again.
+            find_uplink(&links, &wish).await.map_or(Answer::Nothing, Answer::Uplink)
+        });
+    }
+
+    /// Our own address may change, and with it what peers are told. The interface may not where the kernel's programs sit on it:
+    /// the next start puts them on the new one.
+    fn found_uplink(&mut self, uplink: Route) {
+        if uplink.ifindex != self.uplink.ifindex && self.datapath.name() != "tun" {
+            self.moved += 1;
+            if self.moved >= MOVED {
+                let (old, new) = (&self.uplink.interface, &uplink.interface);
+                self.failure = Some(anyhow!("the way to the peers has moved from {old} to {new}: starting anew"));
+            }
+            return;
+        }
+        self.moved = 0;
+        let address = self.setup.config.public_ip.unwrap_or(uplink.source);
+        let way = way(&uplink);
+        self.uplink = uplink;
+        self.event(Event::Uplink { address, way });
+    }
+
+    fn step(
+        &mut self,
+        instance: InstanceId,
+        step: Step,
+        work: impl Future<Output = Result<Made, String>> + Send + 'static,
+    ) {
+        self.spawn(work, move |result| Event::Stepped { instance, step, result });
+    }
+
+    fn spawn<T: Send + 'static>(
+        &mut self,
+        work: impl Future<Output = Result<T, String>> + Send + 'static,
+        event: impl FnOnce(Result<T, String>) -> Event + Send + 'static,
+    ) {
+        self.work.spawn(async move {
+            let result = AssertUnwindSafe(work).catch_unwind().await;
+            Answer::Event(event(result.unwrap_or_else(|panic| Err(format!("internal error: {}", words(&*panic))))))
+        });
+    }
+
+    fn status(&self) -> NetStatus {
+        let mut status = self.core.status();
+        status.counters.push(("report_lost".into(), self.outbox.lost()));
+        status.counters.extend(self.datapath.counters());
+        NetStatus {
+            datapath: self.datapath.name().into(),
+            reason: self.reason.clone(),
+            uplink: self.uplink.interface.clone(),
+            warnings: self.links.warnings(),
+            ..status
+        }
+    }
+}
+
+fn way(route: &Route) -> Way {
+    Way { source: route.source.into(), ifindex: route.ifindex }
+}
+
+fn step(step: &'static str, error: &impl ToString) -> NetError {
+    NetError::Link { step, reason: error.to_string() }
+}
+
+/// What a panic said.
+fn words(panic: &(dyn Any + Send)) -> &str {
+    let literal = panic.downcast_ref::<&str>().copied();
+    literal.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no words")
+}
