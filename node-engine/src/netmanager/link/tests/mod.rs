@@ -261,8 +261,16 @@ impl Drop for Server {
 
 /// The address that the server at the other end sees, or why there is none.
 fn ask(from: &Namespace, address: IpAddr, port: u16) -> io::Result<IpAddr> {
+    ask_within(Duration::from_secs(5), from, address, port)
+}
+
+/// Nobody answers, and not only slowly.
+fn is_cut_off(from: &Namespace, address: IpAddr, port: u16) -> bool {
+    ask_within(Duration::from_millis(500), from, address, port).is_err()
+}
+
+fn ask_within(limit: Duration, from: &Namespace, address: IpAddr, port: u16) -> io::Result<IpAddr> {
     from.within(|| {
-        let limit = Duration::from_millis(500);
         let mut stream = TcpStream::connect_timeout(&SocketAddr::new(address, port), limit)?;
         stream.set_read_timeout(Some(limit))?;
         stream.shutdown(Shutdown::Write)?;

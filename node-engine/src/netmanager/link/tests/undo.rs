@@ -19,6 +19,7 @@ fn busy_host(label: &str) -> Host {
     host.namespace.exec(&format!("ip link set {TUN} up"));
     // Its first IPv6 address brings the device a multicast route that stays.
     host.namespace.exec(&format!("ip addr add fe80::77/64 dev {TUN} nodad"));
+    wait_until("the address is in use", || host.namespace.exec("ip -6 route show table local").contains("fe80::77"));
     host
 }
 

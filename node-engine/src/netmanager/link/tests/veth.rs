@@ -36,6 +36,18 @@ fn an_instance_reaches_its_gateway() {
     let addresses = instance.exec("ip addr show eth0");
     assert!(addresses.contains("10.18.0.2/26") && addresses.contains("fc00::2/120"), "{addresses}");
     assert!(!addresses.contains("tentative"), "{addresses}");
+    for setting in [
+        "ipv4/conf/all/accept_redirects",
+        "ipv4/conf/eth0/accept_redirects",
+        "ipv6/conf/eth0/accept_redirects",
+        "ipv6/conf/eth0/accept_ra",
+    ] {
+        assert_eq!(
+            instance.read(&format!("net/{setting}")),
+            "0",
+            "{setting}: a neighbour is nobody to learn a way from"
+        );
+    }
 }
 
 #[test]
@@ -105,6 +117,8 @@ fn a_restarted_daemon_finds_what_is_attached() {
         assert_eq!(links.attached().await.expect("a list").len(), 1);
     });
     assert!(!first.exec("ip link").contains("eth0"));
+    host.links(|links| async move { links.detach(&id(7)).await.expect("detached") });
+    assert_eq!(host.namespace.json(&format!("ip -j link show {BRIDGE}"))[0]["mtu"], 1450, "also without a port");
 }
 
 #[test]
