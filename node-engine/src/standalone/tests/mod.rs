@@ -2,6 +2,7 @@
 
 mod cluster;
 mod documents;
+mod node;
 mod registration;
 mod saved;
 mod worker;
