@@ -2,6 +2,13 @@
 //! cluster's side of the wire, so that a node cannot tell it from a cluster of its own kind; the local API reaches it through
 //! [`ClusterApi`]. It does not run workloads and knows no runtime.
 //!
+//! Nodes register over HTTP or Socket.IO and then talk to the manager through the broker. Orders come from the local API, or as
+//! common messages on the topic `cluster/command`, which is answered on `cluster/command/result`. A broker that somebody else
+//! runs has to be reachable under the name by which nodes know the cluster: a registration gives only its port.
+//!
+//! Of the first generation it has the registration (with a subnet, where so configured) and the tables over HTTP. Its workers do
+//! not say what runs on them, so instances placed on them are taken for lost after a while.
+//!
 //! As in the reference system, the ports of the cluster are open: who reaches them can register a node, read the tables and
 //! publish commands. They listen on every address because other machines name this one as their cluster; a machine that is its
 //! whole cluster sets [`StandaloneConfig::listen`] to a loopback address, one among others to the address of a private network.

@@ -24,26 +24,17 @@ struct OurNode {
 
 impl OurNode {
     async fn join(cluster: &Started, generation: Option<Generation>) -> Self {
-        let port = if generation == Some(Generation::G1) { cluster.standalone.socketio } else { cluster.standalone.http };
-        let config = ClusterConfig {
-            host: "127.0.0.1".into(),
-            port: Some(port.port()),
-            tls: false,
-            generation,
-            mqtt_tls: None,
-        };
+        let port =
+            if generation == Some(Generation::G1) { cluster.standalone.socketio } else { cluster.standalone.http };
+        let config =
+            ClusterConfig { host: "127.0.0.1".into(), port: Some(port.port()), tls: false, generation, mqtt_tls: None };
         let facts = NodeFacts {
             host: "ours".into(),
             architecture: "amd64".into(),
             technologies: vec![Technology::Container],
             ..NodeFacts::default()
         };
-        let node = Node {
-            facts,
-            usage: usage(),
-            address: Some("192.0.2.7".parse().unwrap()),
-            tunnel_port: 50103,
-        };
+        let node = Node { facts, usage: usage(), address: Some("192.0.2.7".parse().unwrap()), tunnel_port: 50103 };
         let (commands, mut received) = channel(64);
         let (reports, queue) = channel(64);
         let stop = Drain::new(Duration::from_secs(5));
@@ -112,7 +103,8 @@ async fn our_node_and_our_cluster_understand_each_other() {
     let status = async || cluster.standalone.cluster.instances().await.unwrap().remove(0).status;
     until("running", async || status().await == "RUNNING").await;
 
-    let service_address = cluster.standalone.cluster.instances().await.unwrap()[0].service_addresses[0].parse().unwrap();
+    let service_address =
+        cluster.standalone.cluster.instances().await.unwrap()[0].service_addresses[0].parse().unwrap();
     for query in [Query::Name(service.clone()), Query::Address(service_address)] {
         node.says(Report::TableQuery(query.clone())).await;
         let table = node
