@@ -77,18 +77,24 @@ const CLIENTS: [(&str, &[&str]); 7] = [
     ("rtnetlink", &["netmanager/link"]),
     ("netlink_packet_route", &["netmanager/link"]),
     ("netlink_packet_core", &["netmanager/link"]),
-    ("rumqttc", &["control/mqtt", "standalone/actor"]),
+    ("rumqttc", &["control/mqtt", "standalone/client"]),
     ("rumqttd", &["standalone/broker"]),
 ];
 
 /// The places that may turn values into text and back.
-const SERIALISING: [&str; 8] = [
+const SERIALISING: [&str; 12] = [
     "wire",
     "config",
     "api",
     "store",
+    // The embedded cluster is a cluster: it reads and writes the wire from the other end, and keeps its own state.
+    "standalone/actor",
+    "standalone/documents",
     "standalone/http",
-    "standalone/persist",
+    "standalone/saved",
+    "standalone/socketio",
+    // Event packets are JSON arrays with their name inside: framing, not documents.
+    "control/socketio/frame",
     "netmanager/link/journal",
     // prints what the local API answered
     "cli",
