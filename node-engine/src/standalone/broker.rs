@@ -44,7 +44,8 @@ const READY: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(super) struct Broker {
     pub(super) address: SocketAddr,
-    _stop: oneshot::Sender<()>,
+    stop: oneshot::Sender<()>,
+    stopped: oneshot::Receiver<()>,
 }
 
 impl Broker {
@@ -53,10 +54,16 @@ impl Broker {
         let address = free_address(listen).map_err(|source| BrokerError::Listen { address: listen, source })?;
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(BrokerError::Thread)?;
-        let (stop, stopped) = oneshot::channel();
-        let body = move || runtime.block_on(run(address, stopped));
+        let (stop, told) = oneshot::channel();
+        let (tell, stopped) = oneshot::channel();
+        let body = move || {
+            runtime.block_on(run(address, told));
+            drop(runtime);
+            // Nobody may be waiting for it.
+            let _ = tell.send(());
+        };
         thread::Builder::new().name("broker".into()).spawn(body).map_err(BrokerError::Thread)?;
-        let broker = Self { address, _stop: stop };
+        let broker = Self { address, stop, stopped };
         broker.ready().await?;
         Ok(broker)
     }
@@ -69,6 +76,12 @@ impl Broker {
             ip => ip,
         };
         SocketAddr::new(ip, self.address.port())
+    }
+
+    /// Returns when the port is free again.
+    pub(super) async fn stop(self) {
+        drop(self.stop);
+        let _ = self.stopped.await;
     }
 
     async fn ready(&self) -> Result<(), BrokerError> {

@@ -199,7 +199,12 @@ async fn run(
         ended = servers.join_next() => Err(anyhow::anyhow!("registration ended unasked: {ended:?}")),
         ended = client.join_next() => Err(anyhow::anyhow!("the connection to the broker ended unasked: {ended:?}")),
     };
-    drop(broker);
+    // Whoever starts the next one finds the ports free.
+    servers.shutdown().await;
+    client.shutdown().await;
+    if let Some(broker) = broker {
+        broker.stop().await;
+    }
     result
 }
 
