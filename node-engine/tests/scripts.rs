@@ -1,0 +1,113 @@
+//! The scripts that install and start a node, with a root directory, a binary and a sudo of the test's own.
+
+#![expect(clippy::unwrap_used, reason = "a test panics; it does not return an error")]
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts").join(name)
+}
+
+fn executable(path: &Path, text: &str) {
+    fs::write(path, text).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+fn text(output: &[u8]) -> String {
+    String::from_utf8_lossy(output).into_owned()
+}
+
+/// Is the file a configuration, and does it name this cluster?
+fn check_config(path: &Path, cluster: Option<&str>) {
+    let mut node_engine = Command::new(env!("CARGO_BIN_EXE_node-engine"));
+    // The flag is wrong, so nothing starts; it is read after the file, so the file was right.
+    let output = node_engine.env_clear().arg("--config").arg(path).args(["--datapath", "xdp"]).output().unwrap();
+    assert!(text(&output.stderr).contains("--datapath"), "{}", text(&output.stderr));
+    let table: toml::Table = fs::read_to_string(path).unwrap().parse().unwrap();
+    let host = table["cluster"].get("host").and_then(toml::Value::as_str);
+    assert_eq!(host, cluster);
+}
+
+#[test]
+fn a_node_is_installed_and_installed_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let install = |arguments: &[&str]| -> Output {
+        let mut command = Command::new(script("install-node.sh"));
+        command.arg(env!("CARGO_BIN_EXE_node-engine")).args(arguments).env("DESTDIR", dir.path()).output().unwrap()
+    };
+    let config = dir.path().join("etc/node-engine/config.toml");
+    let first = install(&[]);
+    assert!(first.status.success(), "{}", text(&first.stderr));
+    assert!(text(&first.stdout).starts_with(&format!("installed node-engine {}", env!("CARGO_PKG_VERSION"))));
+    check_config(&config, None);
+    assert!(dir.path().join("etc/systemd/system/node-engine.service").exists());
+
+    fs::write(&config, format!("node_name = \"kept\"\n{}", fs::read_to_string(&config).unwrap())).unwrap();
+    for cluster in ["c.example:10100", "192.0.2.1"] {
+        assert!(install(&["--cluster", cluster]).status.success());
+        check_config(&config, Some(cluster));
+    }
+    assert!(fs::read_to_string(&config).unwrap().contains("node_name = \"kept\""));
+
+    assert_eq!(install(&["--cluster", "a|b"]).status.code(), Some(2));
+    assert_eq!(install(&["--fly"]).status.code(), Some(2));
+}
+
+#[test]
+fn every_setting_shown_in_the_skeleton_exists() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("config.toml");
+    let skeleton = fs::read_to_string(script("config.toml")).unwrap();
+    let shown: String = skeleton
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(setting) if setting.contains(" = ") => format!("{setting}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect();
+    assert!(shown.lines().filter(|line| line.contains(" = ")).count() >= 8);
+    fs::write(&config, shown).unwrap();
+    check_config(&config, Some("cluster.example"));
+}
+
+#[test]
+fn start_up_hands_the_environment_over_to_the_superuser() {
+    let dir = tempfile::tempdir().unwrap();
+    let (binary, sudo) = (dir.path().join("engine"), dir.path().join("sudo"));
+    executable(
+        &binary,
+        "#!/bin/sh\necho \"$CLUSTER_MANAGER_IP|$CLUSTER_MANAGER_PORT|${MY_PORT-none}|$NODE_ENGINE_NAME|$*\"\n",
+    );
+    // As the real one does: nothing of the environment passes.
+    executable(&sudo, "#!/bin/sh\n[ \"$1\" = -- ] && shift\nexec env -i PATH=\"$PATH\" \"$@\"\n");
+    executable(&dir.path().join("id"), "#!/bin/sh\necho 1000\n");
+    let path = format!("{}:/usr/bin:/bin", dir.path().display());
+    let mut start_up = Command::new(script("start-up.sh"));
+    start_up
+        .args(["amd64", "--datapath", "tun"])
+        .env_clear()
+        .env("PATH", path)
+        .env("NODE_ENGINE_BINARY", &binary)
+        .env("CLUSTER_MANAGER_IP", "192.0.2.1")
+        .env("CLUSTER_MANAGER_PORT", "10000")
+        .env("NODE_ENGINE_NAME", "it's $HOME `x`");
+    let output = start_up.output().unwrap();
+    assert_eq!(
+        text(&output.stdout),
+        "192.0.2.1|10000|none|it's $HOME `x`|--datapath tun\n",
+        "{}",
+        text(&output.stderr)
+    );
+}
+
+#[test]
+fn start_up_knows_the_two_architectures() {
+    for (arguments, code) in [(&[] as &[&str], 2), (&["mips"], 2)] {
+        let output = Command::new(script("start-up.sh")).args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(code));
+        assert!(text(&output.stderr).contains("amd64|arm-7"), "{}", text(&output.stderr));
+    }
+}
