@@ -53,6 +53,8 @@ struct Actor {
     steps: JoinSet<Answer>,
     prepares: HashMap<InstanceId, CancellationToken>,
     exits: mpsc::Sender<Exit>,
+    /// Runtimes that have not said yet what they hold.
+    unheard: usize,
     sampling: bool,
     usage: HashMap<Technology, Vec<InstanceUsage>>,
     drained: Option<oneshot::Sender<()>>,
@@ -62,6 +64,7 @@ pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
     let (exits, mut exited) = mpsc::channel(EXITS);
     let technologies = setup.runtimes.iter().map(|runtime| runtime.technology()).collect();
     let (reports, drain) = (setup.reports.clone(), setup.drain.clone());
+    let unheard = setup.runtimes.len();
     let mut actor = Actor {
         core: Core::new(technologies),
         setup,
@@ -70,6 +73,7 @@ pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
         steps: JoinSet::new(),
         prepares: HashMap::new(),
         exits,
+        unheard,
         sampling: false,
         usage: HashMap::new(),
         drained: None,
@@ -153,6 +157,16 @@ impl Actor {
         }
     }
 
+    /// Every runtime has said what it holds: the network lets go of instances that vanished while nobody watched.
+    fn retain(&mut self) {
+        let (net, known) = (self.setup.net.clone(), self.core.list().into_iter().map(|info| info.id).collect());
+        self.steps.spawn(async move {
+            // A network that has ended is the supervisor's business.
+            let _ = net.retain(known).await;
+            Answer::Served
+        });
+    }
+
     /// Hands on the ends a runtime reports. Begins when its instances are adopted: an end of one that the core does not know yet
     /// would be lost.
     fn watch(&mut self, technology: &Technology) {
@@ -208,6 +222,10 @@ impl Actor {
                 self.event(event);
                 if let Some(technology) = adopted {
                     self.watch(&technology);
+                    self.unheard -= 1;
+                    if self.unheard == 0 {
+                        self.retain();
+                    }
                 }
             }
             Answer::Usage(sampled) => self.sampled(sampled),

@@ -132,13 +132,15 @@ async fn what_runs_is_adopted_and_watched_on() {
         runtime.script(Step::Adopt, Fault::Error(RuntimeError::Unavailable("away".into())));
     }
     let mut node = Node::over(runtime);
+    // Its container was removed while no daemon ran.
+    node.net.lock().expect("no panic").attached.insert(9);
     node.deploy(0).await;
     assert_eq!(node.until(1, Status::Failed).await, "exit code 4");
     node.until(2, Status::Failed).await;
     node.until(3, Status::Failed).await;
     assert_eq!(node.runtime.instances(), [(id(0), true)]);
-    assert_eq!(node.attached(), [0]);
     assert_eq!(node.usage().await, [0]);
+    assert_eq!(node.attached(), [0]);
     let starts = node.runtime.calls().into_iter().filter(|(step, _)| *step == Step::Start);
     assert_eq!(starts.count(), 3, "nothing was started a second time");
     node.runtime.exit(&id(0), 1, false);
@@ -320,7 +322,10 @@ impl Net {
                 self.attached.remove(&instance.number);
                 let _ = reply.send(Ok(()));
             }
-            NetRequest::Deliver(_) | NetRequest::Status(_) | NetRequest::Retain(_) => {}
+            NetRequest::Retain(instances) => {
+                self.attached.retain(|number| instances.iter().any(|instance| instance.number == *number));
+            }
+            NetRequest::Deliver(_) | NetRequest::Status(_) => {}
         }
     }
 }
