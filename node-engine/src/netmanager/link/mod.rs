@@ -20,6 +20,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use netlink_packet_route::link::InfoKind;
+
 use crate::model::{Addresses, InstanceId, PortMapping, Subnet};
 
 use changes::Changes;
@@ -185,8 +187,9 @@ impl Links {
         self.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Undoes everything in the journal, newest first; goes on past errors and returns them all. What could not be undone stays in
-    /// the journal for another try; when nothing is left the journal is deleted.
+    /// Undoes everything in the journal, newest first, and removes the TUN device that the datapath keeps over restarts; goes on past
+    /// errors and returns them all. What could not be undone stays in the journal for another try; when nothing is left the journal
+    /// is deleted.
     pub async fn uninstall(&self) -> Vec<LinkError> {
         let mut errors = Vec::new();
         let undos = self.journal().to_undo();
@@ -194,8 +197,16 @@ impl Links {
             let undone = self.undo(&undo).await.and_then(|()| self.journal().settle(&undo));
             errors.extend(undone.err());
         }
+        errors.extend(self.remove_tun().await.err());
         errors.extend(self.journal().close().err());
         errors
+    }
+
+    async fn remove_tun(&self) -> Result<(), LinkError> {
+        match self.netlink.link(&self.config.tun).await? {
+            Some(link) if link.kind == Some(InfoKind::Tun) => self.netlink.delete(&link.name).await,
+            _ => Ok(()),
+        }
     }
 
     async fn undo(&self, undo: &Undo) -> Result<(), LinkError> {
