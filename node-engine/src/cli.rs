@@ -3,14 +3,13 @@
 mod ask;
 mod describe;
 mod table;
-mod uninstall;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::api::Selector;
-use crate::api::client::Client;
 use crate::config::{self, Flag, Sources};
 
 /// The daemon on every machine of an edge cluster: runs workloads, connects them, reports the node.
@@ -149,6 +148,9 @@ struct StandaloneArgs {
     /// Be the cluster alone, without a node on this machine
     #[arg(long)]
     no_node: bool,
+    /// Address that nodes reach this cluster at; the ports are open to whoever reaches them
+    #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0")]
+    listen: IpAddr,
     /// Port where nodes register
     #[arg(long, value_name = "PORT", default_value_t = 10100)]
     http_port: u16,
@@ -158,9 +160,12 @@ struct StandaloneArgs {
     /// Port of the broker
     #[arg(long, value_name = "PORT", default_value_t = 10003)]
     broker_port: u16,
-    /// Use this broker in place of one's own
+    /// Use this broker in place of one's own; nodes look for it on the cluster's machine
     #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port, conflicts_with = "broker_port")]
     broker: Option<(String, u16)>,
+    /// Give nodes of the first generation their subnet with the registration
+    #[arg(long)]
+    first_generation: bool,
 }
 
 #[derive(Clone, Copy, Debug, Args)]
@@ -188,10 +193,12 @@ pub enum Task {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StandaloneChoice {
     pub node: bool,
+    pub listen: IpAddr,
     pub http_port: u16,
     pub socketio_port: u16,
     pub broker_port: u16,
     pub broker: Option<(String, u16)>,
+    pub first_generation: bool,
 }
 
 /// Something a running daemon is asked.
@@ -264,14 +271,6 @@ impl Question {
     }
 }
 
-/// Removes everything of ours from this machine.
-///
-/// # Errors
-/// If the daemon runs, or something could not be removed: everything else has been.
-pub async fn uninstall(config: &crate::config::Config, purge: bool) -> anyhow::Result<()> {
-    uninstall::run(config, purge).await
-}
-
 impl DaemonArgs {
     fn sources(&self) -> Sources {
         Sources { file: self.config.clone(), environment: environment(), flags: self.flags() }
@@ -319,10 +318,12 @@ impl StandaloneArgs {
     fn choice(self) -> StandaloneChoice {
         StandaloneChoice {
             node: !self.no_node,
+            listen: self.listen,
             http_port: self.http_port,
             socketio_port: self.socketio_port,
             broker_port: self.broker_port,
             broker: self.broker,
+            first_generation: self.first_generation,
         }
     }
 }

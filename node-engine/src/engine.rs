@@ -1,1 +1,162 @@
-//! The composition root: builds, wires, supervises, shuts down.
+//! The composition root: builds the parts, connects them, watches over them, and takes them down. It decides nothing about
+//! instances or packets.
+//!
+//! Stopping has an order. The control plane takes no more commands; workloads finish the step in hand, which still needs the
+//! network; then the network ends; then, when nobody is left to report, the control plane has said everything and ends too.
+
+mod build;
+mod checks;
+mod node;
+mod notify;
+mod remove;
+mod route;
+mod signals;
+mod tasks;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use tokio::sync::{mpsc, watch};
+use tokio::time::MissedTickBehavior;
+
+use crate::api::{self, Api, RunLock};
+use crate::config::{Config, OnExit};
+use crate::control::ControlPlane;
+use crate::drain::Drain;
+use crate::model::{NodeFacts, NodeId, NodeUsage, Report, Subnet};
+use crate::netmanager::NetManager;
+use crate::runtime::Runtime;
+use crate::standalone::ClusterApi;
+use crate::store::Store;
+use crate::workload::{self, Workload};
+use node::RunningNode;
+use notify::Notify;
+use route::{ClusterLink, Router};
+use tasks::Tasks;
+
+pub use build::run;
+pub use remove::uninstall;
+pub use signals::stop_on_signals;
+
+/// What the whole end of a daemon may take. Shorter than the service manager's patience, so that it never has to kill.
+pub const GRACE: Duration = Duration::from_secs(25);
+
+/// Commands that may wait to be routed.
+const COMMANDS: usize = 256;
+/// What is left of the end for tasks that were told to stop and have not.
+const LAST_MOMENT: Duration = Duration::from_secs(2);
+
+/// Everything a node consists of, made and not yet connected.
+struct Parts {
+    config: Config,
+    lock: RunLock,
+    store: Store,
+    facts: NodeFacts,
+    runtimes: Vec<Arc<dyn Runtime>>,
+    net: NetManager,
+    /// Told when the last workload has finished, so that the network outlives them.
+    net_drain: Drain,
+    control: Box<dyn ControlPlane>,
+    reports: mpsc::Sender<Report>,
+    reported: mpsc::Receiver<Report>,
+    /// Subnets to be kept.
+    assigned: mpsc::Receiver<(NodeId, Subnet)>,
+    usage: watch::Receiver<NodeUsage>,
+    pace: watch::Sender<Duration>,
+    /// The cluster, where it is in this process.
+    cluster: Option<Arc<dyn ClusterApi>>,
+    /// Told when the node has ended, so that the cluster in this process outlives it.
+    home: Option<Drain>,
+    /// Those parts that run already.
+    tasks: Tasks,
+}
+
+/// Connects the parts and runs them until the drain begins or one of them ends.
+async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
+    let Parts { config, lock, store, facts, runtimes, net, net_drain, control, reports, reported, .. } = parts;
+    let Parts { assigned, usage, pace, cluster, home, mut tasks, .. } = parts;
+    let notify = Notify::from_environment();
+    let listener = lock.listen()?;
+
+    let identity = store.state().identity.as_ref().filter(|identity| identity.cluster == config.cluster.host);
+    let link = ClusterLink::new(identity.map(|identity| identity.node.clone()), config.cluster.generation);
+    let (link, linked) = watch::channel(link);
+
+    let (workload, working) = workload::start(workload::Setup {
+        runtimes,
+        net: net.clone(),
+        reports: reports.clone(),
+        parse: |document| crate::wire::deploy(document.as_bytes(), None).ok(),
+        drain: drain.clone(),
+    });
+    tasks.adopt("workload", working);
+
+    let node = RunningNode {
+        began: Instant::now(),
+        facts,
+        cluster: config.cluster.host.clone(),
+        standalone: cluster.is_some(),
+        workload: workload.clone(),
+        net: net.clone(),
+        usage,
+        link: linked,
+    };
+    let api = Api { node: Arc::new(node), cluster: cluster.ok_or_else(|| config.cluster.host.clone()) };
+    tasks.spawn("local API", serve(listener, api, drain.clone()));
+
+    let (commands, commanded) = mpsc::channel(COMMANDS);
+    let router =
+        Router { cluster: config.cluster.host.clone(), workload: workload.clone(), net, store, link, pace, assigned };
+    tasks.spawn("router", router.run(commanded, drain.clone()));
+    tasks.spawn("control plane", control.run(commands, reported, drain.clone()));
+
+    notify.ready(&format!("node {}, cluster {}", config.node_name, config.cluster.host));
+    let ended = supervise(&mut tasks, &notify, &drain).await;
+    notify.stopping();
+    let deadline = drain.wait().await;
+    // After a failure nothing is taken down that the next start could adopt.
+    let fate = if ended.is_ok() { config.on_exit } else { OnExit::Leave };
+    let finished = finish_workloads(workload, fate, deadline).await;
+    net_drain.begin();
+    drop(reports);
+    let node = tasks.ended_except("cluster", deadline + LAST_MOMENT).await;
+    if let Some(home) = home {
+        home.begin();
+    }
+    let all = tasks.all_ended(deadline + LAST_MOMENT).await;
+    ended.and(finished).and(node).and(all)
+}
+
+/// Returns when the drain has begun, or with the part that ended unasked, having begun the drain itself.
+async fn supervise(tasks: &mut Tasks, notify: &Notify, drain: &Drain) -> anyhow::Result<()> {
+    let mut heartbeat = tokio::time::interval(notify.heartbeat.unwrap_or(Duration::from_secs(3600)));
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            biased;
+            _ = drain.wait() => return Ok(()),
+            (name, result) = tasks.ended() => {
+                drain.begin();
+                let unasked = || format!("the {name} has ended unasked");
+                return result.and_then(|()| Err(anyhow!("nobody told it to"))).with_context(unasked);
+            }
+            _ = heartbeat.tick() => notify.alive(),
+        }
+    }
+}
+
+async fn finish_workloads(workload: Workload, fate: OnExit, deadline: tokio::time::Instant) -> anyhow::Result<()> {
+    match tokio::time::timeout_at(deadline, workload.drain(fate)).await {
+        // It has ended by itself, which is known or about to be.
+        Ok(_) => Ok(()),
+        Err(_) => Err(anyhow!("workloads have not finished in time; the next start goes on with them")),
+    }
+}
+
+async fn serve(listener: api::OwnerListener, api: Api, drain: Drain) -> anyhow::Result<()> {
+    api::serve(listener, api, drain).await.context("serve the local API")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,113 @@
-fn main() {}
+//! Parse, set up tracing, run, exit code: 1 for a failure, 2 for a usage error.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use node_engine::cli::{Cli, LogChoice, Task};
+use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
+use node_engine::{drain::Drain, engine};
+use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let log = cli.log();
+    let task = cli.task().unwrap_or_else(|error| error.exit());
+    match run(task, &log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody reads the standard error: then the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "node-engine: {error:#}");
+            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(task: Task, log: &LogChoice) -> anyhow::Result<()> {
+    match task {
+        Task::Version => {
+            println!("node-engine {}", env!("CARGO_PKG_VERSION"));
+            Ok(())
+        }
+        Task::Ask(question) => {
+            trace(log, "warn")?;
+            let runtime = Builder::new_current_thread().enable_all().build().context("start the async runtime")?;
+            runtime.block_on(question.ask())
+        }
+        Task::Uninstall { sources, purge } => {
+            trace(log, "error")?;
+            let config = load(&sources)?;
+            multi_thread()?.block_on(engine::uninstall(&config, purge))
+        }
+        Task::Daemon(sources) => {
+            trace(log, "info")?;
+            let config = load(&sources)?.with_cluster()?;
+            daemon(|drain| engine::run(config, None, drain))
+        }
+        Task::Standalone(sources, choice) => {
+            trace(log, "info")?;
+            let config = load(&sources)?;
+            daemon(|drain| engine::run(config, Some(choice), drain))
+        }
+    }
+}
+
+fn daemon<F: Future<Output = anyhow::Result<()>>>(run: impl FnOnce(Drain) -> F) -> anyhow::Result<()> {
+    let runtime = multi_thread()?;
+    let drain = Drain::new(engine::GRACE);
+    let ended = runtime.block_on(async {
+        engine::stop_on_signals(drain.clone()).context("listen to signals")?;
+        run(drain).await
+    });
+    // What still blocks a thread (a disk, a driver) has had its time.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    ended
+}
+
+fn multi_thread() -> anyhow::Result<Runtime> {
+    Builder::new_multi_thread().enable_all().build().context("start the async runtime")
+}
+
+fn load(sources: &Sources) -> Result<config::Config, ConfigError> {
+    let Loaded { config, warnings } = config::load(sources)?;
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(config)
+}
+
+/// Lines on the standard error: with colours on a terminal, without times where the journal adds its own.
+fn trace(log: &LogChoice, usual: &str) -> Result<(), BadFilter> {
+    // The embedded broker calls it an error when a client hangs up.
+    let text = match (&log.filter, log.verbose) {
+        (Some(filter), _) => filter.clone(),
+        (None, 0) => format!("{usual},rumqttd=off"),
+        (None, 1) => "info,rumqttd=off,node_engine=debug".into(),
+        (None, 2) => "debug,node_engine=trace".into(),
+        (None, _) => "trace".into(),
+    };
+    let filter = EnvFilter::try_new(&text).map_err(|_| BadFilter(text))?;
+    let lines = tracing_subscriber::fmt()
+        .compact()
+        .with_target(log.verbose > 0)
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match std::env::var_os("JOURNAL_STREAM") {
+        Some(_) => lines.without_time().init(),
+        None => lines.init(),
+    }
+    Ok(())
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("--log: {0:?} is not a filter such as debug or info,node_engine::control=trace")]
+struct BadFilter(String);
+
+/// Was it the command line that was wrong?
+fn is_usage(error: &anyhow::Error) -> bool {
+    let typed = matches!(error.downcast_ref(), Some(ConfigError::Value { origin: Origin::Flag(_), .. }));
+    typed || error.is::<BadFilter>() || matches!(error.downcast_ref(), Some(ConfigError::NoCluster))
+}

@@ -23,7 +23,7 @@ const MOST_SUBNETS: usize = 64;
 const MOST_ASIDE: u32 = 9;
 
 /// The open state file. Writing blocks until the disk has it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Store {
     dir: PathBuf,
     state: State,
@@ -82,10 +82,11 @@ impl Store {
         &self.state
     }
 
-    /// The subnet this node had in the cluster it belongs to, if that is still `cluster`.
-    pub fn subnet_in(&self, cluster: &str) -> Option<Subnet> {
+    /// The id and subnet that this node has in the cluster, if that is still `cluster`.
+    pub fn assigned_in(&self, cluster: &str) -> Option<(NodeId, Subnet)> {
         let identity = self.state.identity.as_ref().filter(|identity| identity.cluster == cluster)?;
-        self.state.subnets.get(identity.node.as_str()).copied()
+        let subnet = self.state.subnets.get(identity.node.as_str()).copied()?;
+        Some((identity.node.clone(), subnet))
     }
 
     /// Keeps who the node is.
@@ -96,17 +97,15 @@ impl Store {
         self.change(|state| state.identity = Some(identity))
     }
 
-    /// Keeps the subnet of the node id that the node has now. Without an id there is nothing to keep it under.
+    /// Keeps the subnet that was assigned to this node under this id.
     ///
     /// # Errors
     /// If it cannot be written; what was kept before is kept still.
-    pub fn keep_subnet(&mut self, subnet: Subnet) -> Result<(), StoreError> {
+    pub fn keep_subnet(&mut self, node: &NodeId, subnet: Subnet) -> Result<(), StoreError> {
         self.change(|state| {
-            let Some(identity) = &state.identity else { return };
-            let own = identity.node.as_str().to_owned();
-            state.subnets.insert(own.clone(), subnet);
+            state.subnets.insert(node.to_string(), subnet);
             while state.subnets.len() > MOST_SUBNETS {
-                let Some(other) = state.subnets.keys().find(|node| **node != own).cloned() else { return };
+                let Some(other) = state.subnets.keys().find(|other| *other != node.as_str()).cloned() else { return };
                 state.subnets.remove(&other);
             }
         })
@@ -239,8 +238,12 @@ mod tests {
 
     use super::*;
 
-    fn identity(node: &str) -> Identity {
-        Identity { cluster: "cluster.example".into(), node: node.parse().unwrap() }
+    fn node(text: &str) -> NodeId {
+        text.parse().unwrap()
+    }
+
+    fn identity(text: &str) -> Identity {
+        Identity { cluster: "cluster.example".into(), node: node(text) }
     }
 
     fn subnet(last: u8) -> Subnet {
@@ -251,17 +254,15 @@ mod tests {
     fn what_is_kept_is_there_again() {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(dir.path()).unwrap();
-        assert_eq!(store.subnet_in("cluster.example"), None);
-        store.keep_subnet(subnet(64)).unwrap();
-        assert_eq!(store.state().subnets.len(), 0, "a subnet without a node id belongs to nobody");
+        assert_eq!(store.assigned_in("cluster.example"), None);
         store.keep_identity(identity("6b03")).unwrap();
-        store.keep_subnet(subnet(64)).unwrap();
+        store.keep_subnet(&node("6b03"), subnet(64)).unwrap();
         let kept = store.state().clone();
 
         let (store, aside) = Store::open(dir.path()).unwrap();
         assert_eq!((store.state(), aside), (&kept, None));
-        assert_eq!(store.subnet_in("cluster.example"), Some(subnet(64)));
-        assert_eq!(store.subnet_in("another.example"), None);
+        assert_eq!(store.assigned_in("cluster.example"), Some((node("6b03"), subnet(64))));
+        assert_eq!(store.assigned_in("another.example"), None);
         assert_eq!(files(dir.path()), ["state.json"]);
     }
 
@@ -270,11 +271,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(dir.path()).unwrap();
         store.keep_identity(identity("first")).unwrap();
-        store.keep_subnet(subnet(64)).unwrap();
+        store.keep_subnet(&node("first"), subnet(64)).unwrap();
         store.keep_identity(identity("second")).unwrap();
-        assert_eq!(store.subnet_in("cluster.example"), None);
+        assert_eq!(store.assigned_in("cluster.example"), None);
         store.keep_identity(identity("first")).unwrap();
-        assert_eq!(store.subnet_in("cluster.example"), Some(subnet(64)));
+        assert_eq!(store.assigned_in("cluster.example"), Some((node("first"), subnet(64))));
     }
 
     #[test]
@@ -282,11 +283,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut store, _) = Store::open(dir.path()).unwrap();
         for number in 0..MOST_SUBNETS + 10 {
-            store.keep_identity(identity(&format!("node{number}"))).unwrap();
-            store.keep_subnet(subnet(64)).unwrap();
+            let name = format!("node{number}");
+            store.keep_identity(identity(&name)).unwrap();
+            store.keep_subnet(&node(&name), subnet(64)).unwrap();
+            assert_eq!(store.assigned_in("cluster.example"), Some((node(&name), subnet(64))));
         }
         assert_eq!(store.state().subnets.len(), MOST_SUBNETS);
-        assert_eq!(store.subnet_in("cluster.example"), Some(subnet(64)));
     }
 
     #[test]
@@ -328,7 +330,7 @@ mod tests {
         fs::write(dir.path().join("state.json.new"), b"{\"format\":1,\"iden").unwrap();
         let (mut again, aside) = Store::open(dir.path()).unwrap();
         assert_eq!((again.state(), aside), (store.state(), None));
-        again.keep_subnet(subnet(128)).unwrap();
+        again.keep_subnet(&node("6b03"), subnet(128)).unwrap();
         assert_eq!(files(dir.path()), ["state.json"]);
     }
 
@@ -343,7 +345,7 @@ mod tests {
             let dir = tempfile::tempdir().unwrap();
             let (mut store, _) = Store::open(dir.path()).unwrap();
             store.keep_identity(identity("6b034ec446528056c08b89ae")).unwrap();
-            store.keep_subnet(subnet(64)).unwrap();
+            store.keep_subnet(&node("6b034ec446528056c08b89ae"), subnet(64)).unwrap();
             let path = dir.path().join("state.json");
             let mut bytes = fs::read(&path).unwrap();
             for (at, value) in &cuts {

@@ -101,12 +101,16 @@ pub struct NetworkStatus {
     /// Why the datapath is not a faster one; empty where it is the fastest.
     pub reason: String,
     pub uplink: String,
+    /// This node's address towards its peers.
+    pub address: String,
     /// Base addresses; empty until the cluster has assigned them.
     pub subnet_v4: String,
     pub subnet_v6: String,
     pub services: usize,
     pub peers: usize,
     pub counters: Vec<(String, u64)>,
+    /// What on this machine is in the way of traffic, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

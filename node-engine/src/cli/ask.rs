@@ -109,7 +109,8 @@ fn status(status: &Status) -> String {
     if let Some(network) = &status.network {
         let why = if network.reason.is_empty() { String::new() } else { format!(" ({})", network.reason) };
         pairs.push(("datapath", format!("{}{why}", network.datapath)));
-        pairs.push(("uplink", network.uplink.clone()));
+        let address = if network.address.is_empty() { String::new() } else { format!(", {}", network.address) };
+        pairs.push(("uplink", format!("{}{address}", network.uplink)));
         let subnet = [network.subnet_v4.as_str(), network.subnet_v6.as_str()];
         pairs.push(("subnet", if subnet[0].is_empty() { "not assigned yet".into() } else { subnet.join(", ") }));
         pairs.push(("overlay", format!("{} services, {} peers", network.services, network.peers)));
@@ -119,6 +120,9 @@ fn status(status: &Status) -> String {
         let (free, total) = (mebibytes(usage.memory_available_mib), mebibytes(usage.memory_total_mib));
         pairs.push(("memory", format!("{} used, {free} of {total} available", percent(usage.memory_percent))));
         pairs.push(("gpus", if usage.gpus == 0 { String::new() } else { usage.gpus.to_string() }));
+    }
+    for warning in status.network.iter().flat_map(|network| &network.warnings) {
+        pairs.push(("warning", warning.clone()));
     }
     let mut text = list(&pairs);
     let moved: Vec<_> = status.network.iter().flat_map(|network| &network.counters).filter(|(_, n)| *n > 0).collect();

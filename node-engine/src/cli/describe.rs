@@ -60,12 +60,12 @@ impl DeployArgs {
                 let shown = path.display().to_string();
                 read(std::fs::File::open(path).with_context(|| format!("read {shown}"))?, &shown)
             }
-            (None, Some(name)) => Ok(self.from_options(name)),
+            (None, Some(name)) => Ok(self.made_for(name)),
             (None, None) => bail!("name what to deploy: a FILE, or --image with --name"),
         }
     }
 
-    fn from_options(&self, name: &ServiceName) -> Vec<u8> {
+    fn made_for(&self, name: &ServiceName) -> Vec<u8> {
         let mut document = json!({
             "job_name": name.to_string(),
             "virtualization": self.technology,

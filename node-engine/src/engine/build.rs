@@ -1,0 +1,204 @@
+//! Makes the parts from the configuration.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context;
+use tokio::net::lookup_host;
+use tokio::sync::{mpsc, watch};
+
+use super::node::NoNode;
+use super::notify::Notify;
+use super::tasks::Tasks;
+use super::{GRACE, LAST_MOMENT, Parts, checks, operate, remove, serve, supervise};
+use crate::api::{Api, RunLock};
+use crate::cli::StandaloneChoice;
+use crate::config::{ClusterConfig, Config, Generation, OnExit};
+use crate::control::{Cluster, Node};
+use crate::drain::Drain;
+use crate::netmanager;
+use crate::runtime::Runtime;
+use crate::runtime::docker::DockerRuntime;
+use crate::standalone::{Standalone, StandaloneConfig};
+use crate::store::Store;
+use crate::telemetry;
+
+/// Reports that may wait for the control plane, which takes them whether or not there is a connection.
+const REPORTS: usize = 1024;
+/// Subnets that may wait to be kept.
+const SUBNETS: usize = 4;
+
+/// Runs a node, a cluster, or both in one process, until the drain begins or a part ends.
+///
+/// # Errors
+/// If something is missing that a node needs, before anything is touched; or with what ended a part.
+pub async fn run(config: Config, standalone: Option<StandaloneChoice>, drain: Drain) -> anyhow::Result<()> {
+    let version = env!("CARGO_PKG_VERSION");
+    match standalone {
+        Some(choice) if !choice.node => {
+            tracing::info!("node-engine {version}: a cluster without a node");
+            cluster_alone(config, choice, drain).await
+        }
+        Some(choice) => {
+            checks::node()?;
+            let mut config = config;
+            config.cluster = at_home(&choice);
+            greet(&config, "its own");
+            let lock = RunLock::take(&config.run_dir)?;
+            // It ends after the node, which has reports for it to the last.
+            let home = Drain::new(GRACE);
+            let cluster = start_cluster(&config, &choice, home.clone()).await?;
+            node(config, lock, Some((cluster, home)), drain).await
+        }
+        None => {
+            checks::node()?;
+            let generation = match config.cluster.generation {
+                Some(generation) => format!("{generation:?}"),
+                None => "generation to be found out".into(),
+            };
+            greet(&config, &generation);
+            let lock = RunLock::take(&config.run_dir)?;
+            node(config, lock, None, drain).await
+        }
+    }
+}
+
+/// The first line of every log.
+fn greet(config: &Config, kind: &str) {
+    let (version, name, cluster) = (env!("CARGO_PKG_VERSION"), &config.node_name, &config.cluster.host);
+    tracing::info!("node-engine {version}: node {name}, cluster {cluster} ({kind})");
+}
+
+/// A cluster in this process is found like any other.
+fn at_home(choice: &StandaloneChoice) -> ClusterConfig {
+    let listen = choice.listen;
+    let host = match listen {
+        IpAddr::V4(_) if listen.is_unspecified() => "127.0.0.1".into(),
+        IpAddr::V6(_) if listen.is_unspecified() => "::1".into(),
+        other => other.to_string(),
+    };
+    let port = Some(choice.http_port);
+    ClusterConfig { host, port, tls: false, generation: Some(Generation::G4), mqtt_tls: None }
+}
+
+async fn node(
+    config: Config,
+    lock: RunLock,
+    standalone: Option<(Standalone, Drain)>,
+    drain: Drain,
+) -> anyhow::Result<()> {
+    let (store, aside) = Store::open(&config.state_dir)?;
+    if let Some(aside) = aside {
+        tracing::warn!(kept = %aside.display(), "the state of the last run is damaged: asking the cluster for everything anew");
+    }
+    let mut tasks = Tasks::default();
+    let (reports, reported) = mpsc::channel(REPORTS);
+    let (subnets, assigned) = mpsc::channel(SUBNETS);
+    let net_drain = Drain::new(GRACE);
+
+    // Nothing has been made so far; from here on the network is.
+    let docker = DockerRuntime::new(config.runtime.docker_host.as_deref())?;
+    let runtimes: Vec<Arc<dyn Runtime>> = vec![Arc::new(docker)];
+    let (net, network) = netmanager::start(netmanager::Setup {
+        config: config.network.clone(),
+        cluster: address_of(&config.cluster).await,
+        run_dir: config.run_dir.clone(),
+        subnet: store.assigned_in(&config.cluster.host),
+        reports: reports.clone(),
+        subnets,
+        drain: net_drain.clone(),
+    })
+    .await?;
+    tasks.adopt("network manager", network);
+
+    let technologies = runtimes.iter().map(|runtime| runtime.technology()).collect();
+    let facts = telemetry::facts(&config.node_name, technologies);
+    let (pace, paced) = watch::channel(telemetry::pace(config.cluster.generation));
+    let (usage, sampling) = telemetry::start(reports.clone(), paced, drain.clone()).await?;
+    tasks.adopt("telemetry", sampling);
+
+    // Towards a cluster elsewhere the way there decides, anew at each registration; the way to one in this process leads nowhere.
+    let fixed = standalone.is_some() || config.network.uplink.is_some() || config.network.public_ip.is_some();
+    let address = if fixed { net.status().await?.address } else { None };
+    let told =
+        Node { facts: facts.clone(), usage: usage.borrow().clone(), address, tunnel_port: config.network.tunnel_port };
+    let control = Box::new(Cluster::new(config.cluster.clone(), told));
+
+    let (cluster, home) = match standalone {
+        Some((standalone, home)) => {
+            tasks.adopt("cluster", standalone.task);
+            (Some(standalone.cluster), Some(home))
+        }
+        None => (None, None),
+    };
+    let parts = Parts {
+        config: config.clone(),
+        lock,
+        store,
+        facts,
+        runtimes,
+        net,
+        net_drain,
+        control,
+        reports,
+        reported,
+        assigned,
+        usage,
+        pace,
+        cluster,
+        home,
+        tasks,
+    };
+    let ended = operate(parts, drain).await;
+    if ended.is_ok() && config.on_exit == OnExit::Stop {
+        let mut left = Vec::new();
+        remove::network(&config, &mut left).await;
+        for error in left {
+            tracing::warn!(error, "a part of the network is left behind");
+        }
+    }
+    ended
+}
+
+/// Only a hint to which interface leads to the peers: a name that cannot be looked up now is no reason not to start.
+async fn address_of(cluster: &ClusterConfig) -> Option<IpAddr> {
+    match lookup_host((cluster.host.as_str(), 0)).await {
+        Ok(mut addresses) => addresses.next().map(|address| address.ip()),
+        Err(error) => {
+            tracing::warn!(host = cluster.host, %error, "the cluster's address is not known yet");
+            None
+        }
+    }
+}
+
+async fn cluster_alone(config: Config, choice: StandaloneChoice, drain: Drain) -> anyhow::Result<()> {
+    let lock = RunLock::take(&config.run_dir)?;
+    let notify = Notify::from_environment();
+    let cluster = start_cluster(&config, &choice, drain.clone()).await?;
+    let mut tasks = Tasks::default();
+    tasks.adopt("cluster", cluster.task);
+    let api = Api {
+        node: Arc::new(NoNode { began: Instant::now(), name: config.node_name.clone() }),
+        cluster: Ok(cluster.cluster),
+    };
+    tasks.spawn("local API", serve(lock.listen()?, api, drain.clone()));
+    notify.ready("a cluster without a node");
+    let ended = supervise(&mut tasks, &notify, &drain).await;
+    notify.stopping();
+    let deadline = drain.wait().await;
+    ended.and(tasks.all_ended(deadline + LAST_MOMENT).await)
+}
+
+async fn start_cluster(config: &Config, choice: &StandaloneChoice, drain: Drain) -> anyhow::Result<Standalone> {
+    let settings = StandaloneConfig {
+        listen: choice.listen,
+        http_port: choice.http_port,
+        socketio_port: choice.socketio_port,
+        broker_port: choice.broker_port,
+        broker: choice.broker.clone(),
+        first_generation: choice.first_generation,
+        ..StandaloneConfig::new(config.state_dir.join("cluster"))
+    };
+    Standalone::start(settings, drain).await.context("start the cluster")
+}

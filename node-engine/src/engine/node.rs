@@ -1,0 +1,152 @@
+//! What the local API is told about this node.
+
+use std::time::Instant;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::route::ClusterLink;
+use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, Status, UsageStatus};
+use crate::api::{NodeApi, NodeApiError};
+use crate::config::Generation;
+use crate::model::{InstanceId, NodeFacts, NodeUsage};
+use crate::netmanager::{NetManager, NetStatus};
+use crate::workload::{InstanceInfo, Workload, WorkloadError};
+
+/// A node at work.
+#[derive(Debug)]
+pub(super) struct RunningNode {
+    pub(super) began: Instant,
+    pub(super) facts: NodeFacts,
+    pub(super) cluster: String,
+    pub(super) standalone: bool,
+    pub(super) workload: Workload,
+    pub(super) net: NetManager,
+    pub(super) usage: watch::Receiver<NodeUsage>,
+    pub(super) link: watch::Receiver<ClusterLink>,
+}
+
+/// A process that is a cluster and no node.
+#[derive(Debug)]
+pub(super) struct NoNode {
+    pub(super) began: Instant,
+    pub(super) name: String,
+}
+
+#[async_trait]
+impl NodeApi for RunningNode {
+    async fn status(&self) -> Status {
+        let link = self.link.borrow().clone();
+        // A part that has stopped shows as missing; the supervisor is about to say why.
+        let network = self.net.status().await.ok();
+        let running =
+            self.workload.list().await.unwrap_or_default().iter().filter(|known| known.state == "running").count();
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.began.elapsed().as_secs(),
+            node: NodeStatus {
+                name: self.facts.host.clone(),
+                id: link.node.as_ref().map(ToString::to_string).unwrap_or_default(),
+                architecture: self.facts.architecture.clone(),
+                kernel: self.facts.kernel_version.clone(),
+                technologies: self.facts.technologies.iter().map(ToString::to_string).collect(),
+            },
+            cluster: ClusterStatus {
+                address: self.cluster.clone(),
+                connected: link.connected,
+                since_seconds: link.since.elapsed().as_secs(),
+                generation: link.generation.map(word).unwrap_or_default().into(),
+                standalone: self.standalone,
+            },
+            network: network.map(network_status),
+            usage: Some(usage_status(&self.usage.borrow())),
+            running,
+        }
+    }
+
+    async fn instances(&self) -> Result<Vec<Instance>, NodeApiError> {
+        let known = self.workload.list().await.map_err(|error| unavailable("list", &error))?;
+        Ok(known.into_iter().map(instance).collect())
+    }
+
+    async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
+        self.workload.logs(instance, tail).await.map_err(|error| match error {
+            WorkloadError::Unknown(instance) => NodeApiError::UnknownInstance(instance),
+            other => unavailable("logs", &other),
+        })
+    }
+}
+
+#[async_trait]
+impl NodeApi for NoNode {
+    async fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.began.elapsed().as_secs(),
+            node: NodeStatus { name: self.name.clone(), ..NodeStatus::default() },
+            cluster: ClusterStatus { connected: true, standalone: true, ..ClusterStatus::default() },
+            ..Status::default()
+        }
+    }
+
+    async fn instances(&self) -> Result<Vec<Instance>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn logs(&self, _instance: InstanceId, _tail: usize) -> Result<Vec<u8>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+}
+
+fn word(generation: Generation) -> &'static str {
+    match generation {
+        Generation::G1 => "g1",
+        Generation::G2 => "g2",
+        Generation::G4 => "g4",
+    }
+}
+
+fn network_status(status: NetStatus) -> NetworkStatus {
+    NetworkStatus {
+        datapath: status.datapath,
+        reason: status.reason,
+        uplink: status.uplink,
+        address: status.address.map(|address| address.to_string()).unwrap_or_default(),
+        subnet_v4: status.subnet.map(|subnet| format!("{}/26", subnet.v4)).unwrap_or_default(),
+        subnet_v6: status.subnet.map(|subnet| format!("{}/120", subnet.v6)).unwrap_or_default(),
+        services: status.services,
+        peers: status.peers,
+        counters: status.counters,
+        warnings: status.warnings,
+    }
+}
+
+fn usage_status(usage: &NodeUsage) -> UsageStatus {
+    UsageStatus {
+        cpu_percent: usage.cpu_percent,
+        cpus: usage.cpus_logical,
+        memory_percent: usage.memory_percent,
+        memory_available_mib: usage.memory_available_mib,
+        memory_total_mib: usage.memory_total_mib,
+        gpus: usage.gpus.len(),
+    }
+}
+
+fn instance(info: InstanceInfo) -> Instance {
+    Instance {
+        service: info.id.service.to_string(),
+        number: info.id.number,
+        technology: info.technology.to_string(),
+        image: info.image,
+        state: info.state.into(),
+        detail: info.detail,
+        address_v4: info.addresses.map(|addresses| addresses.v4.to_string()).unwrap_or_default(),
+        address_v6: info.addresses.map(|addresses| addresses.v6.to_string()).unwrap_or_default(),
+    }
+}
+
+fn unavailable(what: &'static str, error: &WorkloadError) -> NodeApiError {
+    NodeApiError::Unavailable { what, reason: error.to_string() }
+}

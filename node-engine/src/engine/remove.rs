@@ -1,0 +1,97 @@
+//! Takes back everything that node-engine has made on this machine, newest first: workloads, network, files. Needs no daemon, and
+//! goes on past what cannot be removed.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::bail;
+use tokio::time::timeout;
+
+use super::checks::CheckError;
+use crate::api::{RunLock, SocketError};
+use crate::config::Config;
+use crate::netmanager::link::Links;
+use crate::netmanager::{datapath, link_config, pin_dir};
+use crate::runtime::Runtime;
+use crate::runtime::docker::DockerRuntime;
+
+/// How long an engine that runs workloads may take to say what it holds.
+const ANSWER: Duration = Duration::from_secs(15);
+/// What workloads get to end by themselves.
+const GRACE: Duration = Duration::from_secs(5);
+/// Where Docker keeps containers, also while it does not run.
+const DOCKER_DATA: &str = "/var/lib/docker";
+/// Taking down asks no size.
+const ANY_MTU: u32 = 1280;
+
+/// Removes everything of ours; with `purge` also what outlives a reboot. Says on the standard output what it does.
+///
+/// # Errors
+/// If a daemon runs, or with everything that could not be removed.
+pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!(CheckError::NotRoot);
+    }
+    // The lock also keeps a daemon from starting meanwhile.
+    let lock = match RunLock::take(&config.run_dir) {
+        Err(SocketError::Running { pid }) => {
+            bail!(
+                "node-engine is running (pid {pid}): stop it first, with `systemctl stop node-engine` or `kill {pid}`"
+            )
+        }
+        other => other?,
+    };
+    let mut left = Vec::new();
+    workloads(config, &mut left).await;
+    network(config, &mut left).await;
+    directory("run directory", &config.run_dir, &mut left);
+    drop(lock);
+    if purge {
+        directory("state directory", &config.state_dir, &mut left);
+    }
+    if !left.is_empty() {
+        bail!("{} could not be removed: {}", if left.len() == 1 { "this" } else { "these" }, left.join("; "));
+    }
+    println!("nothing of node-engine is left on this machine but its binary and configuration");
+    Ok(())
+}
+
+/// Links, addresses, rules and programs. Also the end of a daemon that takes everything with it.
+pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
+    left.extend(datapath::uninstall(&pin_dir(&config.network)).iter().map(ToString::to_string));
+    match Links::open(link_config(&config.network, &config.run_dir, ANY_MTU)).await {
+        Ok(links) => left.extend(links.uninstall().await.iter().map(ToString::to_string)),
+        Err(error) => left.push(error.to_string()),
+    }
+}
+
+async fn workloads(config: &Config, left: &mut Vec<String>) {
+    let docker = match DockerRuntime::new(config.runtime.docker_host.as_deref()) {
+        Ok(docker) => docker,
+        Err(error) => return left.push(format!("containers ({error})")),
+    };
+    let held = match timeout(ANSWER, docker.adopt()).await {
+        Ok(Ok(held)) => held,
+        Ok(Err(_)) if !Path::new(DOCKER_DATA).exists() => {
+            return println!("there is no Docker on this machine, so there are no containers");
+        }
+        Ok(Err(error)) => return left.push(format!("containers, if there are any ({error})")),
+        Err(_) => return left.push(format!("containers, if there are any (Docker is silent for {ANSWER:?})")),
+    };
+    for adopted in held {
+        println!("removing {}", adopted.instance);
+        if let Err(error) = docker.stop(&adopted.instance, GRACE).await {
+            left.push(format!("{} ({error})", adopted.instance));
+        }
+    }
+}
+
+fn directory(what: &str, path: &Path, left: &mut Vec<String>) {
+    match fs::remove_dir_all(path) {
+        Ok(()) => println!("removed the {what} {}", path.display()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => left.push(format!("{} ({error})", path.display())),
+    }
+}
