@@ -250,7 +250,9 @@ impl Core {
     pub(super) fn status(&self) -> NetStatus {
         let leases = self.members.iter().filter(|(_, member)| member.connected());
         let (counts, refusals) = (self.table.counts(), self.table.refusals());
+        let ours = self.table.peers().filter(|(_, peer)| peer.flags & PEER_OURS != 0).count();
         let counters = [
+            ("peers_ours", ours as u64),
             ("table_full", counts.full),
             ("table_refused_range", refusals.range),
             ("table_refused_duplicate", refusals.duplicate),
@@ -532,6 +534,9 @@ impl Core {
         }
         match result {
             Ok((bridge, present)) => {
+                // Nobody is connected to a bridge that was made anew.
+                let remade = self.bridge.is_some_and(|old| old.ifindex != bridge.ifindex);
+                let present = if remade { Vec::new() } else { present };
                 (self.bridge, self.upkeep_failure) = (Some(bridge), None);
                 let delta = self.table.set_config(self.config(bridge.mac));
                 self.project(delta, out);
