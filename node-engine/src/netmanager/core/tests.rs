@@ -137,6 +137,21 @@ fn detach_overtakes_an_attach_under_way() {
 }
 
 #[test]
+fn attach_to_another_namespace_overtakes_the_one_under_way() {
+    let mut lab = Lab::ready();
+    lab.effects(Event::Attach(attachment(0, "/ns/a"), Waiter(1)));
+    lab.effects(Event::Attach(attachment(0, "/ns/a"), Waiter(2)));
+    lab.effects(Event::Attach(attachment(0, "/ns/b"), Waiter(3)));
+    let effects = lab.effects(veth_made(0, 7));
+    assert_eq!(effects[..2], [1, 2].map(|waiter| format!("attached {waiter} {}", NetError::Cancelled)));
+    assert_eq!(effects[2], "veth web.0 /ns/b 10.18.0.2");
+    lab.effects(veth_made(0, 8));
+    lab.effects(stepped(0, Step::Endpoint));
+    lab.effects(stepped(0, Step::Carry));
+    assert_eq!(lab.effects(Event::Published(Ok(())))[0], "attached 3 10.18.0.2");
+}
+
+#[test]
 fn lost_veth_is_made_again_in_the_same_namespace_only() {
     let mut lab = Lab::ready();
     lab.up(0);
@@ -351,6 +366,7 @@ proptest! {
             host.perform(doing);
         }
         host.calm();
+        prop_assert!(host.waiting.is_empty(), "somebody waits for nothing: {:?}", host.waiting);
         for number in 0..4 {
             host.perform(Doing::Detach(number));
         }
