@@ -142,7 +142,7 @@ async fn failed_attach_leaves_nothing(choice: DatapathChoice) {
     let error = lab.nodes[0].attach(taken).await.unwrap_err();
     assert!(matches!(&error, NetError::PortTaken { owner, .. } if *owner == server.id), "{error}");
     assert_eq!(lab.nodes[0].veths().len(), 1);
-    assert_eq!(lab.nodes[0].net().status().await.unwrap().leases, [server.lease.clone()]);
+    assert_eq!(lab.nodes[0].net().status().await.unwrap().leases, std::slice::from_ref(&server.lease));
 }
 
 /// Tells every client who it is, then repeats what it says.
