@@ -131,7 +131,7 @@ fn slow() -> i32 {
 #[inline(always)]
 fn dropped(reason: DropReason) -> i32 {
     count(reason as u32);
-    TC_ACT_SHOT as i32
+    TC_ACT_SHOT
 }
 
 /// The buffer's protocol, in network order.

@@ -49,6 +49,10 @@ impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
 }
 
 /// The header at `offset` bytes into the buffer.
+#[expect(
+    clippy::mut_from_ref,
+    reason = "the context is a handle: the bytes are the packet's, and helpers take the handle shared"
+)]
 #[inline(always)]
 pub fn header_at<T>(context: &TcContext, offset: usize) -> Option<&mut T> {
     let start = context.data() + offset;
