@@ -114,15 +114,20 @@ impl Frame for SliceFrame<'_> {
     }
 
     fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
-        let field = self.at::<[u8; 2]>(offset)?;
-        if udp && *field == [0, 0] {
-            return Some(());
-        }
-        *field = checksum::update(*field, old, new);
-        if udp && *field == [0, 0] {
-            *field = [0xff, 0xff];
-        }
+        mend(self.at(offset)?, udp, old, new);
         Some(())
+    }
+}
+
+/// A complete transport checksum after `old` became `new`. `udp`: 0 means "none" and stays.
+#[inline(always)]
+pub fn mend<const N: usize>(field: &mut [u8; 2], udp: bool, old: &[u8; N], new: &[u8; N]) {
+    if udp && *field == [0, 0] {
+        return;
+    }
+    *field = checksum::update(*field, old, new);
+    if udp && *field == [0, 0] {
+        *field = [0xff, 0xff];
     }
 }
 

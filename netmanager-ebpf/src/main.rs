@@ -15,13 +15,13 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::UDP;
+use netmanager_common::frame::{Ipv6, UDP};
 use netmanager_common::pipeline::{Tables, inbound, outbound};
 use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_SLOW, DropReason, Verdict};
 
 use crate::maps::{Maps, count};
 use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
-use crate::tunnel::{Ethernet, Outer, pop, push};
+use crate::tunnel::{Ethernet, Outer, Udp, pop, push};
 
 /// Not ours: the next program, or the kernel's ordinary path.
 const PASS: i32 = TC_ACT_UNSPEC;
@@ -54,7 +54,7 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
     if protocol(&context) != ETH_P_IP {
         return PASS;
     }
-    let mut frame = SkbFrame::<INNER>::new(&context);
+    let frame = SkbFrame::<INNER>::new(&context);
     let Some(outer) = header_at::<Outer>(&context, 0) else { return PASS };
     let Some(config) = Maps.config() else { return PASS };
     let tunnel = outer.ip.version_ihl == 0x45
@@ -67,12 +67,23 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
         return PASS;
     }
     let source = Addr::v4(outer.ip.source);
-    let inner_protocol = match header_at::<[u8; 1]>(&context, INNER) {
-        Some([first]) if *first >> 4 == 4 => ETH_P_IP,
-        Some([first]) if *first >> 4 == 6 => ETH_P_IPV6,
+    let datagram_len = u16::from_be_bytes(outer.udp.len);
+    // `tunnel::push` writes none, a socket always does.
+    let mut frame = frame.complete(outer.udp.checksum != [0, 0]);
+    let (inner_protocol, inner_len) = match header_at::<[u8; 6]>(&context, INNER) {
+        Some([first, _, a, b, ..]) if *first >> 4 == 4 => (ETH_P_IP, u16::from_be_bytes([*a, *b])),
+        Some([first, _, _, _, a, b]) if *first >> 4 == 6 => {
+            (ETH_P_IPV6, u16::from_be_bytes([*a, *b]).wrapping_add(size_of::<Ipv6>() as u16))
+        }
         // Nothing, or a control datagram: for the socket.
         _ => return PASS,
     };
+    // Several datagrams in one buffer, as a sender's UDP_SEGMENT or a card's UDP GRO leaves them: the socket takes them apart. Lengths
+    // wrap together where the super-packet of one connection is as large as can be.
+    if datagram_len != inner_len.wrapping_add(size_of::<Udp>() as u16) {
+        count(COUNT_SLOW);
+        return PASS;
+    }
     match inbound(&mut frame, &mut Maps, &source) {
         Ok(Verdict::Local { ifindex, mac }) => {
             count(COUNT_RECEIVED);

@@ -3,7 +3,7 @@
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::{bpf_csum_diff, bpf_l4_csum_replace};
 use aya_ebpf::programs::TcContext;
-use netmanager_common::frame::{Frame, Header};
+use netmanager_common::frame::{Frame, Header, mend};
 
 pub const ETH_LEN: usize = 14;
 pub const ETH_P_IP: [u8; 2] = [0x08, 0x00];
@@ -13,7 +13,11 @@ pub const ETH_P_IPV6: [u8; 2] = [0x86, 0xdd];
 const HEADERS_LEN: usize = 60 + 20;
 
 /// The packet whose IP header lies `BASE` bytes into the buffer.
-pub struct SkbFrame<'a, const BASE: usize>(&'a TcContext);
+pub struct SkbFrame<'a, const BASE: usize> {
+    context: &'a TcContext,
+    /// The transport checksum is complete whatever the kernel believes of the buffer's.
+    complete: bool,
+}
 
 impl<'a, const BASE: usize> SkbFrame<'a, BASE> {
     /// Makes the headers directly readable where they are not yet: TCP from a local socket has them in the linear part already.
@@ -24,18 +28,30 @@ impl<'a, const BASE: usize> SkbFrame<'a, BASE> {
             // A failure shows as a header that is not there.
             let _ = context.skb.pull_data(wanted as u32);
         }
-        Self(context)
+        Self { context, complete: false }
+    }
+
+    /// For the packet in a datagram that a socket has sent: a socket knows no partial checksums. The datagram's own may be, if it comes
+    /// from this machine, and then the kernel would take the packet's for one, too.
+    #[inline(always)]
+    pub fn complete(self, complete: bool) -> Self {
+        Self { complete, ..self }
     }
 }
 
 impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
     #[inline(always)]
     fn at<T: Header>(&mut self, offset: usize) -> Option<&mut T> {
-        header_at(self.0, BASE + offset)
+        header_at(self.context, BASE + offset)
     }
 
     #[inline(always)]
     fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
+        if self.complete {
+            let field: &mut [u8; 2] = header_at(self.context, BASE + offset)?;
+            mend(field, udp, old, new);
+            return Some(());
+        }
         let flags = u64::from(BPF_F_PSEUDO_HDR) | if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
         // SAFETY: both arrays are N bytes on the stack, N a multiple of 4.
         let difference = unsafe {
@@ -43,7 +59,7 @@ impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
         };
         // SAFETY: a valid context; the helper checks the offset against the packet.
         let result =
-            unsafe { bpf_l4_csum_replace(self.0.skb.skb, (BASE + offset) as u32, 0, difference as u64, flags) };
+            unsafe { bpf_l4_csum_replace(self.context.skb.skb, (BASE + offset) as u32, 0, difference as u64, flags) };
         (result == 0).then_some(())
     }
 }

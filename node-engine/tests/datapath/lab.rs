@@ -89,7 +89,11 @@ impl Lab {
 
     /// Starts the datapaths and brings everything but services into their tables.
     pub async fn start(&mut self, choice: DatapathChoice) {
-        for index in 0..2 {
+        self.start_each([choice; 2]).await;
+    }
+
+    pub async fn start_each(&mut self, choices: [DatapathChoice; 2]) {
+        for (index, choice) in choices.into_iter().enumerate() {
             self.nodes[index].start(choice).await;
             let delta = self.base(index);
             self.nodes[index].reconcile(delta).await;

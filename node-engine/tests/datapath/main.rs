@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
 use netmanager_common::abi::Endpoint;
@@ -15,7 +15,8 @@ use netmanager_common::addr::Addr;
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::{TimeVal, TimeValLike};
 use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
-use node_engine::netmanager::datapath::{Event, TableDelta, uninstall};
+use node_engine::netmanager::datapath::{DatapathError, Event, TableDelta, Underlay, choose, uninstall};
+use node_engine::netns::Netns;
 
 use self::lab::{Instance, Lab, Node, PATIENCE, TUNNEL_PORT, addr, blocking, service, until};
 
@@ -36,6 +37,7 @@ on_both! {
     a_service_is_reached_across_nodes,
     a_service_is_reached_on_the_same_node,
     the_first_packet_of_an_unknown_address_is_not_lost,
+    a_connection_through_three_unknown_addresses_opens_at_once,
     an_unknown_address_stalls_nobody,
     garbage_does_no_harm,
     a_stranger_is_not_heard,
@@ -101,6 +103,32 @@ async fn the_first_packet_of_an_unknown_address_is_not_lost(choice: DatapathChoi
         assert_eq!((&buffer[..len], from.ip()), (expected, source));
     }
     assert!(lab.nodes[0].counter("held").await >= 1);
+}
+
+/// The service, the client at the server's node, and the server at the client's: three packets are held, and none is sent again.
+async fn a_connection_through_three_unknown_addresses_opens_at_once(choice: DatapathChoice) {
+    let mut lab = Lab::new();
+    lab.start(choice).await;
+    let (client, server) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    let to = SocketAddr::new(SERVICES[0].parse().unwrap(), PORT);
+    let _listener = server.run(|| TcpListener::bind((server.namespace[0], PORT))).unwrap();
+    let netns = client.run(Netns::current).unwrap();
+    let connect = thread::spawn(move || {
+        let begin = Instant::now();
+        let connected = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE)).unwrap();
+        (connected.map(drop), begin.elapsed())
+    });
+
+    assert_eq!(lab.nodes[0].event().await, Event::UnknownService(to.ip().into()));
+    lab.nodes[0].apply(service(to.ip(), 1, 1, &[1])).await;
+    assert_eq!(lab.nodes[1].event().await, Event::UnknownService(client.instance[0].into()));
+    lab.nodes[1].apply(lab.instance_rows(1)).await;
+    assert_eq!(lab.nodes[0].event().await, Event::UnknownService(server.instance[0].into()));
+    lab.nodes[0].apply(lab.instance_rows(0)).await;
+
+    let (connected, elapsed) = tokio::task::spawn_blocking(|| connect.join()).await.unwrap().unwrap();
+    connected.expect("no connection");
+    assert!(elapsed < Duration::from_millis(900), "a segment was sent again: {elapsed:?}");
 }
 
 async fn an_unknown_address_stalls_nobody(choice: DatapathChoice) {
@@ -333,6 +361,38 @@ async fn each_datapath_takes_over_from_the_other() {
     }
 }
 
+#[test]
+#[ignore = "needs root"]
+fn auto_falls_back_and_says_why() {
+    let lab = Lab::new();
+    let underlay = Underlay { uplink: "nonesuch".into(), uplink_ifindex: 99, ..lab.nodes[0].underlay.clone() };
+    let try_out = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let refused = choose(Ebpf, &underlay).await.expect_err("there is no such uplink");
+            assert!(matches!(refused, DatapathError::Unsupported { .. }), "{refused}");
+            let chosen = choose(DatapathChoice::Auto, &underlay).await.expect("TUN works");
+            assert_eq!((chosen.datapath.name(), chosen.reason), ("tun", refused.to_string()));
+        });
+        assert!(!underlay.pin_dir.join("v1").exists(), "programs were left beside the TUN datapath");
+    };
+    lab.nodes[0].netns().run(try_out).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn datapaths_of_both_kinds_understand_each_other() {
+    for choices in [[Ebpf, Tun], [Tun, Ebpf]] {
+        let mut lab = Lab::new();
+        lab.start_each(choices).await;
+        fill(&lab).await;
+        for name in SERVICES {
+            let to = SocketAddr::new(name.parse().unwrap(), PORT);
+            exchange(&lab.nodes[0].instances[0], &lab.nodes[1].instances[0], to).await;
+        }
+    }
+}
+
 /// Both nodes at work, the services of [`SERVICES`] on the first instance of the second node.
 async fn ready(choice: DatapathChoice) -> Lab {
     let mut lab = Lab::new();
@@ -366,7 +426,7 @@ async fn exchange(client: &Instance, server: &Instance, to: SocketAddr) -> IpAdd
     });
 
     let bytes: Vec<u8> = (0..BULK).map(|i| (i * 31 + i / 251) as u8).collect();
-    let netns = client.run(node_engine::netns::Netns::current).expect("the client's namespace");
+    let netns = client.run(Netns::current).expect("the client's namespace");
     blocking(move || {
         let mut stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))??;
         stream.set_read_timeout(Some(PATIENCE))?;

@@ -15,6 +15,7 @@ mod ebpf;
 mod flows;
 mod held;
 mod memory;
+mod offload;
 mod projection;
 mod proxy;
 mod socket;

@@ -3,13 +3,12 @@
 
 use std::collections::VecDeque;
 use std::future::pending;
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::verdict::{Miss, Verdict};
 use tokio::sync::{mpsc, oneshot};
@@ -17,14 +16,17 @@ use tun_rs::AsyncDevice;
 
 use super::counters::{Count, Counters};
 use super::held::{Held, Outcome, Packet};
+use super::offload::{self, Offload, PacketFrame};
 use super::projection::Projection;
-use super::socket::TunnelSocket;
+use super::socket::{Received, TunnelSocket};
 use super::{DatapathError, Event, Snapshot, TableDelta};
 
 /// Packets taken from one side before the other gets its turn.
 const BATCH: usize = 64;
 /// The largest packet there is.
 const PACKET: usize = 65_535;
+/// Packets merged into one for the TUN device; the kernel merges no more datagrams than this into one.
+const RUN: usize = 64;
 /// The largest control datagram that is passed on.
 const CONTROL: usize = 1_500;
 
@@ -52,7 +54,11 @@ pub(super) struct Proxy<T> {
     pub(super) socket: Arc<TunnelSocket>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: mpsc::Sender<Event>,
-    pub(super) held: Held<Origin>,
+    pub(super) held: Held<(Origin, Offload)>,
+    /// The TUN device's.
+    pub(super) mtu: usize,
+    /// Where super-packets are taken apart.
+    pub(super) segments: Vec<u8>,
 }
 
 impl<T: Projection> Proxy<T> {
@@ -65,7 +71,8 @@ impl<T: Projection> Proxy<T> {
     }
 
     async fn carry_all(&mut self, requests: &mut mpsc::Receiver<Request>) -> Result<(), String> {
-        let mut buffer = vec![0; PACKET];
+        let mut buffer = vec![0; offload::HEADER + PACKET];
+        let mut control = TunnelSocket::control_buffer();
         // The first writes rely on readiness that is known only after it was waited for.
         self.device.writable().await.map_err(|error| format!("TUN device: {error}"))?;
         self.socket.writable().await.map_err(|error| format!("tunnel socket: {error}"))?;
@@ -82,7 +89,7 @@ impl<T: Projection> Proxy<T> {
                 }
                 ready = self.socket.readable() => {
                     ready.map_err(|error| format!("tunnel socket: {error}"))?;
-                    self.drain_socket(&mut buffer);
+                    self.drain_socket(&mut buffer, &mut control);
                 }
                 () = sleep_until(deadline) => {
                     let expired = self.held.expire(Instant::now());
@@ -95,7 +102,10 @@ impl<T: Projection> Proxy<T> {
     fn drain_device(&mut self, buffer: &mut [u8]) -> io::Result<()> {
         for _ in 0..BATCH {
             match self.device.try_recv(buffer) {
-                Ok(len) => self.carry(&mut buffer[..len], Origin::Instance),
+                Ok(len) => match buffer[..len].split_first_chunk_mut::<{ offload::HEADER }>() {
+                    Some((header, packet)) => self.carry(packet, Origin::Instance, Offload::decode(*header)),
+                    None => self.counters.add(Count::Garbage, 1),
+                },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // EIO: the device is down, which may pass. Anything else: it is gone.
@@ -106,10 +116,11 @@ impl<T: Projection> Proxy<T> {
         Ok(())
     }
 
-    fn drain_socket(&mut self, buffer: &mut [u8]) {
+    fn drain_socket(&mut self, buffer: &mut [u8], control: &mut [u8]) {
         for _ in 0..BATCH {
-            match self.socket.try_recv(buffer) {
-                Ok((len, from)) => self.receive(&mut buffer[..len], from),
+            match self.socket.try_recv(buffer, control) {
+                Ok(Received { len: 0, .. }) => self.counters.add(Count::Garbage, 1),
+                Ok(Received { len, stride, from }) => self.receive(&mut buffer[..len], stride, from),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 // An ICMP error for something sent earlier; the socket is as good as before.
                 Err(_) => {}
@@ -117,9 +128,32 @@ impl<T: Projection> Proxy<T> {
         }
     }
 
-    fn receive(&mut self, datagram: &mut [u8], from: SocketAddr) {
+    /// Takes in datagrams of one sender. What the kernel would merge is merged: it costs the TUN device and everything behind it no more
+    /// than one packet.
+    fn receive(&mut self, mut datagrams: &mut [u8], stride: usize, from: SocketAddr) {
+        while !datagrams.is_empty() {
+            let (count, offload) = match datagrams.len() > stride {
+                true => offload::run(datagrams.chunks(stride).take(RUN)),
+                false => (1, Offload::default()),
+            };
+            let (now, later) = datagrams.split_at_mut((count * stride).min(datagrams.len()));
+            match count {
+                1 => self.receive_one(now, from),
+                _ => self.receive_run(now, stride, from, &offload),
+            }
+            datagrams = later;
+        }
+    }
+
+    fn receive_one(&mut self, datagram: &mut [u8], from: SocketAddr) {
         match datagram.first().map(|byte| byte >> 4) {
-            Some(4 | 6) => self.carry(datagram, Origin::Node(from.ip().into())),
+            Some(4 | 6) => match whole(datagram) {
+                Some(packet) => {
+                    let offload = Offload::received(packet, self.mtu);
+                    self.carry(packet, Origin::Node(from.ip().into()), offload);
+                }
+                None => self.counters.add(Count::Garbage, 1),
+            },
             Some(_) if datagram.len() <= CONTROL => {
                 if self.events.try_send(Event::Control { from, payload: datagram.to_vec() }).is_err() {
                     self.counters.add(Count::Control, 1);
@@ -129,21 +163,49 @@ impl<T: Projection> Proxy<T> {
         }
     }
 
+    /// Several packets of one connection, as one. Only the first goes through the law: it decides by what they have in common.
+    fn receive_run(&mut self, packets: &mut [u8], stride: usize, from: SocketAddr, offload: &Offload) {
+        let (first, rest) = packets.split_at_mut(stride);
+        let outer = from.ip().into();
+        let verdict = inbound(&mut PacketFrame::new(first, &Offload::default()), &mut self.tables, &outer);
+        if !matches!(verdict, Ok(Verdict::Local { .. })) {
+            // Nothing was rewritten; each is held or dropped, and counted, on its own.
+            for packet in packets.chunks_mut(stride) {
+                self.carry(packet, Origin::Node(outer), Offload::default());
+            }
+            return;
+        }
+        let repeated = offload::repeated(offload);
+        let count = 1 + rest.len().div_ceil(stride);
+        let header = offload.encode();
+        let mut slices = [IoSlice::new(&[]); RUN + 1];
+        let mut payload = 0;
+        let mut push = false;
+        for (slice, packet) in slices[2..].iter_mut().zip(rest.chunks(stride)) {
+            let data = packet.get(repeated..).unwrap_or_default();
+            *slice = IoSlice::new(data);
+            payload += data.len();
+            push |= offload::pushes(packet, offload);
+        }
+        offload::lead(first, offload, payload, push);
+        slices[0] = IoSlice::new(&header);
+        slices[1] = IoSlice::new(first);
+        let written = self.device.try_send_vectored(&slices[..=count]).is_ok();
+        self.counters.add(if written { Count::Received } else { Count::Write }, count as u64);
+    }
+
     /// Decides over a packet and does what was decided.
-    fn carry(&mut self, bytes: &mut [u8], origin: Origin) {
-        let Some(packet) = whole(bytes) else {
-            return self.counters.add(Count::Garbage, 1);
-        };
-        let mut frame = SliceFrame::new(packet);
+    fn carry(&mut self, packet: &mut [u8], origin: Origin, offload: Offload) {
+        let mut frame = PacketFrame::new(packet, &offload);
         let verdict = match origin {
             Origin::Instance => outbound(&mut frame, &mut self.tables, 0),
             Origin::Node(outer) => inbound(&mut frame, &mut self.tables, &outer),
         };
         match verdict {
-            Ok(Verdict::Send { peer }) => self.send(packet, peer),
-            Ok(Verdict::Local { .. }) => self.deliver(packet, origin),
-            Ok(Verdict::Slow(Miss::Service)) => self.hold(destination(packet), packet, origin),
-            Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin),
+            Ok(Verdict::Send { peer }) => self.send(packet, peer, &offload),
+            Ok(Verdict::Local { .. }) => self.deliver(packet, origin, &offload),
+            Ok(Verdict::Slow(Miss::Service)) => self.hold(destination(packet), packet, origin, offload),
+            Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin, offload),
             Ok(Verdict::Slow(Miss::Fragment)) => self.counters.add(Count::Fragment, 1),
             Ok(Verdict::Slow(Miss::Header)) => self.counters.add(Count::Header, 1),
             // Asked only of the kernel; from here every underlay is reached.
@@ -153,29 +215,39 @@ impl<T: Projection> Proxy<T> {
         }
     }
 
-    fn send(&mut self, packet: &[u8], peer: u32) {
-        let sent = match self.tables.peer(peer) {
-            Some(peer) => self.socket.try_send(packet, &peer).is_ok(),
-            None => false,
+    fn send(&mut self, packet: &mut [u8], peer: u32, offload: &Offload) {
+        let Some(peer) = self.tables.peer(peer) else {
+            return self.counters.add(Count::Send, 1);
         };
-        self.counters.add(if sent { Count::Sent } else { Count::Send }, 1);
+        let (sent, refused) = if offload.many() {
+            match offload.split(packet, &mut self.segments) {
+                Some(stride) => self.socket.try_send_many(&self.segments, stride, &peer),
+                None => return self.counters.add(Count::Header, 1),
+            }
+        } else {
+            let ready = !offload.partial() || offload.complete(packet).is_some();
+            let sent = ready && self.socket.try_send(packet, &peer).is_ok();
+            (u64::from(sent), u64::from(!sent))
+        };
+        self.counters.add(Count::Sent, sent);
+        self.counters.add(Count::Send, refused);
     }
 
     /// Into the TUN device: the kernel knows the way to an instance on this node.
-    fn deliver(&mut self, packet: &[u8], origin: Origin) {
+    fn deliver(&mut self, packet: &[u8], origin: Origin, offload: &Offload) {
         let delivered = match origin {
             Origin::Instance => Count::Local,
             Origin::Node(_) => Count::Received,
         };
-        let written = self.device.try_send(packet).is_ok();
+        let written = self.device.try_send_vectored(&[IoSlice::new(&offload.encode()), IoSlice::new(packet)]).is_ok();
         self.counters.add(if written { delivered } else { Count::Write }, 1);
     }
 
-    fn hold(&mut self, address: Option<Addr>, packet: &[u8], origin: Origin) {
+    fn hold(&mut self, address: Option<Addr>, packet: &[u8], origin: Origin, offload: Offload) {
         let Some(address) = address else {
             return self.counters.add(Count::Garbage, 1);
         };
-        let (outcome, crowded_out) = self.held.hold(address, origin, packet, Instant::now());
+        let (outcome, crowded_out) = self.held.hold(address, (origin, offload), packet, Instant::now());
         self.counters.add(Count::HeldFull, crowded_out);
         match outcome {
             Outcome::Ask => {
@@ -224,9 +296,10 @@ impl<T: Projection> Proxy<T> {
         let services = delta.services.iter().map(|(address, ..)| address);
         let endpoints = delta.endpoints.iter().map(|(address, _)| address);
         for address in services.chain(endpoints) {
-            let packets: VecDeque<Packet<Origin>> = self.held.release(address);
+            let packets: VecDeque<Packet<(Origin, Offload)>> = self.held.release(address);
             for mut packet in packets {
-                self.carry(&mut packet.bytes, packet.origin);
+                let (origin, offload) = packet.origin;
+                self.carry(&mut packet.bytes, origin, offload);
             }
         }
     }

@@ -1,19 +1,34 @@
 //! The UDP socket of the tunnel: every packet between two nodes that the kernel programs do not carry themselves.
 
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket as StdSocket};
 use std::os::fd::AsRawFd;
 
 use netmanager_common::abi::Peer;
+use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, bind, setsockopt, socket, sockopt,
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
+    SockaddrLike, SockaddrStorage, bind, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 use super::DatapathError;
 
 /// Room for what arrives while the proxy is busy elsewhere; the reference system's size.
 const BUFFER: usize = 4 << 20;
+/// Datagrams that the kernel takes in one call (`UDP_MAX_SEGMENTS` of all kernels), and their bytes.
+const SEGMENTS: usize = 64;
+const SEGMENTS_LEN: usize = 65_507;
+
+/// What one read brings: datagrams of one sender, all but the last of length `stride`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Received {
+    pub(super) len: usize,
+    pub(super) stride: usize,
+    /// An IPv4 sender as such.
+    pub(super) from: SocketAddr,
+}
 
 /// A socket on the tunnel port, for both families where the kernel has both.
 #[derive(Debug)]
@@ -23,13 +38,15 @@ pub(super) struct TunnelSocket {
 }
 
 impl TunnelSocket {
-    pub(super) fn open(port: u16) -> Result<Self, DatapathError> {
+    /// `merged`: let the kernel hand over several datagrams in one read. Not where a program at the uplink reads them first: it would
+    /// meet several in one, too.
+    pub(super) fn open(port: u16, merged: bool) -> Result<Self, DatapathError> {
         let v6 = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0));
         let v4 = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port));
-        let opened = match Self::bind(AddressFamily::Inet6, &v6) {
+        let opened = match Self::bind(AddressFamily::Inet6, &v6, merged) {
             // Kernels without IPv6, and those where it is disabled.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
-                Self::bind(AddressFamily::Inet, &v4)
+                Self::bind(AddressFamily::Inet, &v4, merged)
             }
             other => other,
         };
@@ -42,7 +59,7 @@ impl TunnelSocket {
         })
     }
 
-    fn bind(family: AddressFamily, address: &dyn SockaddrLike) -> io::Result<Self> {
+    fn bind(family: AddressFamily, address: &dyn SockaddrLike, merged: bool) -> io::Result<Self> {
         let fd = socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)?;
         if family == AddressFamily::Inet6 {
             setsockopt(&fd, sockopt::Ipv6V6Only, &false)?;
@@ -50,6 +67,10 @@ impl TunnelSocket {
         // Beyond the limit of net.core only for the privileged; smaller buffers cost packets, not function.
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &BUFFER);
         let _ = setsockopt(&fd, sockopt::SndBufForce, &BUFFER);
+        if merged {
+            // Linux 5.0; without it each read brings one datagram.
+            let _ = setsockopt(&fd, sockopt::UdpGroSegment, &true);
+        }
         bind(fd.as_raw_fd(), address)?;
         Ok(Self { socket: UdpSocket::from_std(StdSocket::from(fd))?, family })
     }
@@ -62,18 +83,63 @@ impl TunnelSocket {
         self.socket.writable().await
     }
 
-    /// A datagram and its sender, an IPv4 sender as such.
-    pub(super) fn try_recv(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
-        let (len, from) = self.socket.try_recv_from(buffer)?;
-        Ok((len, SocketAddr::new(from.ip().to_canonical(), from.port())))
+    /// Where the kernel tells what it has merged; one for every reader.
+    pub(super) fn control_buffer() -> Vec<u8> {
+        cmsg_space!(i32)
+    }
+
+    pub(super) fn try_recv(&self, buffer: &mut [u8], control: &mut [u8]) -> io::Result<Received> {
+        self.socket.try_io(Interest::READABLE, || {
+            let mut slices = [IoSliceMut::new(buffer)];
+            let fd = self.socket.as_raw_fd();
+            let message = recvmsg::<SockaddrStorage>(fd, &mut slices, Some(control), MsgFlags::empty())?;
+            let merged = message.cmsgs()?.find_map(|control| match control {
+                ControlMessageOwned::UdpGroSegments(stride) => usize::try_from(stride).ok(),
+                _ => None,
+            });
+            let from = message.address.as_ref().and_then(sender).ok_or(io::ErrorKind::InvalidData)?;
+            let stride = merged.unwrap_or(message.bytes).max(1);
+            Ok(Received { len: message.bytes, stride, from })
+        })
     }
 
     /// Carries a packet to a peer. Never sends an empty datagram: it would end the process of a peer of the reference system.
     pub(super) fn try_send(&self, packet: &[u8], peer: &Peer) -> io::Result<()> {
-        let to = SocketAddr::new(peer.host.into(), u16::from_be_bytes(peer.port));
-        let sent = self.socket.try_send_to(refuse_empty(packet)?, self.destination(to))?;
-        debug_assert_eq!(sent, packet.len());
-        Ok(())
+        self.socket.try_send_to(refuse_empty(packet)?, self.destination(address(peer))).map(drop)
+    }
+
+    /// Carries packets of length `stride` (the last may be shorter) to a peer, in as few calls as it takes. Returns how many were taken
+    /// and how many not.
+    pub(super) fn try_send_many(&self, packets: &[u8], stride: usize, peer: &Peer) -> (u64, u64) {
+        let to = SockaddrStorage::from(self.destination(address(peer)));
+        let at_once = (SEGMENTS_LEN / stride).clamp(1, SEGMENTS) * stride;
+        let (mut sent, mut refused) = (0, 0);
+        for chunk in packets.chunks(at_once) {
+            let count = chunk.len().div_ceil(stride) as u64;
+            match self.try_send_merged(chunk, stride, &to) {
+                Ok(()) => sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => refused += count,
+                // A path too narrow for them, or a device without checksums: one by one the kernel can still do it.
+                Err(_) => {
+                    let taken =
+                        chunk.chunks(stride).filter(|packet| self.try_send(packet, peer).is_ok()).count() as u64;
+                    sent += taken;
+                    refused += count - taken;
+                }
+            }
+        }
+        (sent, refused)
+    }
+
+    fn try_send_merged(&self, packets: &[u8], stride: usize, to: &SockaddrStorage) -> io::Result<()> {
+        let size = u16::try_from(stride).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let merge = [ControlMessage::UdpGsoSegments(&size)];
+        let control = if packets.len() > stride { &merge[..] } else { &[] };
+        let slices = [IoSlice::new(refuse_empty(packets)?)];
+        self.socket.try_io(Interest::WRITABLE, || {
+            sendmsg(self.socket.as_raw_fd(), &slices, control, MsgFlags::empty(), Some(to))?;
+            Ok(())
+        })
     }
 
     /// Sends a datagram when there is room for it.
@@ -92,6 +158,16 @@ impl TunnelSocket {
     }
 }
 
+fn address(peer: &Peer) -> SocketAddr {
+    SocketAddr::new(peer.host.into(), u16::from_be_bytes(peer.port))
+}
+
+fn sender(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| SocketAddr::V4((*v4).into()));
+    let any = v4.or_else(|| address.as_sockaddr_in6().map(|v6| SocketAddr::V6((*v6).into())))?;
+    Some(SocketAddr::new(any.ip().to_canonical(), any.port()))
+}
+
 fn refuse_empty(payload: &[u8]) -> io::Result<&[u8]> {
     if payload.is_empty() { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(payload) }
 }
@@ -106,7 +182,7 @@ mod tests {
 
     #[tokio::test]
     async fn both_families_meet_in_one_socket() {
-        let tunnel = TunnelSocket::open(0).unwrap();
+        let tunnel = TunnelSocket::open(0, true).unwrap();
         let port = tunnel.socket.local_addr().unwrap().port();
         for local in ["127.0.0.1:0", "[::1]:0"] {
             let Ok(peer) = UdpSocket::bind(local).await else { continue };
@@ -114,8 +190,11 @@ mod tests {
 
             peer.send_to(b"in", (address.ip(), port)).await.unwrap();
             let mut buffer = [0; 16];
-            let (len, from) = receive(&tunnel, &mut buffer).await;
-            assert_eq!((&buffer[..len], from), (&b"in"[..], address));
+            let received = receive(&tunnel, &mut buffer).await;
+            assert_eq!(
+                (&buffer[..received.len], received),
+                (&b"in"[..], Received { len: 2, stride: 2, from: address })
+            );
 
             let row = Peer { host: Addr::from(address.ip()), port: address.port().to_be_bytes(), ..Peer::default() };
             tunnel.writable().await.unwrap();
@@ -125,19 +204,41 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn many_packets_go_and_come_in_one_call() {
+        let (from, to) = (TunnelSocket::open(0, true).unwrap(), TunnelSocket::open(0, true).unwrap());
+        let port = to.socket.local_addr().unwrap().port();
+        let peer = Peer { host: Addr::v4([127, 0, 0, 1]), port: port.to_be_bytes(), ..Peer::default() };
+        let packets: Vec<u8> = (0..100_000).map(|i| (i / 1000) as u8).collect();
+        from.writable().await.unwrap();
+        assert_eq!(from.try_send_many(&packets[..99_500], 1000, &peer), (100, 0));
+
+        let mut buffer = vec![0; 65_535];
+        let (mut bytes, mut reads) = (Vec::new(), 0);
+        while bytes.len() < 99_500 {
+            let received = receive(&to, &mut buffer).await;
+            assert_eq!(received.stride.min(received.len), received.len.min(1000));
+            bytes.extend_from_slice(&buffer[..received.len]);
+            reads += 1;
+        }
+        assert!(bytes == packets[..99_500]);
+        assert!(reads < 100, "{reads} reads for 100 datagrams");
+    }
+
+    #[tokio::test]
     async fn never_an_empty_datagram() {
-        let tunnel = TunnelSocket::open(0).unwrap();
+        let tunnel = TunnelSocket::open(0, true).unwrap();
         let to: SocketAddr = "127.0.0.1:9".parse().unwrap();
         assert_eq!(tunnel.send(&[], to).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
         let row = Peer { host: Addr::from(to.ip()), port: [0, 9], ..Peer::default() };
         assert_eq!(tunnel.try_send(&[], &row).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(tunnel.try_send_many(&[], 1000, &row), (0, 0));
     }
 
-    async fn receive(tunnel: &TunnelSocket, buffer: &mut [u8]) -> (usize, SocketAddr) {
+    async fn receive(tunnel: &TunnelSocket, buffer: &mut [u8]) -> Received {
         tokio::time::timeout(Duration::from_secs(5), async {
             loop {
                 tunnel.readable().await.unwrap();
-                match tunnel.try_recv(buffer) {
+                match tunnel.try_recv(buffer, &mut TunnelSocket::control_buffer()) {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     other => return other.unwrap(),
                 }

@@ -33,7 +33,7 @@ impl Tun {
     /// # Errors
     /// `Unsupported` where there is no TUN driver or no permission for it.
     pub fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
-        Proxied::open(underlay, MemoryTables::default()).map(Self)
+        Proxied::open(underlay, MemoryTables::default(), true).map(Self)
     }
 }
 
@@ -94,18 +94,27 @@ pub(super) struct Proxied {
 }
 
 impl Proxied {
-    pub(super) fn open<T>(underlay: &Underlay, tables: T) -> Result<Self, DatapathError>
+    /// `merged`: see [`TunnelSocket::open`].
+    pub(super) fn open<T>(underlay: &Underlay, tables: T, merged: bool) -> Result<Self, DatapathError>
     where
         T: Projection + Send + 'static,
     {
         let device = open_device(underlay)?;
         let ifindex = device.if_index().map_err(|error| step("find TUN device", &error))?;
-        let socket = Arc::new(TunnelSocket::open(underlay.tunnel_port)?);
+        let socket = Arc::new(TunnelSocket::open(underlay.tunnel_port, merged)?);
         let counters = Arc::new(Counters::default());
         let (requests, inbox) = mpsc::channel(REQUESTS);
         let (events, outbox) = mpsc::channel(EVENTS);
-        let proxy =
-            Proxy { tables, device, socket: socket.clone(), counters: counters.clone(), events, held: Held::default() };
+        let proxy = Proxy {
+            tables,
+            device,
+            socket: socket.clone(),
+            counters: counters.clone(),
+            events,
+            held: Held::default(),
+            mtu: underlay.mtu as usize,
+            segments: Vec::new(),
+        };
         let task = tokio::spawn(proxy.run(inbox));
         Ok(Self { requests, events: Mutex::new(outbox), socket, counters, task, ifindex })
     }
@@ -167,18 +176,18 @@ fn open_device(underlay: &Underlay) -> Result<AsyncDevice, DatapathError> {
         step: "make TUN device",
         reason: format!("MTU {} is too large", underlay.mtu),
     })?;
-    let device =
-        DeviceBuilder::new().name(&underlay.tun_name).mtu(mtu).enable(true).build_async().map_err(|error| {
-            let reason = match error.raw_os_error() {
-                _ if !Path::new("/dev/net/tun").exists() => {
-                    "/dev/net/tun is missing: load the kernel module tun".into()
-                }
-                Some(libc::EPERM) => "not permitted: CAP_NET_ADMIN is needed".into(),
-                Some(libc::EBUSY) => format!("{} is in use by another process", underlay.tun_name),
-                _ => format!("{}: {error}", underlay.tun_name),
-            };
-            DatapathError::Unsupported { what: "make TUN device", reason }
-        })?;
+    let builder = DeviceBuilder::new().name(&underlay.tun_name).mtu(mtu).enable(true).with(|options| {
+        options.offload(true);
+    });
+    let device = builder.build_async().map_err(|error| DatapathError::Unsupported {
+        what: "make TUN device",
+        reason: match error.raw_os_error() {
+            _ if !Path::new("/dev/net/tun").exists() => "/dev/net/tun is missing: load the kernel module tun".into(),
+            Some(libc::EPERM) => "not permitted: CAP_NET_ADMIN is needed".into(),
+            Some(libc::EBUSY) => format!("{} is in use by another process", underlay.tun_name),
+            _ => format!("{}: {error}", underlay.tun_name),
+        },
+    })?;
     device.persist().map_err(|error| step("keep TUN device", &error))?;
     Ok(device)
 }

@@ -213,7 +213,54 @@ fn remove_filter(interface: &str, hook: Hook) {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
+    use super::super::{OBJECT, maps, pins};
     use super::*;
+    use crate::netns;
+
+    /// Kernels before 6.6.
+    #[test]
+    #[ignore = "needs root"]
+    fn without_tcx_a_filter_is_put_replaced_and_removed() {
+        let name = format!("dp-clsact-{}", std::process::id());
+        let netns = netns::ensure(&name).expect("a namespace");
+        let scratch = tempfile::tempdir().unwrap();
+        let pin_dir = scratch.path().join("bpf");
+        let result = netns::within(&netns, || {
+            tc("ip", &["link", "add", "veth.7", "type", "veth", "peer", "name", "peer"]);
+            let port = Port { name: "veth.7".into(), ifindex: nix::net::if_::if_nametoindex("veth.7").unwrap() };
+            let filters = || {
+                let shown = tc("tc", &["filter", "show", "dev", "veth.7", "ingress"]);
+                shown.lines().filter(|line| line.contains("tc_veth_ingress")).map(str::to_owned).collect::<Vec<_>>()
+            };
+            let mut seen = Vec::new();
+            for _ in 0..2 {
+                let pins = Pins::ensure(&pin_dir).unwrap();
+                let mut loader = aya::EbpfLoader::new();
+                for map in maps::PINNED {
+                    loader.map_pin_path(map, pins.map(map));
+                }
+                let mut hooks = Hooks::load(loader.load(OBJECT).expect("an eBPF object"), pins).unwrap();
+                filter(classifier(&mut hooks.programs, Hook::Veth).unwrap(), &port).unwrap();
+                drop(hooks);
+                seen.push(filters());
+            }
+            assert_eq!(seen[0].len(), 1, "one filter, and it outlives its maker: {seen:?}");
+            assert_eq!(seen[1].len(), 1, "it is replaced: {seen:?}");
+            assert_ne!(seen[0], seen[1], "by another program");
+            assert!(pins::uninstall(&pin_dir).is_empty());
+            assert_eq!(filters(), [""; 0]);
+        });
+        netns::remove(&name).unwrap();
+        result.unwrap();
+    }
+
+    fn tc(program: &str, arguments: &[&str]) -> String {
+        let output = Command::new(program).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
 
     #[test]
     fn pins_are_read_as_they_are_written() {

@@ -62,9 +62,10 @@ impl Ebpf {
         let counters = KernelCounters::open(&pins)?;
         let mut hooks = Hooks::load(programs, pins)?;
 
-        let proxied = Proxied::open(underlay, tables)?;
         hooks.attach(Hook::Uplink, &Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
         hooks.sweep(underlay.uplink_ifindex);
+        // Last: whoever falls back to TUN needs device and port for itself.
+        let proxied = Proxied::open(underlay, tables, false)?;
         Ok(Self { hooks: Mutex::new(hooks), counters, proxied })
     }
 
