@@ -64,7 +64,8 @@ struct Running {
 
 pub struct Lab {
     pub nodes: [Node; 2],
-    scratch: tempfile::TempDir,
+    /// Where the pins are; goes with the lab.
+    _scratch: tempfile::TempDir,
 }
 
 impl Lab {
@@ -84,7 +85,7 @@ impl Lab {
         ip(&["-n", &names[0], "link", "add", WIRE, "type", "veth", "peer", "name", WIRE, "netns", &names[1]]);
         let [a, b] = &names;
         let nodes = [Node::build(a, 0, addresses[0], scratch.path()), Node::build(b, 1, addresses[1], scratch.path())];
-        Self { nodes, scratch }
+        Self { nodes, _scratch: scratch }
     }
 
     /// Starts the datapaths and brings everything but services into their tables.
@@ -194,14 +195,14 @@ impl Drop for Lab {
             let errors = Netns::open(&Path::new(netns::NAMED).join(&node.name))
                 .and_then(|netns| netns.run(|| uninstall(&node.underlay.pin_dir)));
             if !thread::panicking() {
-                assert!(errors.is_ok_and(|errors| errors.is_empty()), "uninstall has left something");
+                let errors = errors.expect("enter the node's namespace");
+                assert!(errors.is_empty(), "uninstall has left something: {errors:?}");
             }
             for instance in &node.instances {
                 let _ = netns::remove(&instance.name);
             }
             let _ = netns::remove(&node.name);
         }
-        let _ = self.scratch.path();
     }
 }
 

@@ -5,7 +5,8 @@ mod lab;
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -264,16 +265,17 @@ async fn a_restart_breaks_no_connection(choice: DatapathChoice) {
     stream.set_nodelay(true).unwrap();
 
     let received = thread::spawn(move || {
-        let mut next = 0_u32;
+        let (mut next, mut count) = (0_u32, 0);
         let mut buffer = [0; 4];
         while next < DATAGRAMS && receiver.recv_from(&mut buffer).is_ok() {
             assert!(u32::from_be_bytes(buffer) >= next, "out of order or twice");
             next = u32::from_be_bytes(buffer) + 1;
-            COUNT.fetch_add(1, Relaxed);
+            count += 1;
         }
+        count
     });
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    COUNT.store(0, Relaxed);
+    let done = Arc::new(AtomicBool::new(false));
+    let finished = done.clone();
     let paced = thread::spawn(move || {
         for number in 0..DATAGRAMS {
             sender.send_to(&number.to_be_bytes(), (to.ip(), PORT + 1)).unwrap();
@@ -282,13 +284,11 @@ async fn a_restart_breaks_no_connection(choice: DatapathChoice) {
             }
         }
         // Until the receiver has seen the last one.
-        while !DONE.load(Relaxed) {
+        while !finished.load(Relaxed) {
             sender.send_to(&(DATAGRAMS - 1).to_be_bytes(), (to.ip(), PORT + 1)).unwrap();
             thread::sleep(Duration::from_millis(20));
         }
     });
-    static DONE: AtomicBool = AtomicBool::new(false);
-    DONE.store(false, Relaxed);
 
     for round in 0..3_u8 {
         lab.nodes[0].stop().await;
@@ -305,11 +305,11 @@ async fn a_restart_breaks_no_connection(choice: DatapathChoice) {
         served.read_exact(&mut buffer).expect("the connection is broken");
         assert_eq!(buffer, [round; 100]);
     }
-    tokio::task::spawn_blocking(|| received.join()).await.unwrap().unwrap();
-    DONE.store(true, Relaxed);
+    let count = tokio::task::spawn_blocking(|| received.join()).await.unwrap().unwrap();
+    done.store(true, Relaxed);
     tokio::task::spawn_blocking(|| paced.join()).await.unwrap().unwrap();
     if choice == Ebpf {
-        assert_eq!(COUNT.load(Relaxed), DATAGRAMS, "datagrams were lost: {:?}", lab.nodes[0].counters().await);
+        assert_eq!(count, DATAGRAMS, "datagrams were lost: {:?}", lab.nodes[0].counters().await);
     }
 }
 

@@ -15,7 +15,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use netmanager_common::ABI_VERSION;
-use nix::mount::{MsFlags, mount, umount};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::hooks;
@@ -89,8 +89,9 @@ pub fn uninstall(pin_dir: &Path) -> Vec<DatapathError> {
         // Names with a dot are the kernel's own.
         let others = names(&mountpoint).iter().any(|name| name != MOUNTED && !name.contains('.'));
         if !others {
-            let unmounted = fs::remove_dir(&marker).and_then(|()| Ok(umount(&mountpoint)?));
-            errors.extend(unmounted.err().map(|error| step("unmount bpffs", &mountpoint, &error)));
+            // Detached, so that a copy of the mount in somebody's namespace does not keep this one.
+            let unmounted = umount2(&mountpoint, MntFlags::MNT_DETACH);
+            errors.extend(unmounted.err().map(|error| step("unmount bpffs", &mountpoint, &error.into())));
         }
     }
     errors
