@@ -17,6 +17,7 @@ use crate::cli::StandaloneChoice;
 use crate::config::{ClusterConfig, Config, Generation, OnExit};
 use crate::control::{Cluster, Node};
 use crate::drain::Drain;
+use crate::model::NodeFacts;
 use crate::netmanager;
 use crate::runtime::Runtime;
 use crate::runtime::docker::DockerRuntime;
@@ -113,7 +114,8 @@ async fn node(
     tasks.adopt("network manager", network);
 
     let technologies = runtimes.iter().map(|runtime| runtime.technology()).collect();
-    let facts = telemetry::facts(&config.node_name, technologies);
+    let facts =
+        NodeFacts { announced_port: Some(config.announced_port), ..telemetry::facts(&config.node_name, technologies) };
     let (pace, paced) = watch::channel(telemetry::pace(config.cluster.generation));
     let (usage, sampling) = telemetry::start(reports.clone(), paced, drain.clone()).await?;
     tasks.adopt("telemetry", sampling);

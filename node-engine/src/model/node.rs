@@ -78,6 +78,8 @@ impl Subnet {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeFacts {
     pub host: String,
+    /// The port the node names as its own; nothing listens there, clusters only store it. `None`: the one upstream workers name.
+    pub announced_port: Option<u16>,
     pub kernel_version: String,
     pub os_version: String,
     /// Go style: `amd64`, `arm64`, `arm`.

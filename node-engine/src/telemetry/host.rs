@@ -104,6 +104,7 @@ fn is_own(address: &IpAddr) -> bool {
 pub(super) fn facts(node_name: &str, technologies: Vec<Technology>) -> NodeFacts {
     NodeFacts {
         host: node_name.to_owned(),
+        announced_port: None,
         kernel_version: System::kernel_version().unwrap_or_default(),
         os_version: System::long_os_version().unwrap_or_default(),
         architecture: go_architecture(std::env::consts::ARCH).to_owned(),

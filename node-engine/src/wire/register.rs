@@ -9,7 +9,7 @@ use super::table::{base_v4, subnet_v6};
 use crate::model::{Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Subnet};
 
 /// The port upstream workers name as their own. Nothing listens there; it is only stored.
-const NAMED_PORT: &str = "3000";
+const NAMED_PORT: u16 = 3000;
 
 /// The registration of clusters with HTTP: everything about the node, under the names of both telemetry dialects, with
 /// every text a text and nothing null.
@@ -18,7 +18,7 @@ struct Registration<'a> {
     host: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     ip: Option<IpAddr>,
-    port: &'static str,
+    port: String,
     system_info: SystemInfo<'a>,
     #[serde(skip_serializing_if = "str::is_empty")]
     architecture: &'a str,
@@ -44,7 +44,7 @@ pub fn registration(generation: Generation, facts: &NodeFacts, usage: &NodeUsage
     super::text(&Registration {
         host: &facts.host,
         ip,
-        port: NAMED_PORT,
+        port: facts.announced_port.unwrap_or(NAMED_PORT).to_string(),
         system_info: SystemInfo {
             kernel_version: &facts.kernel_version,
             architecture: &facts.architecture,
@@ -206,7 +206,7 @@ pub fn greeting(facts: &NodeFacts, usage: &NodeUsage, ip: Option<IpAddr>, tunnel
     super::text(&Greeting {
         host: &facts.host,
         ip: ip.map(|ip| ip.to_string()).unwrap_or_default(),
-        port: 3000,
+        port: facts.announced_port.unwrap_or(NAMED_PORT),
         technology: facts.technologies.iter().map(|technology| technology.as_str()).collect(),
         node_port: tunnel_port,
         uname: ["Linux", &facts.host, &facts.kernel_version, &facts.os_version, &facts.architecture, ""],

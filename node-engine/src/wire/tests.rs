@@ -429,6 +429,9 @@ fn registrations_pass_the_strict_schema() {
     let text = register::registration(Generation::G4, &facts(), &usage(), None);
     assert_eq!(register::read_registration(text.as_bytes()).unwrap().virtualization, ["docker", "unikernel"]);
     assert!(text.contains(r#""port":"3000""#), "{text}");
+    let named = NodeFacts { announced_port: Some(3001), ..facts() };
+    let text = register::registration(Generation::G4, &named, &usage(), None);
+    assert!(text.contains(r#""port":"3001""#), "{text}");
 }
 
 #[test]
