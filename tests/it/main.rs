@@ -30,5 +30,6 @@ mod miss;
 mod overlay;
 mod ports;
 mod restart;
+mod standalone;
 mod uninstall;
 mod update;
