@@ -11,6 +11,10 @@ use node_engine::{drain::Drain, engine};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
+/// The embedded broker calls it an error when a client hangs up; netlink's multiplexer warns of each notification that comes while
+/// its subscriber goes away.
+const QUIET: &str = "rumqttd=off,netlink_proto=error";
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let log = cli.log();
@@ -80,11 +84,10 @@ fn load(sources: &Sources) -> Result<config::Config, ConfigError> {
 
 /// Lines on the standard error: with colours on a terminal, without times where the journal adds its own.
 fn trace(log: &LogChoice, usual: &str) -> Result<(), BadFilter> {
-    // The embedded broker calls it an error when a client hangs up.
     let text = match (&log.filter, log.verbose) {
         (Some(filter), _) => filter.clone(),
-        (None, 0) => format!("{usual},rumqttd=off"),
-        (None, 1) => "info,rumqttd=off,node_engine=debug".into(),
+        (None, 0) => format!("{usual},{QUIET}"),
+        (None, 1) => format!("info,{QUIET},node_engine=debug"),
         (None, 2) => "debug,node_engine=trace".into(),
         (None, _) => "trace".into(),
     };

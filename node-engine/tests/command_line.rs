@@ -94,6 +94,50 @@ fn a_cluster_without_a_node_is_started_asked_and_stopped() {
     assert_eq!(ask(&["status"]).status.code(), Some(1));
 }
 
+#[test]
+fn the_service_manager_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    manager.set_read_timeout(Some(PATIENCE)).unwrap();
+    let told = || {
+        let mut buffer = [0; 256];
+        let length = manager.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    let mut command = standalone(dir.path());
+    command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "400000");
+    let daemon = Daemon::spawn(command, dir.path());
+    assert!(told().starts_with("READY=1\n"));
+    assert_eq!(told(), "WATCHDOG=1\n");
+    assert_eq!(told(), "WATCHDOG=1\n");
+    assert_eq!(daemon.stop(), Some(0));
+    while !told().starts_with("STOPPING=1\n") {}
+}
+
+#[test]
+#[ignore = "needs root"]
+fn another_user_is_not_answered() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let dir = tempfile::tempdir().unwrap();
+    let open = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+    open(dir.path());
+    let _daemon = Daemon::start(dir.path());
+    // Where nobody can reach it.
+    let binary = dir.path().join("node-engine");
+    std::fs::copy(env!("CARGO_BIN_EXE_node-engine"), &binary).unwrap();
+    let status = || {
+        let mut command = Command::new(&binary);
+        command.env_clear().uid(65534).gid(65534).arg("--socket").arg(dir.path().join("run/api.sock")).arg("status");
+        String::from_utf8_lossy(&command.output().unwrap().stderr).into_owned()
+    };
+    assert!(status().contains("belongs to another user: use sudo"), "{}", status());
+    // Even a socket whose mode somebody has changed.
+    open(&dir.path().join("run/api.sock"));
+    assert!(status().contains("broke off"), "{}", status());
+}
+
 fn standalone(dir: &Path) -> Command {
     let mut command = program();
     command.args(["standalone", "--no-node", "--listen", "127.0.0.1"]);
@@ -111,7 +155,11 @@ struct Daemon {
 impl Daemon {
     /// Returns when the local API answers.
     fn start(dir: &Path) -> Self {
-        let mut child = standalone(dir).stderr(Stdio::piped()).spawn().unwrap();
+        Self::spawn(standalone(dir), dir)
+    }
+
+    fn spawn(mut command: Command, dir: &Path) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let stderr = child.stderr.take().unwrap();
         let (said, lines) = mpsc::channel();
         std::thread::spawn(move || {

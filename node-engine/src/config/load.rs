@@ -14,7 +14,8 @@ use super::settings::{Draft, SETTINGS, Setting};
 pub const DEFAULT_FILE: &str = "/etc/node-engine/config.toml";
 
 /// Variables of ours that are not settings of the daemon.
-const OTHER_VARIABLES: [&str; 3] = ["NODE_ENGINE_CONFIG", "NODE_ENGINE_LOG", "NODE_ENGINE_SOCKET"];
+const OTHER_VARIABLES: [&str; 5] =
+    ["NODE_ENGINE_BINARY", "NODE_ENGINE_CONFIG", "NODE_ENGINE_EBPF_OBJECT", "NODE_ENGINE_LOG", "NODE_ENGINE_SOCKET"];
 
 /// Where the configuration comes from.
 #[derive(Debug)]
