@@ -1,11 +1,13 @@
 //! A switch with hosts on it: one IPv4 and one IPv6 network, each host with an `eth0` that can be unplugged.
 
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::host::Host;
 use crate::process::{in_network, ip};
+use crate::wait;
 
 /// IPv4 address of the machine that is the switch: the cluster, and the outside world to the nodes.
 pub const CLUSTER: &str = "198.18.0.254";
@@ -50,7 +52,10 @@ impl Lan {
         ] {
             ip(host.pid(), &arguments)?;
         }
-        Ok(())
+        // The link-local address comes by itself, a moment after the link is up at both ends.
+        wait::until_true("eth0 has its link-local address", Duration::from_secs(10), || {
+            Ok(ip(host.pid(), "-6 -oneline address show dev eth0 scope link -tentative")?.contains("fe80::"))
+        })
     }
 
     /// Unplugs the host's cable, or plugs it in again.
@@ -76,7 +81,7 @@ impl Lan {
     fn wait_for_namespace(&self) -> Result<()> {
         let own = std::fs::read_link("/proc/self/ns/net")?;
         let theirs = format!("/proc/{}/ns/net", self.holder.id());
-        crate::wait::until_true("the switch has its namespace", std::time::Duration::from_secs(5), || {
+        wait::until_true("the switch has its namespace", Duration::from_secs(5), || {
             Ok(std::fs::read_link(&theirs)? != own)
         })
     }

@@ -61,6 +61,11 @@ fn show() -> Result<std::path::PathBuf> {
     }
 
     step("Requests a second by service address (connect, ask, read, close; one after the other)");
+    if cfg!(debug_assertions) {
+        say(
+            "this is a debug build: the kernel's path does not care, the TUN path is several times slower than it can be",
+        );
+    }
     let best = measure(&lab, &client, to)?;
     if best == "ebpf" {
         for node in &mut lab.nodes {
