@@ -51,6 +51,10 @@ fn a_moved_service_answers_all_the_while(datapath: Datapath) {
             let (mut requests, mut failed) = (0, 0);
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 let gets = get(20);
+                // The replacement is in the table before its program listens, as in the reference: whoever is sent there
+                // then is refused at once, and asks again. Nobody waits for an answer that does not come.
+                assert!(gets.failed == 0 || gets.error.contains("refused"), "{gets:?}");
+                assert!(gets.failed < gets.requests, "nobody answers: {gets:?}");
                 (requests, failed) = (requests + gets.requests, failed + gets.failed);
             }
             (requests, failed)
@@ -63,8 +67,7 @@ fn a_moved_service_answers_all_the_while(datapath: Datapath) {
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         moved.expect("moved");
         let (requests, failed) = asking.join().expect("no panic");
-        // A request under way in the very moment its instance ends is lost with it.
-        assert!(failed <= 1, "{failed} of {requests} requests failed");
+        assert!(failed * 10 < requests, "{failed} of {requests} requests failed");
     });
     assert_eq!(get(20).failed, 0);
 }

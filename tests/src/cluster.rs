@@ -95,7 +95,7 @@ pub struct Deploy<'a> {
 
 impl Cluster {
     /// Starts it on the switch and waits until it answers.
-    pub fn start(scratch: &Scratch, lan: &Lan, broker: Broker) -> Result<Self> {
+    pub fn start(scratch: &Scratch, lan: &Lan, broker: Broker, options: &[&str]) -> Result<Self> {
         let directory = scratch.directory("cluster")?;
         let network = lan.pid();
         let log = File::create(directory.join("node-engine.log")).context("cannot make the cluster's log")?;
@@ -109,6 +109,7 @@ impl Cluster {
         if mosquitto.is_some() {
             command.args(["--broker", &format!("127.0.0.1:{BROKER_PORT}")]);
         }
+        command.args(options);
         let daemon = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the cluster's log")?)

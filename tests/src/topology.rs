@@ -20,11 +20,13 @@ pub struct Plan<'a> {
     pub broker: Broker,
     /// Further arguments of every node's daemon.
     pub options: &'a [&'a str],
+    /// Further arguments of the cluster.
+    pub cluster_options: &'a [&'a str],
 }
 
 impl Plan<'_> {
     pub fn new(nodes: u8, datapath: Datapath) -> Self {
-        Self { nodes, datapath, broker: Broker::Embedded, options: &[] }
+        Self { nodes, datapath, broker: Broker::Embedded, options: &[], cluster_options: &[] }
     }
 }
 
@@ -54,7 +56,7 @@ impl Lab {
     pub fn prepare(plan: &Plan<'_>) -> Result<Self> {
         let scratch = Scratch::new()?;
         let lan = Lan::new()?;
-        let cluster = Cluster::start(&scratch, &lan, plan.broker)?;
+        let cluster = Cluster::start(&scratch, &lan, plan.broker, plan.cluster_options)?;
         let hosts: Vec<Result<Host>> = thread::scope(|scope| {
             let boots: Vec<_> = (1..=plan.nodes)
                 .map(|number| {
