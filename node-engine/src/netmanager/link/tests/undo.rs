@@ -13,14 +13,14 @@ fn busy_host(label: &str) -> Host {
     host.namespace.write("net/ipv4/conf/lk-up/forwarding", "1");
     host.namespace.write("net/ipv6/conf/lk-up/forwarding", "1");
     host.namespace.write("net/ipv6/conf/lk-up/accept_ra", "1");
-    // Settings of the TUN device go with the device, which is the datapath's.
-    host.namespace.write(&format!("net/ipv4/conf/{TUN}/rp_filter"), "2");
-    host.namespace.write(&format!("net/ipv6/conf/{TUN}/accept_ra"), "0");
-    host.namespace.exec(&format!("ip link set {TUN} up"));
-    // Its first IPv6 address brings the device a multicast route that stays.
-    host.namespace.exec(&format!("ip addr add fe80::77/64 dev {TUN} nodad"));
-    wait_until("the address is in use", || host.namespace.exec("ip -6 route show table local").contains("fe80::77"));
+    // The datapath makes the device, and `uninstall` removes it: before and after there is none.
+    host.namespace.exec(&format!("ip link del {TUN}"));
     host
+}
+
+/// What the datapath has done before the links are made.
+fn make_tun(host: &Host) {
+    host.namespace.exec(&format!("ip tuntap add {TUN} mode tun"));
 }
 
 /// Everything this module can make, in the order a node makes it.
@@ -37,6 +37,7 @@ fn doing_it_twice_changes_nothing_and_undoing_it_leaves_nothing() {
     let host = busy_host("undo");
     let instance = Namespace::new("in");
     let before = (host.namespace.snapshot(), instance.snapshot());
+    make_tun(&host);
     let path = &instance.path;
     let once = || host.links(|links| async move { set_up(&links, path).await.expect("set up") });
     once();
@@ -71,6 +72,7 @@ fn a_kill_after_any_note_leaves_what_can_be_undone() {
     let mut notes = 0;
     loop {
         notes += 1;
+        make_tun(&host);
         let done = host.links(|links| async move {
             links.journal().stop_after(notes);
             set_up(&links, path).await
@@ -91,6 +93,7 @@ fn a_kill_after_any_note_leaves_what_can_be_undone() {
 #[ignore = "needs root"]
 fn what_others_removed_or_changed_since_is_left_to_them() {
     let host = busy_host("since");
+    make_tun(&host);
     let instance = Namespace::new("in");
     let path = &instance.path;
     host.links(|links| async move { set_up(&links, path).await.expect("set up") });
