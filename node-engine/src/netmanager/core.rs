@@ -423,6 +423,7 @@ impl Core {
             DatapathEvent::Control { from, payload } => {
                 let greetings = self.greetings.receive(from, &payload, self.now);
                 self.greet(greetings, out);
+                self.greet_who_is_due(out);
             }
             // The actor's.
             DatapathEvent::Failed(_) => {}
@@ -435,8 +436,7 @@ impl Core {
         let jitter = self.random();
         let outcomes = self.interests.tick(jitter, self.now);
         self.pursue(outcomes, out);
-        let greetings = self.greetings.tick(self.now);
-        self.greet(greetings, out);
+        self.greet_who_is_due(out);
         for id in self.due_for_own_address() {
             let outcomes = self.interests.changed(&id.service, self.now);
             self.pursue(outcomes, out);
@@ -608,6 +608,7 @@ impl Core {
                 self.meet(number, peer.host, u16::from_be_bytes(peer.port), peer.flags & PEER_OURS != 0, out);
             }
         }
+        self.greet_who_is_due(out);
         if went {
             let present: BTreeSet<Addr> = self.table.peers().map(|(_, peer)| peer.host).collect();
             self.ways.retain(|host| present.contains(host));
@@ -619,6 +620,11 @@ impl Core {
         if self.ways.insert(host) {
             out.push(Effect::FindWays(vec![host.into()]));
         }
+    }
+
+    fn greet_who_is_due(&mut self, out: &mut Vec<Effect>) {
+        let due = self.greetings.tick(self.now);
+        self.greet(due, out);
     }
 
     fn greet(&mut self, greetings: Vec<Greeting>, out: &mut Vec<Effect>) {

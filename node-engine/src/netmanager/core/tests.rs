@@ -209,7 +209,10 @@ fn miss_is_asked_answered_and_applied() {
     assert_eq!(lab.datapath(DatapathEvent::UnknownService(vip)), ["report TableQuery Address 10.30.9.0"]);
     assert_eq!(lab.datapath(DatapathEvent::UnknownService(vip)), [] as [&str; 0]);
     let effects = lab.command(Command::Table(answer(Some(Query::Address(vip.into())), &[row(0, 2)])));
-    assert_eq!(effects, ["apply peers slots services", "ways 192.0.2.2", "report InterestAdd web"]);
+    assert_eq!(
+        effects,
+        ["apply peers slots services", "ways 192.0.2.2", "control 192.0.2.2:50103", "report InterestAdd web"]
+    );
     let way = Way { source: ip("192.0.2.1"), ifindex: 3 };
     assert_eq!(lab.effects(Event::Ways(vec![("192.0.2.2".parse().unwrap(), way)])), ["apply peers"]);
     assert_eq!(lab.command(Command::ServiceChanged(name())), ["report TableQuery Name web"]);
@@ -257,8 +260,8 @@ fn own_address_is_asked_for_until_it_is_known() {
 fn peer_that_answers_a_hello_is_ours() {
     let mut lab = Lab::ready();
     lab.datapath(DatapathEvent::UnknownService(ip("10.30.9.0")));
-    lab.command(Command::Table(answer(Some(Query::Address(ip("10.30.9.0").into())), &[row(0, 2)])));
-    let effects = lab.core.handle(Event::Tick, lab.now);
+    let rows = answer(Some(Query::Address(ip("10.30.9.0").into())), &[row(0, 2)]);
+    let effects = lab.core.handle(Event::Command(Command::Table(rows)), lab.now);
     let hello = effects.iter().find_map(|effect| match effect {
         Effect::SendControl(to, payload) => Some((*to, Hello::decode(payload).unwrap())),
         _ => None,

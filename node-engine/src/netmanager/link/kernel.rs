@@ -5,8 +5,9 @@ use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
 
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -15,15 +16,22 @@ use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, Ro
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 use rtnetlink::{AddressMessageBuilder, Error, Handle, LinkUnspec, RouteMessageBuilder};
+use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
 use super::LinkError;
+
+/// A list that the kernel cannot give now is asked for again so often, and so much later.
+const LIST_TRIES: usize = 20;
+const LIST_PAUSE: Duration = Duration::from_millis(5);
 
 /// A route socket. The namespace it was opened in is the one it speaks of.
 #[derive(Debug)]
 pub(super) struct Netlink {
     handle: Handle,
     pump: AbortHandle,
+    /// Held while a list is read: the kernel serves one list a socket and refuses another meanwhile.
+    listing: Mutex<()>,
 }
 
 /// An interface, as far as we care.
@@ -61,7 +69,7 @@ impl Netlink {
     pub(super) fn open() -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
         let pump = tokio::spawn(connection).abort_handle();
-        Ok(Self { handle, pump })
+        Ok(Self { handle, pump, listing: Mutex::default() })
     }
 
     pub(super) async fn link(&self, name: &str) -> Result<Option<LinkState>, LinkError> {
@@ -83,8 +91,25 @@ impl Netlink {
     }
 
     pub(super) async fn links(&self) -> Result<Vec<LinkState>, LinkError> {
-        let links: Result<Vec<_>, _> = self.handle.link().get().execute().map_ok(LinkState::from).try_collect().await;
-        links.map_err(|error| failed("list", "links", &error))
+        let links = self.list(|| self.handle.link().get().execute()).await;
+        Ok(links.map_err(|error| failed("list", "links", &error))?.into_iter().map(LinkState::from).collect())
+    }
+
+    /// Reads a whole list, again where it was still busy with one that nobody waits for any more, or changed meanwhile.
+    async fn list<T, S>(&self, request: impl Fn() -> S) -> Result<Vec<T>, Error>
+    where
+        S: Stream<Item = Result<T, Error>>,
+    {
+        let _alone = self.listing.lock().await;
+        for _ in 0..LIST_TRIES {
+            match request().try_collect().await {
+                Err(error) if matches!(errno(&error), Some(Errno::EBUSY | Errno::EINTR)) => {
+                    tokio::time::sleep(LIST_PAUSE).await
+                }
+                result => return result,
+            }
+        }
+        request().try_collect().await
     }
 
     pub(super) async fn create(&self, name: &str, link: LinkMessage) -> Result<(), LinkError> {
@@ -134,8 +159,7 @@ impl Netlink {
 
     /// Addresses with their prefix lengths; link-local ones are the kernel's own affair and left out.
     pub(super) async fn addresses(&self, link: u32) -> Result<Vec<(IpAddr, u8)>, LinkError> {
-        let addresses: Result<Vec<_>, _> =
-            self.handle.address().get().set_link_index_filter(link).execute().try_collect().await;
+        let addresses = self.list(|| self.handle.address().get().set_link_index_filter(link).execute()).await;
         let addresses = addresses.map_err(|error| failed("list addresses of link", link, &error))?;
         Ok(addresses
             .iter()
@@ -185,7 +209,7 @@ impl Netlink {
     pub(super) async fn routes(&self, v6: bool) -> Result<Vec<RouteState>, LinkError> {
         let mut message = RouteMessage::default();
         message.header.address_family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
-        let routes: Result<Vec<_>, _> = self.handle.route().get(message).execute().try_collect().await;
+        let routes = self.list(|| self.handle.route().get(message.clone()).execute()).await;
         Ok(routes.map_err(|error| failed("list", "routes", &error))?.iter().map(RouteState::from).collect())
     }
 
