@@ -33,8 +33,8 @@ const MAX_LEN: usize = 1_024;
 /// After the first, a hello is repeated so long after the last while there is no answer; then at `PERIOD`.
 const RETRIES: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
 const PERIOD: Duration = Duration::from_secs(60);
-/// No two hellos to one peer are closer than this, whatever it sends.
-const PAUSE: Duration = Duration::from_millis(50);
+/// A peer's hellos draw no more than one of ours in this time.
+const PAUSE: Duration = Duration::from_millis(500);
 /// A peer that has not answered for so long is not known to be ours any more.
 const SILENCE: Duration = Duration::from_secs(3 * 60);
 
@@ -141,8 +141,8 @@ struct Greeting {
     to: SocketAddr,
     token: u64,
     ours: bool,
-    /// When the last hello went out.
-    said: Duration,
+    /// When theirs last made us say ours again.
+    returned: Option<Duration>,
     /// Hellos without an answer since the last answer.
     unanswered: usize,
     next: Duration,
@@ -177,7 +177,7 @@ impl Greetings {
         }
         self.secret = self.secret.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let token = scramble(self.secret);
-        let greeting = Greeting { to, token, ours, said: now, unanswered: 0, next: now, heard: now };
+        let greeting = Greeting { to, token, ours, returned: None, unanswered: 0, next: now, heard: now };
         self.peers.insert(peer, greeting);
     }
 
@@ -196,7 +196,6 @@ impl Greetings {
             if greeting.next <= now {
                 greeting.next = now + RETRIES.get(greeting.unanswered).copied().unwrap_or(PERIOD);
                 greeting.unanswered += 1;
-                greeting.said = now;
                 let payload = Hello::new(Kind::Hello, greeting.token).encode();
                 outcomes.push(Outcome::Send { to: greeting.to, payload });
             }
@@ -213,8 +212,9 @@ impl Greetings {
             Kind::Hello => {
                 let Some((_, greeting)) = known.next() else { return Vec::new() };
                 // Whoever says hello has just started, or has just heard of us: it will answer now.
-                if !greeting.ours {
-                    greeting.next = greeting.next.min(greeting.said + PAUSE).max(now);
+                if !greeting.ours && greeting.returned.is_none_or(|returned| now.saturating_sub(returned) >= PAUSE) {
+                    greeting.returned = Some(now);
+                    greeting.next = now;
                     greeting.unanswered = greeting.unanswered.min(1);
                 }
                 vec![Outcome::Send { to: from, payload: Hello::new(Kind::Answer, hello.token).encode() }]
@@ -331,12 +331,11 @@ mod tests {
         greetings.learn(4, peer(), false, at(0));
         assert_eq!(hellos(&greetings.tick(at(0))).len(), 1);
         let theirs = Hello::new(Kind::Hello, 77).encode();
-        for milliseconds in [10, 20, 49] {
+        for (milliseconds, said) in [(10, 1), (20, 0), (509, 0), (510, 1), (511, 0)] {
             let now = Duration::from_millis(milliseconds);
             greetings.receive(peer(), &theirs, now);
-            assert_eq!(greetings.tick(now), [], "no flood can be drawn from us");
+            assert_eq!(hellos(&greetings.tick(now)).len(), said, "no flood can be drawn from us");
         }
-        assert_eq!(hellos(&greetings.tick(Duration::from_millis(50))).len(), 1);
     }
 
     #[test]
