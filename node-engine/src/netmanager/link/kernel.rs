@@ -104,7 +104,7 @@ impl Netlink {
         for _ in 0..LIST_TRIES {
             match request().try_collect().await {
                 Err(error) if matches!(errno(&error), Some(Errno::EBUSY | Errno::EINTR)) => {
-                    tokio::time::sleep(LIST_PAUSE).await
+                    tokio::time::sleep(LIST_PAUSE).await;
                 }
                 result => return result,
             }
