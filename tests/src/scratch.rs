@@ -1,16 +1,21 @@
 //! Directories of a run, and what becomes of them when it is killed.
 //!
-//! Each run has a directory that it holds locked; one that nobody holds belongs to a run that was killed, and goes.
+//! Each run has a directory `<name>` and holds the lock `<name>.lock` beside it; a directory whose lock nobody holds belongs to a
+//! run that was killed, and goes.
 
 use std::env;
 use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
+
+use crate::wait;
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
 
@@ -28,8 +33,9 @@ impl Scratch {
         clean()?;
         let name = format!("{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = base().join(&name);
-        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::create_dir_all(base()).with_context(|| format!("cannot make {}", base().display()))?;
         let lock = lock(&path)?.with_context(|| format!("{} is held by another run", path.display()))?;
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
         Ok(Self { path, name, _lock: lock })
     }
 
@@ -66,7 +72,7 @@ pub fn clean() -> Result<Vec<PathBuf>> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(removed),
         Err(error) => return Err(error).with_context(|| format!("cannot read {}", base().display())),
     };
-    for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.join("lock").exists()) {
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()) {
         if let Some(_lock) = lock(&path)? {
             remove(&path)?;
             removed.push(path);
@@ -84,31 +90,37 @@ fn base() -> PathBuf {
     env::var_os("NODE_ENGINE_LAB_DIR").map_or_else(|| env::temp_dir().join("node-engine-lab"), PathBuf::from)
 }
 
-fn lock(path: &Path) -> Result<Option<Flock<File>>> {
-    // A directory that another run removes at this moment is no one's either.
-    let file = match File::create(path.join("lock")) {
-        Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("cannot lock {}", path.display())),
-    };
-    Ok(Flock::lock(file, FlockArg::LockExclusiveNonblock).ok())
+/// Where the lock of a directory is: beside it, so that it is there until the directory is not.
+fn lock_file(path: &Path) -> PathBuf {
+    path.with_extension("lock")
 }
 
-/// The directory and the control groups of its hosts. The processes in them are dead or dying: their namespace's init is.
+/// `None` where somebody else holds it, or has just removed what it is for.
+fn lock(path: &Path) -> Result<Option<Flock<File>>> {
+    let name = lock_file(path);
+    let file = File::create(&name).with_context(|| format!("cannot make {}", name.display()))?;
+    let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(None) };
+    let still_there = lock.metadata().context("cannot look at a lock")?.nlink() > 0;
+    Ok(still_there.then_some(lock))
+}
+
+/// The directory, the control groups of its hosts and its lock, which the caller holds. The processes in the groups are dead or
+/// dying: their namespace's init is.
 fn remove(path: &Path) -> Result<()> {
     if let Some(run) = path.file_name().and_then(|name| name.to_str()) {
-        crate::wait::until_true(
-            "control groups of dead hosts are removed",
-            std::time::Duration::from_secs(10),
-            || Ok(remove_groups(Path::new("/sys/fs/cgroup"), &format!("lab-{run}-"), 2)),
-        )?;
+        wait::until_true("control groups of dead hosts are removed", Duration::from_secs(10), || {
+            Ok(remove_groups(Path::new("/sys/fs/cgroup"), &format!("lab-{run}-"), 2))
+        })?;
     }
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+    for result in [fs::remove_dir_all(path), fs::remove_file(lock_file(path))] {
+        match result {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", path.display()));
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Removes the groups whose name begins so; false if one is still in use.

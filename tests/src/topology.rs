@@ -56,21 +56,21 @@ impl Lab {
     pub fn prepare(plan: &Plan<'_>) -> Result<Self> {
         let scratch = Scratch::new()?;
         let lan = Lan::new()?;
-        let cluster = Cluster::start(&scratch, &lan, plan.broker, plan.cluster_options)?;
-        let hosts: Vec<Result<Host>> = thread::scope(|scope| {
+        let (cluster, hosts) = thread::scope(|scope| {
             let boots: Vec<_> = (1..=plan.nodes)
                 .map(|number| {
-                    scope.spawn({
-                        let scratch = &scratch;
-                        move || boot(scratch, number)
-                    })
+                    let scratch = &scratch;
+                    scope.spawn(move || boot(scratch, number))
                 })
                 .collect();
-            boots
+            let cluster = Cluster::start(&scratch, &lan, plan.broker, plan.cluster_options);
+            let hosts: Vec<Result<Host>> = boots
                 .into_iter()
                 .map(|boot| boot.join().unwrap_or_else(|_| Err(anyhow!("a host's boot panicked"))))
-                .collect()
+                .collect();
+            (cluster, hosts)
         });
+        let cluster = cluster?;
         let mut nodes = Vec::new();
         for (host, number) in hosts.into_iter().zip(1..) {
             let host = host?;
