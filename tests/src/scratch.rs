@@ -30,7 +30,9 @@ pub struct Scratch {
 impl Scratch {
     /// A new directory; those of killed runs are removed first.
     pub fn new() -> Result<Self> {
-        clean()?;
+        if let Err(error) = clean() {
+            eprintln!("what a killed run has left stays: {error:#}");
+        }
         let name = format!("{}-{}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = base().join(&name);
         fs::create_dir_all(base()).with_context(|| format!("cannot make {}", base().display()))?;
@@ -87,7 +89,7 @@ pub fn control_group(run: &str, host: &str) -> String {
 }
 
 fn base() -> PathBuf {
-    env::var_os("NODE_ENGINE_LAB_DIR").map_or_else(|| env::temp_dir().join("node-engine-lab"), PathBuf::from)
+    env::var_os("NODE_ENGINE_LAB_DIR").map_or_else(|| env::temp_dir().join("node-engine-labs"), PathBuf::from)
 }
 
 /// Where the lock of a directory is: beside it, so that it is there until the directory is not.
