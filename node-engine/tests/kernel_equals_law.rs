@@ -126,8 +126,8 @@ fn expectation(
     after: &[u8],
     arrived: &[u8],
 ) -> (u32, Vec<u8>) {
-    // Neither IPv4 nor IPv6: the programs leave it to the ordinary path before they ask the law.
-    if matches!(direction, Direction::Inbound(_)) && packet.first().is_none_or(|first| !matches!(first >> 4, 4 | 6)) {
+    // Neither IPv4 nor IPv6, or not one whole packet: the program leaves it to the socket before it asks the law.
+    if matches!(direction, Direction::Inbound(_)) && claimed_len(packet) != Some(packet.len() as u16) {
         return (PASS, arrived.to_vec());
     }
     match verdict {
@@ -147,6 +147,15 @@ fn expectation(
             frame.extend(after);
             (REDIRECTED, frame)
         }
+    }
+}
+
+/// The length that the packet's own header says, as the program reads it.
+fn claimed_len(packet: &[u8]) -> Option<u16> {
+    match *packet.first_chunk::<6>()? {
+        [first, _, a, b, ..] if first >> 4 == 4 => Some(u16::from_be_bytes([a, b])),
+        [first, _, _, _, a, b] if first >> 4 == 6 => Some(u16::from_be_bytes([a, b]).wrapping_add(40)),
+        _ => None,
     }
 }
 

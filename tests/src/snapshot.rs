@@ -37,6 +37,7 @@ impl Snapshot {
             ),
             ("program", "bpftool -j net show"),
             ("container", "docker ps --all --no-trunc --format '{{.ID}} {{.Names}}'"),
+            ("image", "docker images --all --no-trunc --format '{{.ID}} {{.Repository}}:{{.Tag}}'"),
             ("network", "docker network ls --no-trunc --format '{{.ID}} {{.Name}}'"),
             (
                 "sysctl",

@@ -86,6 +86,9 @@ async fn workloads(config: &Config, left: &mut Vec<String>) {
             left.push(format!("{} ({error})", adopted.instance));
         }
     }
+    if let Err(error) = docker.remove_sandbox_image().await {
+        left.push(format!("the sandbox image ({error})"));
+    }
 }
 
 fn directory(what: &str, path: &Path, left: &mut Vec<String>) {

@@ -2,7 +2,7 @@
 
 use bollard::Docker;
 use bollard::errors::Error;
-use bollard::query_parameters::CreateImageOptions;
+use bollard::query_parameters::{CreateImageOptions, RemoveImageOptions};
 use futures_util::TryStreamExt;
 
 use super::client::{Client, not_found};
@@ -56,6 +56,15 @@ pub(super) async fn ensure_pause(client: &Client) -> Result<(), RuntimeError> {
     let import = docker.create_image(Some(options), Some(bollard::body_full(root_fs.into())), None);
     let import = import.try_for_each(|_| async { Ok(()) }).await;
     import.map_err(|error| client.failed("import the sandbox image", error))
+}
+
+/// Removes the sandbox image. That it is not there is a success.
+pub(super) async fn remove_pause(client: &Client) -> Result<(), RuntimeError> {
+    let docker = client.get().await?;
+    match docker.remove_image(PAUSE, None::<RemoveImageOptions>, None).await {
+        Err(error) if !not_found(&error) => Err(client.failed("remove the sandbox image", error)),
+        _ => Ok(()),
+    }
 }
 
 async fn pull(client: &Client, docker: &Docker, reference: &str, platform: Option<&str>) -> Result<(), RuntimeError> {

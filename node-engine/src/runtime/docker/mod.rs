@@ -80,6 +80,16 @@ impl DockerRuntime {
         let watch = tokio::spawn(watch::run(inner.clone(), exits));
         Ok(Self { inner, exits: tokio::sync::Mutex::new(exited), _watch: AbortOnDropHandle::new(watch) })
     }
+
+    /// Removes the image that sandboxes are made from: the last thing of ours that Docker holds when every instance is stopped.
+    /// Repeatable.
+    ///
+    /// # Errors
+    /// If a container still uses it.
+    pub async fn remove_sandbox_image(&self) -> Result<(), RuntimeError> {
+        let _alone = self.inner.importing.lock().await;
+        image::remove_pause(&self.inner.client).await
+    }
 }
 
 #[async_trait]
