@@ -23,6 +23,8 @@ pub struct Config {
     pub slow_ifindex: u32,
     /// Bits of `CONFIG_*`.
     pub flags: u32,
+    /// Raised after every change of this row, of an endpoint, or of what a peer takes: what a flow has noted of them is void then.
+    pub epoch: u32,
 }
 
 /// Accept any inner source from any outer source (senders behind NAT).
@@ -99,6 +101,32 @@ pub struct Peer {
     pub flags: u32,
 }
 
+/// How a peer's frames leave, found out by the kernel's own tables and trusted for a moment. Index: peer number.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Of which peer it is: the last word of its address.
+    pub host: [u8; 4],
+    /// The clock's jiffies (lower half) when it has to be asked for again.
+    pub until: u32,
+    /// All zero: the kernel did not know it.
+    pub macs: Macs,
+}
+
+impl Neighbour {
+    #[inline(always)]
+    pub fn found(&self) -> bool {
+        self.macs.destination != [0; 6]
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Macs {
+    pub destination: [u8; 6],
+    pub source: [u8; 6],
+}
+
 /// The peer has said hello: it is one of ours, and takes more than TCP and UDP.
 pub const PEER_OURS: u32 = 1;
 
@@ -112,55 +140,65 @@ pub struct Endpoint {
     pub ifindex: u32,
     /// MAC of the container end.
     pub mac: [u8; 6],
-    pub _pad: [u8; 2],
+    /// Index into the accounts of flows; 0: none, it opens as many as there is room for.
+    pub account: u16,
 }
 
-/// Key of a flow from an instance on this node to a semantic address.
+/// Key of a flow in one direction, as its packets arrive: from an instance here, or through the tunnel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FlowKey {
-    /// Namespace address of the sender.
+    /// A namespace address here, or the instance address of who sends from elsewhere.
     pub source: Addr,
-    /// The semantic address it uses.
-    pub service: Addr,
-    /// Network order; an echo's identifier for ICMP.
+    /// A service address, or a namespace address here.
+    pub destination: Addr,
+    /// Network order; an echo request's identifier, 0 of a reply.
     pub source_port: [u8; 2],
-    /// Network order; 0 for ICMP.
-    pub service_port: [u8; 2],
+    /// Network order; an echo reply's identifier, 0 of a request.
+    pub destination_port: [u8; 2],
     pub protocol: u8,
     pub _pad: [u8; 3],
 }
 
-/// The instance a flow has chosen; void once the slot's generation differs.
+/// All that the next packet of a flow needs. Void once the slot's generation or the configuration's epoch differs; then what it notes
+/// of ports is read again, and its instance stays while that lives.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
+    /// Who gets the packets of an instance here; who sends those that come through the tunnel.
     pub slot: u32,
     pub generation: u32,
+    /// The configuration's, when `port`, `ifindex` and `mac` were read.
+    pub epoch: u32,
+    /// The interface by which the packets must come in; 0: the tunnel.
+    pub port: u32,
+    /// Where they are delivered, and the receiver's MAC; 0: not here.
+    pub ifindex: u32,
+    pub mac: [u8; 6],
+    /// On whose account the row is: the endpoint's that opened the flow.
+    pub account: u16,
+    /// The source address that the receiver sees; [`Addr::NONE`]: the one that the packet has.
+    pub source: Addr,
+    /// When a packet was last seen: the `CLOCK`'s seconds.
+    pub seen: u32,
+    /// One of `FLOW_*`.
+    pub kind: u8,
+    /// Bits of `FLOW_SEEN` and `FLOW_CLOSING`.
+    pub state: u8,
+    pub _pad: [u8; 2],
 }
 
-/// Key under which a reply regains the service address its client used. `peer` is [`Addr::NONE`] in the first row of a
-/// port pair, and the replying instance's address where a second service shares the same ports.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ReplyKey {
-    /// Namespace address of the client.
-    pub client: Addr,
-    pub peer: Addr,
-    pub client_port: [u8; 2],
-    pub service_port: [u8; 2],
-    pub protocol: u8,
-    pub _pad: [u8; 3],
-}
+/// A packet came on an existing row; on that of replies: somebody has answered.
+pub const FLOW_SEEN: u8 = 1;
+/// TCP has said FIN or RST.
+pub const FLOW_CLOSING: u8 = 2;
 
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reply {
-    /// The address the client thinks it talks to.
-    pub service: Addr,
-    /// Who really answers: the chosen instance's instance address.
-    pub peer: Addr,
-}
+/// Can be found out anew at any time: it only saves look-ups.
+pub const FLOW_CACHED: u8 = 0;
+/// An instance was chosen, and stays.
+pub const FLOW_CHOSEN: u8 = 1;
+/// What comes back on a chosen flow, and regains its service address.
+pub const FLOW_REPLY: u8 = 2;
 
 macro_rules! layouts {
     ($($name:ident = $size:literal),* $(,)?) => {
@@ -175,6 +213,5 @@ macro_rules! layouts {
 }
 
 layouts! {
-    Addr = 16, Config = 96, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Endpoint = 28, FlowKey = 40, Flow = 8,
-    ReplyKey = 40, Reply = 32,
+    Addr = 16, Config = 100, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52,
 }

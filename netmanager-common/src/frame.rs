@@ -54,12 +54,34 @@ pub struct Ipv6 {
     pub destination: [u8; 16],
 }
 
-/// What TCP and UDP begin with.
+/// RFC 9293, without options.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub struct Ports {
+pub struct Tcp {
     pub source: [u8; 2],
     pub destination: [u8; 2],
+    pub sequence: [u8; 4],
+    pub acknowledgment: [u8; 4],
+    pub offset: u8,
+    pub flags: u8,
+    pub window: [u8; 2],
+    pub checksum: [u8; 2],
+    pub urgent: [u8; 2],
+}
+
+pub const TCP_FIN: u8 = 1;
+pub const TCP_SYN: u8 = 2;
+pub const TCP_RST: u8 = 4;
+pub const TCP_ACK: u8 = 16;
+
+/// RFC 768.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Udp {
+    pub source: [u8; 2],
+    pub destination: [u8; 2],
+    pub len: [u8; 2],
+    pub checksum: [u8; 2],
 }
 
 /// ICMP and ICMPv6 echo.
@@ -83,7 +105,7 @@ macro_rules! headers {
     };
 }
 
-headers! { Ipv4 = 20, Ipv6 = 40, Ports = 4, Echo = 8, [u8; 1] = 1, [u8; 2] = 2 }
+headers! { Ipv4 = 20, Ipv6 = 40, Tcp = 20, Udp = 8, Echo = 8, [u8; 1] = 1, [u8; 2] = 2 }
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;

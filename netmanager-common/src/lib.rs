@@ -16,7 +16,7 @@ pub mod testing;
 pub mod verdict;
 
 /// Version of the layout of everything pinned (maps, programs, links). Part of the pin directory's name.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// UDP port of the tunnel where nothing else is configured.
 pub const TUNNEL_PORT: u16 = 50103;
@@ -31,4 +31,7 @@ pub const MAX_CANDIDATES: u32 = 262_144;
 pub const MAX_SLOTS: u32 = 65_536;
 pub const MAX_PEERS: u32 = 4_096;
 pub const MAX_ENDPOINTS: u32 = 1_024;
-pub const MAX_FLOWS: u32 = 65_536;
+/// Rows of flows: a flow to a semantic address has two, one for each direction.
+pub const MAX_FLOWS: u32 = 262_144;
+/// Accounts of flows, two for each endpoint: what must be remembered, and what is only cached.
+pub const MAX_ACCOUNTS: u32 = 2 * (MAX_ENDPOINTS + 1);

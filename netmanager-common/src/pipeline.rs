@@ -7,12 +7,14 @@
 use core::ops::Deref;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, Flow, FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Reply,
-    ReplyKey, Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_REPLY, FLOW_SEEN, Flow,
+    FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
-use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, Ports, TCP, UDP, pair_v4, pair_v6};
+use crate::frame::{
+    Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, Tcp, UDP, Udp, pair_v4, pair_v6,
+};
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
 
@@ -31,11 +33,10 @@ pub trait Tables {
     fn peer(&mut self, index: u32) -> Option<Self::Row<Peer>>;
     fn endpoint(&mut self, address: &Addr) -> Option<Self::Row<Endpoint>>;
     fn flow(&mut self, key: &FlowKey) -> Option<Self::Row<Flow>>;
-    /// Remembers a flow; false where there is no room.
-    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool;
-    fn reply(&mut self, key: &ReplyKey) -> Option<Self::Row<Reply>>;
-    /// Remembers how a reply regains its service address; false where there is no room.
-    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool;
+    /// Notes that a packet of the flow has been seen, and whether it closes the flow.
+    fn touch(&mut self, key: &FlowKey, flow: &Self::Row<Flow>, closes: bool);
+    /// Remembers a flow, seen now; false where its account has no room. `new`: there is no row under this key.
+    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool;
     /// A random number.
     fn pick(&mut self) -> u32;
 }
@@ -65,32 +66,77 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
     if !is_service(&config, &ip.destination) {
         return Ok(Verdict::Pass);
     }
-    let sender = tables.endpoint(&ip.source).ok_or(DropReason::Spoofed)?;
-    if port != 0 && sender.ifindex != port {
-        return Err(DropReason::Spoofed);
+    let transport = match Transport::read(frame, &ip)? {
+        Ok(transport) => transport,
+        Err(miss) => return refuse_strangers(tables, &ip, port).map(|()| Verdict::Slow(miss)),
+    };
+    let key = transport.key(&ip);
+    let known = tables.flow(&key);
+    if let Some(flow) = &known
+        && flow.epoch == config.epoch
+        && (port == 0 || flow.port == port)
+        && let Some(slot) = tables.slot(flow.slot)
+        && slot.generation == flow.generation
+        && (slot.peer != 0 || flow.ifindex != 0)
+    {
+        tables.touch(&key, flow, transport.closes);
+        return carry(frame, tables, &ip, &transport, port, &slot, flow);
     }
+
+    let sender = tables.endpoint(&ip.source).filter(|sender| port == 0 || sender.ifindex == port);
+    let sender = sender.ok_or(DropReason::Spoofed)?;
     if sender.instance.is_none() {
         return Ok(Verdict::Slow(Miss::Endpoint));
     }
-    let transport = match Transport::read(frame, &ip)? {
-        Ok(transport) => transport,
-        Err(miss) => return Ok(Verdict::Slow(miss)),
-    };
     let Some(service) = tables.service(&ip.destination) else { return Ok(Verdict::Slow(Miss::Service)) };
-    let target = target(tables, &ip, &transport, &service)?;
+    let (mut flow, slot) = target(tables, &service, &sender, known.as_deref())?;
+    flow.epoch = config.epoch;
+    flow.port = sender.ifindex;
+    flow.account = sender.account;
+    if slot.peer == 0 {
+        let receiver = tables.endpoint(&slot.namespace).ok_or(DropReason::NoInstance)?;
+        (flow.ifindex, flow.mac) = (receiver.ifindex, receiver.mac);
+    }
+    if transport.is_echo() && slot.peer != 0 {
+        let peer = tables.peer(slot.peer).ok_or(DropReason::NoInstance)?;
+        if peer.flags & PEER_OURS == 0 {
+            return Err(DropReason::PeerProtocol);
+        }
+    }
+    let fits = match flow.kind {
+        FLOW_CHOSEN => learn_reply(tables, &key, &sender, &flow, &slot) && tables.learn(&key, &flow, known.is_none()),
+        // It only spares the next packet some look-ups.
+        _ => {
+            tables.learn(&key, &flow, known.is_none());
+            true
+        }
+    };
+    if !fits {
+        return Err(DropReason::TableFull);
+    }
+    carry(frame, tables, &ip, &transport, port, &slot, &flow)
+}
 
-    if target.peer == 0 {
-        return deliver_local(frame, tables, &ip, &transport, &sender, &target);
+/// Rewrites the packet of a flow and says where it goes.
+#[inline(always)]
+fn carry(
+    frame: &mut impl Frame,
+    tables: &mut impl Tables,
+    ip: &Ip,
+    transport: &Transport,
+    port: u32,
+    slot: &Slot,
+    flow: &Flow,
+) -> Result<Verdict, DropReason> {
+    if slot.peer == 0 {
+        let verdict = Verdict::Local { ifindex: flow.ifindex, mac: flow.mac };
+        return rewrite(frame, ip, transport, &flow.source, &slot.namespace).map(|()| verdict);
     }
-    let peer = tables.peer(target.peer).ok_or(DropReason::NoInstance)?;
-    if transport.is_echo() && peer.flags & PEER_OURS == 0 {
-        return Err(DropReason::PeerProtocol);
-    }
-    if port != 0 && !peer.host.is_v4() {
+    if port != 0 && tables.peer(slot.peer).is_none_or(|peer| !peer.host.is_v4()) {
         return Ok(Verdict::Slow(Miss::Underlay));
     }
-    rewrite(frame, &ip, &transport, &sender.instance, &target.namespace)?;
-    Ok(Verdict::Send { peer: target.peer })
+    rewrite(frame, ip, transport, &flow.source, &slot.namespace)?;
+    Ok(Verdict::Send { peer: slot.peer })
 }
 
 /// Decides over a packet that came through the tunnel from `outer`, and rewrites it where the verdict is `Local`.
@@ -100,115 +146,137 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
 #[inline(always)]
 pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -> Result<Verdict, DropReason> {
     let Some(ip) = Ip::read(frame)? else { return Err(DropReason::Malformed) };
-    let receiver = tables.endpoint(&ip.destination).ok_or(DropReason::NotOurs)?;
+    let Some(config) = tables.config() else { return Err(DropReason::NotOurs) };
     let transport = match Transport::read(frame, &ip)? {
         Ok(transport) => transport,
-        Err(miss) => return Ok(Verdict::Slow(miss)),
+        Err(miss) => {
+            let receiver = tables.endpoint(&ip.destination);
+            return receiver.map(|_| Verdict::Slow(miss)).ok_or(DropReason::NotOurs);
+        }
     };
-    if tables.config().is_none_or(|config| config.flags & CONFIG_RELAX_SOURCE == 0) {
-        let Some(sender) = tables.service(&ip.source) else { return Ok(Verdict::Slow(Miss::Source)) };
-        if !belongs(tables, &sender, outer) {
+    let relaxed = config.flags & CONFIG_RELAX_SOURCE != 0;
+    let key = transport.key(&ip);
+    let known = tables.flow(&key);
+    if let Some(flow) = &known
+        && flow.epoch == config.epoch
+        && flow.port == 0
+        && let Some(slot) = tables.slot(flow.slot)
+        && slot.generation == flow.generation
+        && (relaxed || sits_at(tables, &slot, outer))
+    {
+        tables.touch(&key, flow, transport.closes);
+        if !flow.source.is_none() {
+            rewrite(frame, &ip, &transport, &flow.source, &ip.destination)?;
+        }
+        return Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac });
+    }
+
+    let receiver = tables.endpoint(&ip.destination).ok_or(DropReason::NotOurs)?;
+    let sender = tables.service(&ip.source);
+    if !relaxed {
+        let Some(sender) = &sender else { return Ok(Verdict::Slow(Miss::Source)) };
+        if !belongs(tables, sender, outer) {
             return Err(DropReason::ForeignSource);
         }
     }
-    if let Some(service) = regain(tables, &ip.destination, &ip.source, &transport) {
-        rewrite(frame, &ip, &transport, &service, &ip.destination)?;
+    let mut flow = Flow {
+        epoch: config.epoch,
+        ifindex: receiver.ifindex,
+        mac: receiver.mac,
+        account: receiver.account,
+        ..Flow::default()
+    };
+    // A chosen instance whose own address the cluster did not tell may answer from any.
+    let noted = match &known {
+        Some(known) => Some((known.kind, known.source, known.state)),
+        None => tables.flow(&FlowKey { source: Addr::NONE, ..key }).map(|flow| (flow.kind, flow.source, flow.state)),
+    };
+    if let Some((FLOW_REPLY, service, state)) = noted {
+        (flow.kind, flow.source, flow.state) = (FLOW_REPLY, service, state | FLOW_SEEN);
     }
-    Ok(Verdict::Local { ifindex: receiver.ifindex, mac: receiver.mac })
+    if let Some(sender) = sender
+        && let Some(slot) = tables.slot(sender.first)
+        && slot.live()
+        && sender.policy == POLICY_INSTANCE
+    {
+        (flow.slot, flow.generation) = (sender.first, slot.generation);
+        tables.learn(&key, &flow, known.is_none());
+    }
+    if !flow.source.is_none() {
+        rewrite(frame, &ip, &transport, &flow.source, &ip.destination)?;
+    }
+    Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac })
 }
 
-/// The instance that a packet to `service` goes to: the one its flow has, else a new choice that is remembered.
+/// The instance that a packet to `service` goes to, and what its flow notes of it: the one that the flow has, else a new choice.
 #[inline(always)]
 fn target<T: Tables>(
     tables: &mut T,
-    ip: &Ip,
-    transport: &Transport,
     service: &Service,
-) -> Result<T::Row<Slot>, DropReason> {
+    sender: &Endpoint,
+    known: Option<&Flow>,
+) -> Result<(Flow, T::Row<Slot>), DropReason> {
+    if let Some(known) = known
+        && let Some(slot) = tables.slot(known.slot)
+        && slot.generation == known.generation
+        && slot.live()
+    {
+        let source = if known.kind == FLOW_REPLY { known.source } else { sender.instance };
+        let Flow { slot: number, generation, kind, state, .. } = *known;
+        return Ok((Flow { slot: number, generation, source, kind, state, ..Flow::default() }, slot));
+    }
     if service.count == 0 {
         return Err(DropReason::NoInstance);
     }
-    if service.policy == POLICY_INSTANCE {
-        return tables.slot(service.first).filter(|slot| slot.live()).ok_or(DropReason::NoInstance);
-    }
-    let key = FlowKey {
-        source: ip.source,
-        service: ip.destination,
-        source_port: transport.source,
-        service_port: transport.destination,
-        protocol: transport.protocol,
-        _pad: [0; 3],
+    let (number, kind) = if service.policy == POLICY_INSTANCE {
+        (service.first, FLOW_CACHED)
+    } else {
+        let index = policy::choose(service, tables.pick());
+        let candidate = CandidateKey { service: service.id, epoch: service.epoch, index };
+        // The list of this epoch may just have been replaced: the first candidate of the row in hand is still good.
+        (tables.candidate(&candidate).unwrap_or(service.first), FLOW_CHOSEN)
     };
-    if let Some(flow) = tables.flow(&key)
-        && let Some(slot) = tables.slot(flow.slot)
-        && slot.generation == flow.generation
-    {
-        return Ok(slot);
-    }
-    let index = policy::choose(service, tables.pick());
-    let candidate = CandidateKey { service: service.id, epoch: service.epoch, index };
-    // The list of this epoch may just have been replaced: the first candidate of the row in hand is still good.
-    let number = tables.candidate(&candidate).unwrap_or(service.first);
     let slot = tables.slot(number).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
-
-    let reply = Reply { service: ip.destination, peer: slot.instance };
-    let learned =
-        tables.learn(&key, &Flow { slot: number, generation: slot.generation }) && learn_reply(tables, &key, &reply);
-    if learned { Ok(slot) } else { Err(DropReason::TableFull) }
+    let generation = slot.generation;
+    Ok((Flow { slot: number, generation, source: sender.instance, kind, ..Flow::default() }, slot))
 }
 
-/// Notes under which service address the client of `flow` expects its replies. The common row names no peer; it is passed over only
-/// where another service already uses the same pair of ports.
+/// Notes under which service address the client of `flow` expects its replies: those of a neighbour as it sends them, those of
+/// anybody else as they come through the tunnel.
 #[inline(always)]
-fn learn_reply(tables: &mut impl Tables, flow: &FlowKey, reply: &Reply) -> bool {
-    let mut key = ReplyKey {
-        client: flow.source,
-        peer: Addr::NONE,
-        client_port: flow.source_port,
-        service_port: flow.service_port,
-        protocol: flow.protocol,
-        _pad: [0; 3],
+fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow: &Flow, slot: &Slot) -> bool {
+    let mut reply = FlowKey {
+        source: slot.instance,
+        destination: key.source,
+        source_port: key.destination_port,
+        destination_port: key.source_port,
+        ..*key
     };
-    if tables.reply(&key).is_some_and(|other| other.peer != reply.peer) {
-        key.peer = reply.peer;
-    }
-    tables.learn_reply(&key, reply)
-}
-
-/// The service address under which `client` knows what came from `source`; `None` where it is no reply.
-#[inline(always)]
-fn regain(tables: &mut impl Tables, client: &Addr, source: &Addr, transport: &Transport) -> Option<Addr> {
-    let mut key = ReplyKey {
-        client: *client,
-        peer: Addr::NONE,
-        client_port: transport.destination,
-        service_port: transport.source,
-        protocol: transport.protocol,
-        _pad: [0; 3],
+    let mut row = Flow {
+        source: key.destination,
+        kind: FLOW_REPLY,
+        state: 0,
+        ifindex: flow.port,
+        mac: sender.mac,
+        port: 0,
+        ..*flow
     };
-    let reply = tables.reply(&key)?;
-    // A chosen instance whose own address the cluster did not tell may answer from any.
-    if reply.peer.is_none() || reply.peer == *source {
-        return Some(reply.service);
+    if slot.peer == 0 {
+        (reply.source, reply.destination) = (slot.namespace, sender.instance);
+        row.port = flow.ifindex;
+        let Some(own) = tables.service(&sender.instance) else { return true };
+        let Some(client) = tables.slot(own.first).filter(|client| client.live()) else { return true };
+        (row.slot, row.generation) = (own.first, client.generation);
     }
-    key.peer = *source;
-    tables.reply(&key).map(|reply| reply.service)
+    let new = tables.flow(&reply).is_none();
+    tables.learn(&reply, &row, new)
 }
 
-/// Carries a packet straight to another instance on this node: both translations in one rewrite.
+/// What is not for the slow path either: a source that is not the port's.
 #[inline(always)]
-fn deliver_local(
-    frame: &mut impl Frame,
-    tables: &mut impl Tables,
-    ip: &Ip,
-    transport: &Transport,
-    sender: &Endpoint,
-    target: &Slot,
-) -> Result<Verdict, DropReason> {
-    let receiver = tables.endpoint(&target.namespace).ok_or(DropReason::NoInstance)?;
-    let source = regain(tables, &target.namespace, &sender.instance, transport).unwrap_or(sender.instance);
-    rewrite(frame, ip, transport, &source, &target.namespace)?;
-    Ok(Verdict::Local { ifindex: receiver.ifindex, mac: receiver.mac })
+fn refuse_strangers(tables: &mut impl Tables, ip: &Ip, port: u32) -> Result<(), DropReason> {
+    let sender = tables.endpoint(&ip.source).filter(|sender| port == 0 || sender.ifindex == port);
+    sender.map(drop).ok_or(DropReason::Spoofed)
 }
 
 /// May the node at `outer` send in the name of the instance behind `sender`?
@@ -216,11 +284,13 @@ fn deliver_local(
 fn belongs(tables: &mut impl Tables, sender: &Service, outer: &Addr) -> bool {
     sender.policy == POLICY_INSTANCE
         && sender.count != 0
-        && tables
-            .slot(sender.first)
-            .filter(|slot| slot.live())
-            .and_then(|slot| tables.peer(slot.peer))
-            .is_some_and(|peer| peer.host == *outer)
+        && tables.slot(sender.first).is_some_and(|slot| slot.live() && sits_at(tables, &slot, outer))
+}
+
+/// Is this the node of the instance?
+#[inline(always)]
+fn sits_at(tables: &mut impl Tables, slot: &Slot, outer: &Addr) -> bool {
+    slot.peer != 0 && tables.peer(slot.peer).is_some_and(|peer| peer.host == *outer)
 }
 
 /// Is the address one of those that mean a service?
@@ -298,6 +368,8 @@ struct Transport {
     source: [u8; 2],
     /// The receiver's port; the identifier of an echo reply, 0 of a request.
     destination: [u8; 2],
+    /// TCP that says FIN or RST.
+    closes: bool,
 }
 
 impl Transport {
@@ -307,9 +379,13 @@ impl Transport {
             return Ok(Err(Miss::Fragment));
         }
         match (ip.family, ip.protocol) {
-            (_, TCP | UDP) => {
-                let ports = *frame.at::<Ports>(ip.transport).ok_or(DropReason::Malformed)?;
-                Ok(Ok(Self { protocol: ip.protocol, source: ports.source, destination: ports.destination }))
+            (_, TCP) => {
+                let Tcp { source, destination, flags, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
+                Ok(Ok(Self { protocol: TCP, source, destination, closes: flags & (TCP_FIN | TCP_RST) != 0 }))
+            }
+            (_, UDP) => {
+                let Udp { source, destination, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
+                Ok(Ok(Self { protocol: UDP, source, destination, closes: false }))
             }
             (Family::V4, ICMP) | (Family::V6, ICMPV6) => Self::read_echo(frame, ip).map(Ok),
             // Hop-by-hop, routing, ESP, AH, destination options, mobility: something may follow that is ours.
@@ -327,7 +403,19 @@ impl Transport {
             (Family::V4, 0) | (Family::V6, 129) => (none, echo.id),
             _ => return Err(DropReason::Protocol),
         };
-        Ok(Self { protocol: ip.protocol, source, destination })
+        Ok(Self { protocol: ip.protocol, source, destination, closes: false })
+    }
+
+    #[inline(always)]
+    fn key(&self, ip: &Ip) -> FlowKey {
+        FlowKey {
+            source: ip.source,
+            destination: ip.destination,
+            source_port: self.source,
+            destination_port: self.destination,
+            protocol: self.protocol,
+            _pad: [0; 3],
+        }
     }
 
     #[inline(always)]

@@ -9,8 +9,8 @@ use std::vec;
 use std::vec::Vec;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, Flow, FlowKey, PEER_OURS, POLICY_ANY, POLICY_INSTANCE, Peer,
-    Reply, ReplyKey, Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, PEER_OURS, POLICY_ANY,
+    POLICY_INSTANCE, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -31,8 +31,11 @@ pub struct World {
     pub peers: HashMap<u32, Peer>,
     pub endpoints: HashMap<Addr, Endpoint>,
     pub flows: HashMap<FlowKey, Flow>,
-    pub replies: HashMap<ReplyKey, Reply>,
     pub pick: u32,
+    /// The clock.
+    pub now: u32,
+    /// Rows of flows that there is room for.
+    pub room: Option<usize>,
 }
 
 impl Tables for World {
@@ -67,17 +70,19 @@ impl Tables for World {
         self.flows.get(key).copied().map(Owned)
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        self.flows.insert(*key, *flow);
-        true
+    fn touch(&mut self, key: &FlowKey, _: &Owned<Flow>, closes: bool) {
+        if let Some(flow) = self.flows.get_mut(key) {
+            flow.seen = self.now;
+            flow.state |= FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        }
     }
 
-    fn reply(&mut self, key: &ReplyKey) -> Option<Owned<Reply>> {
-        self.replies.get(key).copied().map(Owned)
-    }
-
-    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
-        self.replies.insert(*key, *reply);
+    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+        if new && self.room.is_some_and(|room| self.flows.len() >= room) {
+            return false;
+        }
+        assert_eq!(new, !self.flows.contains_key(key));
+        self.flows.insert(*key, Flow { seen: self.now, ..*flow });
         true
     }
 
@@ -153,6 +158,7 @@ impl World {
                 tunnel_port: crate::TUNNEL_PORT.to_be_bytes(),
                 slow_ifindex: 0,
                 flags: 0,
+                epoch: 3,
             },
             ..Self::default()
         };
@@ -168,7 +174,7 @@ impl World {
     }
 
     fn populate(&mut self, v6: bool) {
-        let endpoint = |instance: Addr, ifindex, mac| Endpoint { instance, ifindex, mac, _pad: [0; 2] };
+        let endpoint = |instance: Addr, ifindex, mac| Endpoint { instance, ifindex, mac, account: 0 };
         self.endpoints.insert(WEB.of(v6), endpoint(WEB_INSTANCE.of(v6), PORT, WEB_MAC));
         self.endpoints.insert(CLIENT.of(v6), endpoint(CLIENT_INSTANCE.of(v6), PORT, CLIENT_MAC));
         self.endpoints.insert(NEWBORN.of(v6), endpoint(Addr::NONE, PORT, [2, 0, 0, 0, 0, 4]));

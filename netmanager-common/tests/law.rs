@@ -1,6 +1,6 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{POLICY_ANY, Slot};
+use netmanager_common::abi::{Endpoint, POLICY_ANY, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
@@ -238,4 +238,66 @@ proptest! {
         let service = netmanager_common::abi::Service { id: 1, epoch: 1, count, policy: POLICY_ANY, first: 1 };
         prop_assert!(netmanager_common::policy::choose(&service, random) < count);
     }
+}
+
+#[test]
+fn what_a_flow_has_noted_is_read_again_in_a_new_epoch() {
+    for v6 in [false, true] {
+        let mut world = World::sample();
+        world.pick = 1;
+        let request = packet(CLIENT.of(v6), DB_SERVICE.of(v6), Payload::Tcp(40_000, 80));
+        let to = |world: &mut World| judge(world, Direction::Outbound(PORT), &mut request.clone());
+        assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 2 }));
+        let mut answer = packet(DB1_INSTANCE.of(v6), CLIENT.of(v6), Payload::Tcp(80, 40_000));
+        let reply = answer.clone();
+        judge(&mut world, Direction::Inbound(UPSTREAM), &mut answer).expect("delivered");
+
+        let moved = Endpoint { ifindex: 9, mac: [2; 6], ..world.endpoints[&CLIENT.of(v6)] };
+        world.endpoints.insert(CLIENT.of(v6), moved);
+        world.config.epoch += 1;
+        world.pick = 0;
+        assert_eq!(to(&mut world), Err(DropReason::Spoofed), "its port is another now");
+        assert_eq!(
+            judge(&mut world, Direction::Outbound(9), &mut request.clone()),
+            Ok(Verdict::Send { peer: 2 }),
+            "the flow keeps its instance"
+        );
+        let mut answer = reply;
+        let verdict = judge(&mut world, Direction::Inbound(UPSTREAM), &mut answer);
+        assert_eq!(verdict, Ok(Verdict::Local { ifindex: 9, mac: [2; 6] }));
+        assert_eq!(addresses(&answer).0, DB_SERVICE.of(v6), "and its service address");
+
+        world.endpoints.remove(&CLIENT.of(v6));
+        world.config.epoch += 1;
+        assert_eq!(judge(&mut world, Direction::Outbound(9), &mut request.clone()), Err(DropReason::Spoofed));
+        let verdict = judge(&mut world, Direction::Inbound(UPSTREAM), &mut answer.clone());
+        assert_eq!(verdict, Err(DropReason::NotOurs));
+    }
+}
+
+#[test]
+fn a_full_table_refuses_new_flows_and_carries_what_needs_none() {
+    let mut world = World::sample();
+    let to = |world: &mut World, destination: Pair, port| {
+        let mut request = packet(CLIENT.v4(), destination.v4(), Payload::Tcp(port, 80));
+        judge(world, Direction::Outbound(PORT), &mut request)
+    };
+    assert_eq!(to(&mut world, DB_SERVICE, 1), Ok(Verdict::Send { peer: 1 }));
+    world.room = Some(world.flows.len());
+    assert_eq!(to(&mut world, DB_SERVICE, 1), Ok(Verdict::Send { peer: 1 }), "it has its rows");
+    assert_eq!(to(&mut world, DB_SERVICE, 2), Err(DropReason::TableFull));
+    assert_eq!(to(&mut world, DB1_INSTANCE, 3), Ok(Verdict::Send { peer: 2 }), "nothing must be remembered");
+    let mut request = packet(DB0_INSTANCE.v4(), WEB.v4(), Payload::Tcp(7, 80));
+    assert!(judge(&mut world, Direction::Inbound(OURS), &mut request).is_ok());
+}
+
+#[test]
+fn a_peer_sends_only_as_what_came_by_the_tunnel() {
+    // A row of what an instance here sends is none for a peer that forges the same addresses.
+    let mut world = relaxed();
+    let mut request = packet(CLIENT.v4(), WEB_SERVICE.v4(), Payload::Tcp(40_000, 80));
+    let mut forged = request.clone();
+    judge(&mut world, Direction::Outbound(PORT), &mut request).expect("delivered here");
+    let verdict = judge(&mut world, Direction::Inbound(OURS), &mut forged);
+    assert_eq!(verdict, Err(DropReason::NotOurs));
 }

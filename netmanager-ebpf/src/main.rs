@@ -7,6 +7,7 @@
 #![no_main]
 
 mod maps;
+mod neighbour;
 mod skb;
 mod tunnel;
 
@@ -15,13 +16,14 @@ use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::{Ipv6, UDP};
+use netmanager_common::frame::{Ipv6, UDP, Udp};
 use netmanager_common::pipeline::{Tables, inbound, outbound};
 use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_SLOW, DropReason, Verdict};
 
 use crate::maps::{Maps, count};
+use crate::neighbour::next_hop;
 use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
-use crate::tunnel::{Ethernet, Outer, Udp, pop, push};
+use crate::tunnel::{Ethernet, Outer, pop, push};
 
 /// Not ours: the next program, or the kernel's ordinary path.
 const PASS: i32 = TC_ACT_UNSPEC;
@@ -33,7 +35,7 @@ pub fn tc_veth_ingress(context: TcContext) -> i32 {
     if protocol != ETH_P_IP && protocol != ETH_P_IPV6 {
         return PASS;
     }
-    let mut frame = SkbFrame::<ETH_LEN>::new(&context);
+    let mut frame = SkbFrame::<ETH_LEN>::new(&context, protocol == ETH_P_IPV6);
     match outbound(&mut frame, &mut Maps, ifindex(&context)) {
         Ok(Verdict::Send { peer }) => send(&context, peer),
         Ok(Verdict::Local { ifindex, mac }) => {
@@ -54,7 +56,7 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
     if protocol(&context) != ETH_P_IP {
         return PASS;
     }
-    let frame = SkbFrame::<INNER>::new(&context);
+    let frame = SkbFrame::<INNER>::new(&context, false);
     let Some(outer) = header_at::<Outer>(&context, 0) else { return PASS };
     let Some(config) = Maps.config() else { return PASS };
     let tunnel = outer.ip.version_ihl == 0x45
@@ -103,14 +105,20 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
 }
 
 #[inline(always)]
-fn send(context: &TcContext, peer: u32) -> i32 {
-    let Some(peer) = Maps.peer(peer) else { return dropped(DropReason::NoInstance) };
-    if push(context, peer).is_err() {
+fn send(context: &TcContext, number: u32) -> i32 {
+    let Some(peer) = Maps.peer(number) else { return dropped(DropReason::NoInstance) };
+    let macs = next_hop(context, number, peer);
+    if push(context, peer, macs).is_err() {
         return dropped(DropReason::Tunnel);
     }
     count(COUNT_SENT);
-    // SAFETY: no parameters are passed, so there is nothing to point to.
-    unsafe { bpf_redirect_neigh(peer.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    if macs.is_some() {
+        // SAFETY: plain numbers.
+        unsafe { bpf_redirect(peer.ifindex, 0) as i32 }
+    } else {
+        // SAFETY: no parameters are passed, so there is nothing to point to.
+        unsafe { bpf_redirect_neigh(peer.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
+    }
 }
 
 /// Straight into the instance's namespace. `known`: the buffer's protocol is right, so it need not pass the device again.

@@ -4,12 +4,14 @@ use aya_ebpf::Global;
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
-use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Reply, ReplyKey, Service, Slot};
+use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
+use netmanager_common::abi::{
+    CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Neighbour, Peer, Service, Slot,
+};
 use netmanager_common::addr::Addr;
 use netmanager_common::pipeline::Tables;
 use netmanager_common::verdict::COUNTERS as COUNTERS_LEN;
-use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_FLOWS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
+use netmanager_common::{MAX_ACCOUNTS, MAX_CANDIDATES, MAX_ENDPOINTS, MAX_FLOWS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
 
 #[map]
 static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
@@ -24,9 +26,18 @@ static PEERS: Array<Peer> = Array::with_max_entries(MAX_PEERS, 0);
 #[map]
 static ENDPOINTS: HashMap<Addr, Endpoint> = HashMap::with_max_entries(MAX_ENDPOINTS, 0);
 #[map]
-static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+/// Seconds, written by user space as they pass: what a flow was last seen by.
 #[map]
-static REPLIES: LruHashMap<ReplyKey, Reply> = LruHashMap::with_max_entries(MAX_FLOWS, 0);
+static CLOCK: Array<u32> = Array::with_max_entries(1, 0);
+/// Rows of flows ever opened on each account, counted here; how many may have been, raised by user space as it removes rows.
+#[map]
+static OPENED: Array<u64> = Array::with_max_entries(MAX_ACCOUNTS, 0);
+#[map]
+static ALLOWED: Array<u64> = Array::with_max_entries(MAX_ACCOUNTS, 0);
+/// The link address of the next hop to each peer, as long as it is fresh. By peer number; nobody but the programs writes it.
+#[map]
+static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(MAX_PEERS, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_LEN, 0);
 
@@ -85,18 +96,27 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        FLOWS.insert(key, flow, 0).is_ok()
+    fn touch(&mut self, _: &FlowKey, flow: &&'static Flow, closes: bool) {
+        let now = now();
+        let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        if flow.seen == now && flow.state == state {
+            // Not written: another core may be reading its cache line.
+            return;
+        }
+        let flow = core::ptr::from_ref(*flow).cast_mut();
+        // SAFETY: a live, writable map value (see `row`); both fields are written whole, by whoever comes last.
+        unsafe {
+            (*flow).seen = now;
+            (*flow).state = state;
+        }
     }
 
     #[inline(always)]
-    fn reply(&mut self, key: &ReplyKey) -> Option<&'static Reply> {
-        row(REPLIES.get_ptr(key))
-    }
-
-    #[inline(always)]
-    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
-        REPLIES.insert(key, reply, 0).is_ok()
+    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+        if new && !open(flow) {
+            return false;
+        }
+        FLOWS.insert(key, Flow { seen: now(), ..*flow }, 0).is_ok()
     }
 
     #[inline(always)]
@@ -107,6 +127,33 @@ impl Tables for Maps {
             fixed => (fixed - 1) as u32,
         }
     }
+}
+
+#[inline(always)]
+fn now() -> u32 {
+    row(CLOCK.get_ptr(0)).copied().unwrap_or(0)
+}
+
+/// One more row on the flow's account; false where that is exhausted.
+#[inline(always)]
+fn open(flow: &Flow) -> bool {
+    let account = 2 * u32::from(flow.account) + u32::from(flow.kind == FLOW_CACHED);
+    let (Some(opened), Some(allowed)) = (OPENED.get_ptr_mut(account), ALLOWED.get_ptr(account)) else { return false };
+    // SAFETY: live map values, each word whole. Two cores may count as one what they open at the same moment: user space counts the
+    // rows anew with each sweep.
+    unsafe {
+        if flow.account != 0 && *opened >= *allowed {
+            return false;
+        }
+        *opened += 1;
+    }
+    true
+}
+
+/// The next hop to a peer, to be read and refreshed.
+#[inline(always)]
+pub fn neighbour(peer: u32) -> Option<*mut Neighbour> {
+    NEIGHBOURS.get_ptr_mut(peer)
 }
 
 /// Adds one to a counter of this CPU.

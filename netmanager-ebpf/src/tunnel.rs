@@ -7,21 +7,11 @@ use aya_ebpf::bindings::{
 use aya_ebpf::helpers::bpf_get_hash_recalc;
 use aya_ebpf::programs::TcContext;
 use netmanager_common::OUTER_LEN_V4;
-use netmanager_common::abi::Peer;
+use netmanager_common::abi::{Macs, Peer};
 use netmanager_common::checksum;
-use netmanager_common::frame::{Ipv4, UDP};
+use netmanager_common::frame::{Ipv4, UDP, Udp};
 
 use crate::skb::{ETH_LEN, ETH_P_IP, header_at};
-
-/// RFC 768.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Udp {
-    pub source: [u8; 2],
-    pub destination: [u8; 2],
-    pub len: [u8; 2],
-    pub checksum: [u8; 2],
-}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -43,9 +33,9 @@ pub struct Outer {
 /// The packet could not be resized.
 pub struct Unfit;
 
-/// Wraps the packet for `peer`. MAC addresses are left to the neighbour table.
+/// Wraps the packet for `peer`. Without `macs` they are left to the neighbour table.
 #[inline(always)]
-pub fn push(context: &TcContext, peer: &Peer) -> Result<(), Unfit> {
+pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>) -> Result<(), Unfit> {
     // SAFETY: a valid context.
     let hash = unsafe { bpf_get_hash_recalc(context.skb.skb) };
     let inner_len = context.len() as usize - ETH_LEN;
@@ -54,6 +44,9 @@ pub fn push(context: &TcContext, peer: &Peer) -> Result<(), Unfit> {
 
     let outer: &mut Outer = header_at(context, 0).ok_or(Unfit)?;
     outer.ethernet.protocol = ETH_P_IP;
+    if let Some(macs) = macs {
+        (outer.ethernet.destination, outer.ethernet.source) = (macs.destination, macs.source);
+    }
     outer.ip = Ipv4 {
         version_ihl: 0x45,
         tos: 0,

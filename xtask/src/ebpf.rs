@@ -69,6 +69,7 @@ fn flags() -> Vec<String> {
         format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
+        "-Ctarget-cpu=v3".into(),
         format!("--remap-path-prefix={}=/node-engine", root().display()),
     ];
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);

@@ -573,6 +573,8 @@ impl Core {
             tunnel_port: self.settings.tunnel_port.to_be_bytes(),
             slow_ifindex: 0,
             flags: if self.settings.relax_source { CONFIG_RELAX_SOURCE } else { 0 },
+            // The table's to count.
+            epoch: 0,
         }
     }
 

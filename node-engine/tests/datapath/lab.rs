@@ -114,7 +114,7 @@ impl Lab {
                     instance: instance.instance[family].into(),
                     ifindex: instance.port.ifindex,
                     mac: instance.mac,
-                    _pad: [0; 2],
+                    account: 0,
                 };
                 (instance.namespace[family].into(), row)
             })
@@ -253,6 +253,7 @@ impl Node {
             tunnel_port: TUNNEL_PORT.to_be_bytes(),
             slow_ifindex: 0,
             flags: 0,
+            epoch: 1,
         }
     }
 

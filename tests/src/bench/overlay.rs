@@ -141,6 +141,7 @@ fn tables(side: &Side, other: &Side, which: usize, services: u32, port: &Port) -
         tunnel_port: TUNNEL_PORT.to_be_bytes(),
         slow_ifindex: ifindex(&side.node, TUN).unwrap_or(0),
         flags: 0,
+        epoch: 1,
     };
     let peer = Peer {
         host: address(other.underlay)?,
@@ -167,7 +168,7 @@ fn tables(side: &Side, other: &Side, which: usize, services: u32, port: &Port) -
         slots: vec![(1, slot(0, side, here)?), (2, slot(1, other, there)?)],
         endpoints: vec![(
             address(side.address)?,
-            Endpoint { instance: here.into(), ifindex: port.ifindex, mac: mac(&side.container, "eth0")?, _pad: [0; 2] },
+            Endpoint { instance: here.into(), ifindex: port.ifindex, mac: mac(&side.container, "eth0")?, account: 1 },
         )],
         services: rows,
         ..TableDelta::default()

@@ -19,7 +19,7 @@ fn attach_waits_for_the_subnet_and_goes_step_by_step() {
     assert_eq!(lab.command(Command::Subnet(subnet(0))), ["save one 10.18.0.0", "upkeep", "leases 0"]);
     assert_eq!(lab.keep(&[]), ["apply config", "publish ", "veth web.0 /ns/a 10.18.0.2", "leases 1"]);
     assert_eq!(lab.effects(Event::Published(Ok(()))), [] as [&str; 0]);
-    assert_eq!(lab.effects(veth_made(0, 7)), ["apply endpoints", "settle web.0", "leases 1"]);
+    assert_eq!(lab.effects(veth_made(0, 7)), ["apply config endpoints", "settle web.0", "leases 1"]);
     assert_eq!(lab.effects(stepped(0, Step::Endpoint)), ["carry web.0 7"]);
     assert_eq!(lab.effects(stepped(0, Step::Carry)), ["publish 8080"]);
     assert_eq!(
@@ -106,7 +106,7 @@ fn attaching_again_returns_the_same_lease_in_any_namespace() {
     let mut lab = Lab::ready();
     lab.up(0);
     assert_eq!(lab.effects(Event::Attach(attachment(0, "/ns/b"), Waiter(5)))[0], "veth web.0 /ns/b 10.18.0.2");
-    assert_eq!(lab.effects(veth_made(0, 8))[..2], ["apply endpoints", "settle web.0"]);
+    assert_eq!(lab.effects(veth_made(0, 8))[..2], ["apply config endpoints", "settle web.0"]);
     assert_eq!(lab.effects(stepped(0, Step::Endpoint)), ["carry web.0 8 for 7"]);
     let effects = lab.effects(stepped(0, Step::Carry));
     assert_eq!(effects[0], "attached 5 10.18.0.2", "ports are in force already");
@@ -235,7 +235,7 @@ fn instance_that_sends_before_it_knows_its_address_is_asked_for_and_answered() {
     assert_eq!(effects, ["give up 10.18.0.2"]);
     lab.datapath(DatapathEvent::UnknownEndpoint(own));
     let effects = lab.command(Command::Table(answer(Some(Query::Name(name())), &[local_row(0)])));
-    assert_eq!(effects, ["apply slots endpoints services", "leases 1"], "no word of giving up");
+    assert_eq!(effects, ["apply config slots endpoints services", "leases 1"], "no word of giving up");
     assert_eq!(lab.datapath(DatapathEvent::UnknownEndpoint(own)), [] as [&str; 0]);
     assert_eq!(lab.datapath(DatapathEvent::UnknownEndpoint(ip("10.18.0.9"))), ["give up 10.18.0.9"]);
 }
@@ -269,7 +269,7 @@ fn peer_that_answers_a_hello_is_ours() {
     let (from, hello) = hello.unwrap();
     let payload = Hello { kind: Kind::Answer, ..hello }.encode();
     let effects = lab.datapath(DatapathEvent::Control { from, payload: payload.clone() });
-    assert_eq!(effects, ["apply peers"]);
+    assert_eq!(effects, ["apply config peers"]);
     assert_eq!(lab.peers()[0].1.flags, PEER_OURS);
     let stranger = "198.51.100.9:50103".parse().unwrap();
     assert_eq!(lab.datapath(DatapathEvent::Control { from: stranger, payload }), [] as [&str; 0]);
@@ -330,6 +330,7 @@ fn tables_of_an_earlier_run_are_asked_about_and_then_made_exact() {
     lab.command(Command::Table(answer(Some(Query::Address(ip("10.30.9.0").into())), &[row(0, 2)])));
     let full = lab.core.table.full();
     let snapshot = Snapshot {
+        epoch: 1,
         slots: full.slots.clone(),
         peers: full.peers.clone(),
         services: full.services.iter().map(|(address, row, _)| (*address, *row)).collect(),

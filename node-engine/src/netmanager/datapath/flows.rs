@@ -1,141 +1,243 @@
-//! A bounded map from flows to what is known of them, with second-chance eviction and a share per source: one instance that opens
-//! flow after flow pushes out its own flows, not those of others.
+//! When a flow's rows may go, and how many an account may have. Rows are never pushed out by others: a table that fills up refuses new
+//! flows, and those of the greediest first.
+//!
+//! Each account may have twice as many rows as are free (Choudhury and Hahne, "Dynamic queue length thresholds", 1998): one alone gets
+//! two thirds of the table, two get two fifths each, and there is always something left for who comes next.
 
-use std::collections::{HashMap, VecDeque};
-use std::hash::Hash;
+use std::collections::HashMap;
 
-use netmanager_common::abi::{FlowKey, ReplyKey};
-use netmanager_common::addr::Addr;
+use netmanager_common::MAX_FLOWS;
+use netmanager_common::abi::{FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_REPLY, FLOW_SEEN, Flow, FlowKey, Slot};
+use netmanager_common::frame::{TCP, UDP};
 
-/// The most that one source may hold of the whole.
-const SHARE: usize = 8;
+/// Rows that must be remembered, and rows that only spare look-ups: neither takes room from the other.
+pub(super) const REMEMBERED: u64 = MAX_FLOWS as u64 / 4 * 3;
+pub(super) const CACHED: u64 = MAX_FLOWS as u64 / 4;
 
-/// A key that says on whose account its entry is.
-pub(super) trait Account: Copy + Eq + Hash {
-    fn account(&self) -> Addr;
+/// Seconds of silence after which a flow is over: RFC 5382 asks for two hours and four minutes of an established connection, RFC 4787
+/// for two minutes of UDP. A connection that nobody has answered, or that both sides may have ended, is not worth that.
+const TCP_ESTABLISHED: u32 = 2 * 3600 + 4 * 60;
+const TCP_OPENING: u32 = 60;
+const TCP_CLOSING: u32 = 30;
+const UDP_SILENCE: u32 = 180;
+const ECHO_SILENCE: u32 = 30;
+/// Found out anew at once should it be needed again.
+const CACHED_SILENCE: u32 = 60;
+
+/// The index of an account's row counters.
+pub(super) fn account(flow: &Flow) -> u32 {
+    2 * u32::from(flow.account) + u32::from(flow.kind == FLOW_CACHED)
 }
 
-impl Account for FlowKey {
-    fn account(&self) -> Addr {
-        self.source
-    }
+/// How many rows an account may have where `used` rows of the kind are in use by all.
+pub(super) fn limit(cached: bool, used: u64) -> u64 {
+    2 * (if cached { CACHED } else { REMEMBERED }).saturating_sub(used)
 }
 
-impl Account for ReplyKey {
-    fn account(&self) -> Addr {
-        self.client
-    }
+/// Where rows are looked up.
+pub(super) trait Rows {
+    fn row(&self, key: &FlowKey) -> Option<Flow>;
+    fn slot(&self, index: u32) -> Option<Slot>;
 }
 
-#[derive(Debug)]
-pub(super) struct Flows<K, V> {
-    entries: HashMap<K, Entry<V>>,
-    /// The keys of each account, oldest first.
-    accounts: HashMap<Addr, VecDeque<K>>,
-    limit: usize,
-}
-
-#[derive(Debug)]
-struct Entry<V> {
-    value: V,
-    /// Read since it was last passed over.
-    used: bool,
-}
-
-impl<K: Account, V: Copy> Flows<K, V> {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { entries: HashMap::new(), accounts: HashMap::new(), limit }
-    }
-
-    pub(super) fn get(&mut self, key: &K) -> Option<V> {
-        let entry = self.entries.get_mut(key)?;
-        entry.used = true;
-        Some(entry.value)
-    }
-
-    pub(super) fn insert(&mut self, key: K, value: V) {
-        if let Some(entry) = self.entries.get_mut(&key) {
-            *entry = Entry { value, used: true };
-            return;
+/// May the row go at `now`? A chosen flow and its replies live and die together.
+pub(super) fn expired(key: &FlowKey, flow: &Flow, now: u32, rows: &impl Rows) -> bool {
+    let silence = now.saturating_sub(flow.seen);
+    match flow.kind {
+        FLOW_CACHED => silence >= CACHED_SILENCE,
+        _ if silence < ECHO_SILENCE => false,
+        _ => {
+            let other = pair(key, flow, rows).and_then(|key| rows.row(&key)).filter(|other| other.kind != flow.kind);
+            let silence = other.map_or(silence, |other| silence.min(now.saturating_sub(other.seen)));
+            silence >= patience(key.protocol, flow, other.as_ref())
         }
-        let account = key.account();
-        let own = self.accounts.get(&account).map_or(0, VecDeque::len);
-        if own >= (self.limit / SHARE).max(1) {
-            self.evict(account);
-        } else if self.entries.len() >= self.limit
-            && let Some(fullest) = self.accounts.iter().max_by_key(|(_, keys)| keys.len()).map(|(account, _)| *account)
-        {
-            self.evict(fullest);
-        }
-        self.entries.insert(key, Entry { value, used: false });
-        self.accounts.entry(account).or_default().push_back(key);
+    }
+}
+
+fn patience(protocol: u8, flow: &Flow, other: Option<&Flow>) -> u32 {
+    let state = flow.state | other.map_or(0, |other| other.state);
+    match protocol {
+        TCP if state & FLOW_CLOSING != 0 => TCP_CLOSING,
+        TCP if state & FLOW_SEEN == 0 => TCP_OPENING,
+        TCP => TCP_ESTABLISHED,
+        UDP => UDP_SILENCE,
+        _ => ECHO_SILENCE,
+    }
+}
+
+/// The row of the other direction.
+fn pair(key: &FlowKey, flow: &Flow, rows: &impl Rows) -> Option<FlowKey> {
+    let slot = rows.slot(flow.slot).filter(|slot| slot.generation == flow.generation)?;
+    let back = FlowKey { source_port: key.destination_port, destination_port: key.source_port, ..*key };
+    match (flow.kind, flow.port, flow.ifindex) {
+        // its replies come by the tunnel, or from a neighbour
+        (FLOW_CHOSEN, _, 0) => Some(FlowKey { source: slot.instance, destination: key.source, ..back }),
+        (FLOW_CHOSEN, ..) => Some(FlowKey { source: slot.namespace, destination: flow.source, ..back }),
+        (FLOW_REPLY, 0, _) => Some(FlowKey { source: key.destination, destination: flow.source, ..back }),
+        (FLOW_REPLY, ..) => Some(FlowKey { source: slot.namespace, destination: flow.source, ..back }),
+        _ => None,
+    }
+}
+
+/// Flows in this process's memory.
+#[derive(Debug, Default)]
+pub(super) struct Flows {
+    rows: HashMap<FlowKey, Flow>,
+    /// Rows by account, and in sum: those that must be remembered, those that are cached.
+    counts: HashMap<u32, u64>,
+    used: [u64; 2],
+    last_sweep: u32,
+}
+
+/// Seconds between two sweeps, however many flows want in.
+const SWEEP: u32 = 5;
+
+impl Flows {
+    pub(super) fn get(&self, key: &FlowKey) -> Option<Flow> {
+        self.rows.get(key).copied()
     }
 
-    /// Removes the account's oldest entry that was not read since it was last passed over.
-    fn evict(&mut self, account: Addr) {
-        let Some(keys) = self.accounts.get_mut(&account) else { return };
-        while let Some(key) = keys.pop_front() {
-            match self.entries.get_mut(&key) {
-                Some(entry) if entry.used => {
-                    entry.used = false;
-                    keys.push_back(key);
-                }
-                _ => {
-                    self.entries.remove(&key);
-                    break;
-                }
+    pub(super) fn touch(&mut self, key: &FlowKey, closes: bool, now: u32) {
+        if let Some(flow) = self.rows.get_mut(key) {
+            flow.seen = now;
+            flow.state |= FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        }
+    }
+
+    /// False where there is no room for it.
+    pub(super) fn learn(&mut self, key: FlowKey, flow: Flow, now: u32, slots: &[Slot]) -> bool {
+        if now.saturating_sub(self.last_sweep) >= SWEEP {
+            self.sweep(now, slots);
+        }
+        let account = account(&flow);
+        self.forget(&key);
+        let cached = account & 1;
+        let used = self.used[cached as usize];
+        if self.counts.get(&account).copied().unwrap_or(0) >= limit(cached == 1, used) {
+            return false;
+        }
+        self.rows.insert(key, Flow { seen: now, ..flow });
+        *self.counts.entry(account).or_default() += 1;
+        self.used[cached as usize] += 1;
+        true
+    }
+
+    fn sweep(&mut self, now: u32, slots: &[Slot]) {
+        self.last_sweep = now;
+        let view = View { rows: &self.rows, slots };
+        let gone: Vec<FlowKey> =
+            self.rows.iter().filter(|(key, flow)| expired(key, flow, now, &view)).map(|(key, _)| *key).collect();
+        for key in &gone {
+            self.forget(key);
+        }
+    }
+
+    fn forget(&mut self, key: &FlowKey) {
+        let Some(flow) = self.rows.remove(key) else { return };
+        let account = account(&flow);
+        self.used[(account & 1) as usize] -= 1;
+        if let Some(count) = self.counts.get_mut(&account) {
+            *count -= 1;
+            if *count == 0 {
+                self.counts.remove(&account);
             }
         }
-        if keys.is_empty() {
-            self.accounts.remove(&account);
-        }
     }
+}
+
+struct View<'a> {
+    rows: &'a HashMap<FlowKey, Flow>,
+    slots: &'a [Slot],
+}
+
+impl Rows for View<'_> {
+    fn row(&self, key: &FlowKey) -> Option<Flow> {
+        self.rows.get(key).copied()
+    }
+
+    fn slot(&self, index: u32) -> Option<Slot> {
+        self.slots.get(index as usize).copied()
+    }
+}
+
+/// The clock of flows: seconds that pass while the machine sleeps not, the same for every process since boot.
+pub(super) fn now() -> u32 {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_or(0, |time| u32::try_from(time.tv_sec()).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]
 mod tests {
+    use netmanager_common::addr::Addr;
+
     use super::*;
 
-    const LIMIT: usize = 64;
+    const SLOTS: [Slot; 2] = [
+        Slot { generation: 0, peer: 0, namespace: Addr::NONE, instance: Addr::NONE },
+        Slot { generation: 1, peer: 1, namespace: Addr::v4([10, 18, 1, 2]), instance: Addr::v4([10, 30, 0, 9]) },
+    ];
 
     #[test]
-    fn what_is_used_outlives_what_is_not() {
-        let mut flows = Flows::new(LIMIT);
-        for port in 0..8 {
-            flows.insert(key(1, port), port);
-        }
-        assert_eq!(flows.get(&key(1, 0)), Some(0));
-        flows.insert(key(1, 8), 8);
-        assert_eq!(flows.get(&key(1, 0)), Some(0), "was read");
-        assert_eq!(flows.get(&key(1, 1)), None, "the oldest that nobody read");
+    fn a_greedy_account_is_refused_and_another_is_not() {
+        let mut flows = Flows::default();
+        let greedy = Flow { account: 1, ..chosen() };
+        let taken = (0..MAX_FLOWS).take_while(|port| flows.learn(key(*port), greedy, 1, &SLOTS)).count() as u64;
+        assert_eq!(taken, REMEMBERED / 3 * 2);
+        assert!(flows.learn(key(0), greedy, 1, &SLOTS), "a row that is there is replaced");
+        let modest = Flow { account: 2, ..chosen() };
+        let others = (MAX_FLOWS..).take_while(|port| flows.learn(key(*port), modest, 1, &SLOTS)).count() as u64;
+        assert!(others > 10_000, "only {others}");
+        assert!(flows.get(&key(5)).is_some(), "nothing was pushed out");
+        let cached = Flow { kind: FLOW_CACHED, ..greedy };
+        assert!(flows.learn(key(3 * MAX_FLOWS), cached, 1, &SLOTS), "what is cached has its own room");
     }
 
     #[test]
-    fn a_flood_of_flows_evicts_only_its_own() {
-        let mut flows = Flows::new(LIMIT);
-        for port in 0..8 {
-            flows.insert(key(1, port), port);
-        }
-        for port in 0..10_000 {
-            flows.insert(key(2, port), port);
-        }
-        assert!((0..8).all(|port| flows.get(&key(1, port)).is_some()));
-    }
-
-    #[test]
-    fn never_more_than_the_limit() {
-        let mut flows = Flows::new(LIMIT);
-        for source in 0..100 {
-            for port in 0..20 {
-                flows.insert(key(source, port), port);
-                assert!(flows.entries.len() <= LIMIT);
-                assert_eq!(flows.entries.len(), flows.accounts.values().map(VecDeque::len).sum::<usize>());
+    fn both_directions_of_a_flow_end_together() {
+        for (protocol, answered, closes, patience) in [
+            (UDP, true, false, 180),
+            (UDP, false, false, 180),
+            (TCP, true, false, 7_440),
+            (TCP, false, false, 60),
+            (TCP, true, true, 30),
+            (1, true, false, 30),
+        ] {
+            let mut flows = Flows::default();
+            let there = FlowKey { protocol, ..key(7) };
+            let back = FlowKey {
+                source: SLOTS[1].instance,
+                destination: there.source,
+                source_port: there.destination_port,
+                destination_port: there.source_port,
+                ..there
+            };
+            let reply = Flow { kind: FLOW_REPLY, source: there.destination, ifindex: 4, port: 0, ..chosen() };
+            assert!(flows.learn(there, chosen(), 100, &SLOTS) && flows.learn(back, reply, 100, &SLOTS));
+            if answered {
+                flows.touch(&back, closes, 110);
             }
+            let last = if answered { 110 } else { 100 };
+            flows.sweep(last + patience - 1, &SLOTS);
+            assert!(flows.get(&there).is_some() && flows.get(&back).is_some(), "{protocol} {answered} {closes}");
+            flows.sweep(last + patience, &SLOTS);
+            assert!(flows.get(&there).is_none() && flows.get(&back).is_none(), "{protocol} {answered} {closes}");
+            assert!(flows.counts.is_empty());
         }
-        assert_eq!(flows.get(&key(99, 19)), Some(19), "the newest has got in");
     }
 
-    fn key(source: u8, port: u16) -> FlowKey {
-        FlowKey { source: Addr::v4([10, 18, 0, source]), source_port: port.to_be_bytes(), ..FlowKey::default() }
+    fn chosen() -> Flow {
+        Flow { slot: 1, generation: 1, kind: FLOW_CHOSEN, port: 4, ..Flow::default() }
+    }
+
+    fn key(port: u32) -> FlowKey {
+        let [a, b, c, d] = port.to_be_bytes();
+        FlowKey {
+            source: Addr::v4([10, 18, a, b]),
+            destination: Addr::v4([10, 30, 50, 1]),
+            source_port: [c, d],
+            destination_port: [0, 80],
+            protocol: UDP,
+            ..FlowKey::default()
+        }
     }
 }

@@ -96,6 +96,8 @@ pub struct TableDelta {
 /// What the tables hold, as far as it was written by [`Datapath::apply`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
+    /// The configuration's: it must go on from there, or flows would trust what they have noted of another time.
+    pub epoch: u32,
     /// Every slot that ever had an instance, live or not: its generation must go on from there.
     pub slots: Vec<(u32, Slot)>,
     pub peers: Vec<(u32, Peer)>,

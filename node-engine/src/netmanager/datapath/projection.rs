@@ -68,7 +68,6 @@ fn plan(delta: &TableDelta, mut current: impl FnMut(&Addr) -> Option<Service>) -
     let (live, dead): (Vec<_>, Vec<_>) = delta.slots.iter().copied().partition(|(_, slot)| slot.live());
 
     let mut groups = Vec::new();
-    groups.extend(delta.config.map(Write::Config).map(one));
     let (gone, peers): (Vec<_>, Vec<_>) = delta.peers.iter().copied().partition(|(_, peer)| peer.host.is_none());
     groups.extend(peers.into_iter().map(|(index, peer)| one(Write::Peer(index, peer))));
     groups.extend(live.into_iter().map(|(index, slot)| one(Write::Slot(index, slot))));
@@ -86,6 +85,8 @@ fn plan(delta: &TableDelta, mut current: impl FnMut(&Addr) -> Option<Service>) -
     groups.extend(delta.endpoints_gone.iter().map(|address| one(Write::EndpointGone(*address))));
     // A peer goes after the slots that named it: an instance whose node has changed its address is never without one.
     groups.extend(gone.into_iter().map(|(index, peer)| one(Write::Peer(index, peer))));
+    // Its epoch tells flows to read the other rows again: they must be there by then.
+    groups.extend(delta.config.map(Write::Config).map(one));
     groups
 }
 

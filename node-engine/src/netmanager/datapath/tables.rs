@@ -3,17 +3,17 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
-use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Reply, ReplyKey, Service, Slot};
+use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::pipeline::{Owned, Tables};
-use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_FLOWS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
+use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
 
-use super::flows::Flows;
+use super::flows::{Flows, now};
 use super::projection::{Projection, Write};
 use super::{DatapathError, Snapshot};
 
 /// Rows under the same limits as the kernel's maps.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct MemoryTables {
     config: Option<Config>,
     services: HashMap<Addr, Service>,
@@ -21,25 +21,8 @@ pub(super) struct MemoryTables {
     slots: Vec<Slot>,
     peers: Vec<Peer>,
     endpoints: HashMap<Addr, Endpoint>,
-    flows: Flows<FlowKey, Flow>,
-    replies: Flows<ReplyKey, Reply>,
+    flows: Flows,
     random: Random,
-}
-
-impl Default for MemoryTables {
-    fn default() -> Self {
-        Self {
-            config: None,
-            services: HashMap::new(),
-            candidates: HashMap::new(),
-            slots: Vec::new(),
-            peers: Vec::new(),
-            endpoints: HashMap::new(),
-            flows: Flows::new(MAX_FLOWS as usize),
-            replies: Flows::new(MAX_FLOWS as usize),
-            random: Random::default(),
-        }
-    }
 }
 
 impl Tables for MemoryTables {
@@ -73,18 +56,12 @@ impl Tables for MemoryTables {
         self.flows.get(key).map(Owned)
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        self.flows.insert(*key, *flow);
-        true
+    fn touch(&mut self, key: &FlowKey, _: &Owned<Flow>, closes: bool) {
+        self.flows.touch(key, closes, now());
     }
 
-    fn reply(&mut self, key: &ReplyKey) -> Option<Owned<Reply>> {
-        self.replies.get(key).map(Owned)
-    }
-
-    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
-        self.replies.insert(*key, *reply);
-        true
+    fn learn(&mut self, key: &FlowKey, flow: &Flow, _: bool) -> bool {
+        self.flows.learn(*key, *flow, now(), &self.slots)
     }
 
     fn pick(&mut self) -> u32 {
@@ -110,6 +87,7 @@ impl Projection for MemoryTables {
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {
         Ok(Snapshot {
+            epoch: self.config.map_or(0, |config| config.epoch),
             slots: indexed(&self.slots).filter(|(_, slot)| slot.generation != 0).collect(),
             peers: indexed(&self.peers).filter(|(_, peer)| !peer.host.is_none()).collect(),
             services: self.services.iter().map(|(address, row)| (*address, *row)).collect(),

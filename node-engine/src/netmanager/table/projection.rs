@@ -99,6 +99,10 @@ pub(super) struct Projection {
     next_service_id: u32,
     candidates: usize,
     endpoints: BTreeMap<Addr, Endpoint>,
+    /// On whose account flows are, by namespace address.
+    accounts: Numbers<Addr>,
+    /// The configuration's: raised whenever what flows have noted may be wrong.
+    epoch: u32,
     changes: Changes,
     /// How often a table was full.
     full: u64,
@@ -131,6 +135,8 @@ impl Projection {
             next_service_id: 1,
             candidates: 0,
             endpoints: BTreeMap::new(),
+            accounts: Numbers::new(MAX_ENDPOINTS + 1),
+            epoch: 0,
             changes: Changes::default(),
             full: 0,
         }
@@ -211,6 +217,8 @@ impl Projection {
             self.full += 1;
             return false;
         }
+        let account = self.accounts.take(namespace).and_then(|number| u16::try_from(number).ok()).unwrap_or(0);
+        let endpoint = Endpoint { account, ..endpoint };
         if self.endpoints.insert(namespace, endpoint) != Some(endpoint) {
             self.changes.endpoints.insert(namespace);
         }
@@ -219,6 +227,7 @@ impl Projection {
 
     pub(super) fn remove_endpoint(&mut self, namespace: Addr) {
         if self.endpoints.remove(&namespace).is_some() {
+            self.accounts.release(&namespace);
             self.changes.endpoints.insert(namespace);
         }
     }
@@ -256,6 +265,7 @@ impl Projection {
     pub(super) fn set_ours(&mut self, number: u32, ours: bool) {
         let Some(old) = self.peers.get(&number).copied() else { return };
         let flags = if ours { old.flags | PEER_OURS } else { old.flags & !PEER_OURS };
+        self.changes.config |= flags != old.flags;
         self.write_peer(number, Peer { flags, ..old });
     }
 
@@ -278,8 +288,11 @@ impl Projection {
         let changes = std::mem::take(&mut self.changes);
         self.slot_numbers.settle();
         self.peer_numbers.settle();
+        self.accounts.settle();
+        let stale = changes.config || !changes.endpoints.is_empty();
+        self.epoch = self.epoch.wrapping_add(stale.into());
         let mut delta = TableDelta {
-            config: self.config.filter(|_| changes.config),
+            config: self.config().filter(|_| stale),
             peers: changes
                 .peers
                 .iter()
@@ -305,10 +318,14 @@ impl Projection {
         delta
     }
 
+    fn config(&self) -> Option<Config> {
+        self.config.map(|config| Config { epoch: self.epoch, ..config })
+    }
+
     /// Everything there is, but for services whose candidates only the datapath knows (they are of an earlier run).
     pub(super) fn full(&self) -> TableDelta {
         TableDelta {
-            config: self.config,
+            config: self.config(),
             peers: self.peers().map(|(number, peer)| (number, *peer)).collect(),
             slots: (1u32..)
                 .zip(&self.slots[1..])
@@ -347,6 +364,10 @@ impl Projection {
             self.adopt_slot(*number, *slot);
         }
         self.endpoints = snapshot.endpoints.iter().copied().take(MAX_ENDPOINTS as usize).collect();
+        for (namespace, endpoint) in &self.endpoints {
+            self.accounts.adopt(*namespace, endpoint.account.into());
+        }
+        self.epoch = snapshot.epoch;
         let unused: Vec<u32> =
             self.peers.keys().copied().filter(|number| !self.peer_uses.contains_key(number)).collect();
         for number in unused {

@@ -248,6 +248,7 @@ fn garbage_in_a_snapshot_is_not_adopted() {
     let slot = Slot { generation: 5, peer: 3, namespace: addr("10.18.2.2"), instance: addr("10.30.0.2") };
     let service = Service { id: 1, epoch: 1, count: 1, policy: POLICY_INSTANCE, first: 1 };
     let snapshot = Snapshot {
+        epoch: 1,
         slots: vec![
             (0, slot),
             (1, slot),
@@ -523,6 +524,7 @@ impl Lab {
     /// A new table adopts what the datapath has. Leases are known again at once, answers are not.
     fn restart(&mut self) {
         let snapshot = Snapshot {
+            epoch: 1,
             slots: self.slots.clone().into_iter().collect(),
             peers: self.peers.clone().into_iter().collect(),
             services: self.services.iter().map(|(address, (row, _))| (*address, *row)).collect(),

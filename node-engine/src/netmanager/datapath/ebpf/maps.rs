@@ -5,20 +5,36 @@ use std::fmt;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
-use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Reply, ReplyKey, Service, Slot};
+use netmanager_common::abi::{
+    CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
+};
 use netmanager_common::addr::Addr;
 use netmanager_common::pipeline::{Owned, Tables};
 use netmanager_common::verdict::COUNTERS;
 
+use super::accounts::Accounts;
 use super::pins::Pins;
 use crate::netmanager::datapath::counters::kernel_name;
+use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::projection::{Projection, Write};
 use crate::netmanager::datapath::tables::Random;
 use crate::netmanager::datapath::{DatapathError, Snapshot};
 
 /// The maps that outlive the process, by their names in the object.
-pub(super) const PINNED: [&str; 9] =
-    ["CONFIG", "SERVICES", "CANDIDATES", "SLOTS", "PEERS", "ENDPOINTS", "FLOWS", "REPLIES", "COUNTERS"];
+pub(super) const PINNED: [&str; 12] = [
+    "CONFIG",
+    "SERVICES",
+    "CANDIDATES",
+    "SLOTS",
+    "PEERS",
+    "ENDPOINTS",
+    "FLOWS",
+    "CLOCK",
+    "OPENED",
+    "ALLOWED",
+    "NEIGHBOURS",
+    "COUNTERS",
+];
 
 /// The kernel's maps by their pins.
 pub(super) struct BpfTables {
@@ -29,7 +45,7 @@ pub(super) struct BpfTables {
     peers: Array<MapData, Peer>,
     endpoints: HashMap<MapData, Addr, Endpoint>,
     flows: HashMap<MapData, FlowKey, Flow>,
-    replies: HashMap<MapData, ReplyKey, Reply>,
+    accounts: Accounts,
     random: Random,
 }
 
@@ -45,14 +61,17 @@ impl BpfTables {
             peers: open(pins, "PEERS")?,
             endpoints: open(pins, "ENDPOINTS")?,
             flows: open(pins, "FLOWS")?,
-            replies: open(pins, "REPLIES")?,
+            accounts: Accounts::open(pins)?,
             random: Random::default(),
         })
     }
 }
 
+/// `linux/bpf.h`: only where there is a row.
+const BPF_EXIST: u64 = 2;
+
 /// A map by its pin. The sizes are those of the map in the kernel, so a pin of another layout is refused.
-fn open<M: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<M, DatapathError> {
+pub(super) fn open<M: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<M, DatapathError> {
     let path = pins.map(name);
     MapData::from_pin(&path).and_then(Map::from_map_data).and_then(M::try_from).map_err(|error| {
         let reason = format!("{}: {error}; if it was made by another version, uninstall that first", path.display());
@@ -91,16 +110,20 @@ impl Tables for BpfTables {
         self.flows.get(key, 0).ok().map(Owned)
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow) -> bool {
-        self.flows.insert(key, flow, 0).is_ok()
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+        let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        let touched = Flow { seen: now(), state, ..flow.0 };
+        if touched != flow.0 {
+            // A row that has just gone stays away: BPF_EXIST.
+            let _ = self.flows.insert(key, touched, BPF_EXIST);
+        }
     }
 
-    fn reply(&mut self, key: &ReplyKey) -> Option<Owned<Reply>> {
-        self.replies.get(key, 0).ok().map(Owned)
-    }
-
-    fn learn_reply(&mut self, key: &ReplyKey, reply: &Reply) -> bool {
-        self.replies.insert(key, reply, 0).is_ok()
+    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+        if new && !self.accounts.open_row(flow) {
+            return false;
+        }
+        self.flows.insert(key, Flow { seen: now(), ..*flow }, 0).is_ok()
     }
 
     fn pick(&mut self) -> u32 {
@@ -114,7 +137,10 @@ impl Projection for BpfTables {
             Write::Config(row) => written("CONFIG", self.config.set(0, row, 0)),
             Write::Peer(index, row) => written("PEERS", self.peers.set(*index, row, 0)),
             Write::Slot(index, row) => written("SLOTS", self.slots.set(*index, row, 0)),
-            Write::Endpoint(key, row) => written("ENDPOINTS", self.endpoints.insert(key, row, 0)),
+            Write::Endpoint(key, row) => {
+                self.accounts.admit(row.account)?;
+                written("ENDPOINTS", self.endpoints.insert(key, row, 0))
+            }
             Write::Candidate(key, slot) => written("CANDIDATES", self.candidates.insert(key, slot, 0)),
             Write::Service(key, row) => written("SERVICES", self.services.insert(key, row, 0)),
             Write::CandidateGone(key) => written("CANDIDATES", gone(self.candidates.remove(key))),
@@ -125,6 +151,7 @@ impl Projection for BpfTables {
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {
         Ok(Snapshot {
+            epoch: self.config.get(&0, 0).map_or(0, |config| config.epoch),
             slots: indexed("SLOTS", &self.slots, |slot| slot.generation != 0)?,
             peers: indexed("PEERS", &self.peers, |peer| !peer.host.is_none())?,
             services: read("SERVICES", self.services.iter().collect())?,
@@ -137,7 +164,7 @@ impl Projection for BpfTables {
     }
 }
 
-fn written(map: &'static str, result: Result<(), MapError>) -> Result<(), DatapathError> {
+pub(super) fn written(map: &'static str, result: Result<(), MapError>) -> Result<(), DatapathError> {
     match result {
         Ok(()) => Ok(()),
         Err(MapError::OutOfBounds { .. }) => Err(DatapathError::Full(map)),
@@ -147,7 +174,7 @@ fn written(map: &'static str, result: Result<(), MapError>) -> Result<(), Datapa
 }
 
 /// Removing what is not there is a success.
-fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
+pub(super) fn gone(result: Result<(), MapError>) -> Result<(), MapError> {
     match result {
         Err(MapError::KeyNotFound) => Ok(()),
         Err(error) if os_error(&error) == Some(libc::ENOENT) => Ok(()),
@@ -176,7 +203,7 @@ fn indexed<T: Pod>(
     read(map, rows.filter(|row| row.as_ref().map_or(true, |(_, row)| used(row))).collect())
 }
 
-fn causes(error: &MapError) -> String {
+pub(super) fn causes(error: &MapError) -> String {
     match error {
         MapError::SyscallError(error) => format!("{}: {}", error.call, error.io_error),
         other => other.to_string(),

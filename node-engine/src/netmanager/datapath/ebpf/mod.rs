@@ -4,6 +4,7 @@
 //! Everything is pinned: a daemon that ends, however it ends, leaves programs at work; the next one adopts the maps and replaces the
 //! programs in place. The only module that speaks to aya.
 
+mod accounts;
 mod hooks;
 mod maps;
 mod pins;
@@ -18,6 +19,7 @@ use aya::include_bytes_aligned;
 use netmanager_common::addr::Addr;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
+use self::accounts::Keeper;
 use self::hooks::{Hook, Hooks};
 use self::maps::{BpfTables, KernelCounters};
 use self::pins::Pins;
@@ -36,6 +38,7 @@ pub struct Ebpf {
     hooks: Mutex<Hooks>,
     counters: KernelCounters,
     proxied: Proxied,
+    _keeper: Keeper,
 }
 
 impl Ebpf {
@@ -60,13 +63,14 @@ impl Ebpf {
         let programs = loader.load(OBJECT).map_err(|error| unsupported("load programs", &error))?;
         let tables = BpfTables::open(&pins)?;
         let counters = KernelCounters::open(&pins)?;
+        let keeper = Keeper::start(&pins)?;
         let mut hooks = Hooks::load(programs, pins)?;
 
         hooks.attach(Hook::Uplink, &Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
         hooks.sweep(underlay.uplink_ifindex);
         // Last: whoever falls back to TUN needs device and port for itself.
         let proxied = Proxied::open(underlay, tables, false)?;
-        Ok(Self { hooks: Mutex::new(hooks), counters, proxied })
+        Ok(Self { hooks: Mutex::new(hooks), counters, proxied, _keeper: keeper })
     }
 
     fn hooks(&self) -> MutexGuard<'_, Hooks> {
