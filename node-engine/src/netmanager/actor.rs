@@ -21,11 +21,11 @@ use super::connect::{Made, Step};
 use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
 use super::datapath::{self, Datapath, Event as DatapathEvent, TableDelta, Underlay};
 use super::lease::Leases;
-use super::link::{Bridge, LinkError, Links, Route};
+use super::link::{Bridge, LinkError, Links, Route, Veth};
 use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
-use crate::model::{InstanceId, Report, Subnet};
+use crate::model::{Addresses, InstanceId, Report, Subnet};
 use crate::netns;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -120,6 +120,7 @@ pub(super) async fn start(
         datapath::choose(config.datapath, &underlay).await.map_err(|error| NetError::NoDatapath(error.to_string()))?;
     let lease_file = setup.run_dir.join("leases");
     let remains = remains(&lease_file, &links, chosen.datapath.as_ref()).await?;
+    links.adopt(&known_veths(&remains));
     let settings = Settings {
         nets: ServiceNets { v4: config.service_v4, v6: config.service_v6 },
         tunnel_port: config.tunnel_port,
@@ -514,6 +515,7 @@ impl Actor {
         let mut status = self.core.status();
         status.counters.push(("report_lost".into(), self.outbox.lost()));
         status.counters.extend(self.datapath.counters());
+        status.counters.extend(self.links.counters());
         NetStatus {
             datapath: self.datapath.name().into(),
             reason: self.reason.clone(),
@@ -522,6 +524,13 @@ impl Actor {
             ..status
         }
     }
+}
+
+/// The veths of an earlier run with the addresses that belong to them.
+fn known_veths(remains: &Remains) -> Vec<(Veth, Addresses)> {
+    let addresses =
+        |id: &InstanceId| remains.leases.leases.iter().find(|lease| lease.instance == *id).map(|lease| lease.addresses);
+    remains.veths.iter().filter_map(|(id, veth)| Some((veth.clone(), addresses(id)?))).collect()
 }
 
 fn way(route: &Route) -> Way {

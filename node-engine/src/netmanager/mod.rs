@@ -71,6 +71,7 @@ pub fn link_config(config: &NetworkConfig, run_dir: &Path, mtu: u32) -> link::Li
         tun: config.tun.clone(),
         mtu,
         run_dir: run_dir.to_owned(),
+        tunnel_port: config.tunnel_port,
         service_v4: config.service_v4,
         service_v6: config.service_v6,
     }

@@ -32,7 +32,8 @@ const USAGE: &str = "usage: probe serve [TEXT]
        probe udp ADDRESS:PORT COUNT [one|many] [GAP_MS]
        probe rr tcp|udp ADDRESS:PORT SECONDS
        probe connect ADDRESS:PORT SECONDS
-       probe stream ADDRESS:PORT SECONDS";
+       probe stream ADDRESS:PORT SECONDS
+       probe say ADDRESS:PORT TEXT [FROM:PORT]";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -47,6 +48,8 @@ fn main() -> ExitCode {
         ["rr", "udp", to, seconds] => rr_udp(to, seconds),
         ["connect", to, seconds] => connect(to, seconds),
         ["stream", to, seconds] => stream(to, seconds),
+        ["say", to, text] => say(to, text, None),
+        ["say", to, text, from] => say(to, text, Some(from)),
         _ => Err(USAGE.into()),
     };
     match outcome {
@@ -223,6 +226,15 @@ fn udp(to: &str, count: &str, flows: &str, gap: &str) -> Outcome {
     }
     let received = got.iter().filter(|got| **got).count();
     println!(r#"{{"sent":{count},"received":{received},"answers":{}}}"#, object(&answers.by));
+    Ok(())
+}
+
+/// One datagram, and no answer is waited for.
+fn say(to: &str, text: &str, from: Option<&str>) -> Outcome {
+    let to: SocketAddr = to.parse()?;
+    let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let from: SocketAddr = from.unwrap_or(any).parse()?;
+    UdpSocket::bind(from)?.send_to(text.as_bytes(), to)?;
     Ok(())
 }
 

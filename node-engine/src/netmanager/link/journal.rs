@@ -59,6 +59,8 @@ pub(super) enum Undo {
 pub(super) enum Family {
     V4,
     V6,
+    /// Whatever comes in by a device, before any protocol.
+    Device,
 }
 
 impl Undo {
@@ -270,6 +272,7 @@ impl Family {
         match word {
             "ip" => Some(Self::V4),
             "ip6" => Some(Self::V6),
+            "netdev" => Some(Self::Device),
             _ => None,
         }
     }
@@ -280,6 +283,7 @@ impl fmt::Display for Family {
         f.write_str(match self {
             Self::V4 => "ip",
             Self::V6 => "ip6",
+            Self::Device => "netdev",
         })
     }
 }

@@ -4,11 +4,13 @@
 
 mod bridge;
 mod changes;
+mod guard;
 mod journal;
 mod kernel;
 mod legacy;
 mod nft;
 mod ports;
+mod relay;
 mod route;
 mod sysctl;
 #[cfg(test)]
@@ -37,6 +39,8 @@ pub struct LinkConfig {
     pub mtu: u32,
     /// Where the journal of changes lies.
     pub run_dir: PathBuf,
+    /// UDP port of the tunnel, here and at the peers.
+    pub tunnel_port: u16,
     /// Networks routed to the TUN device.
     pub service_v4: (Ipv4Addr, u8),
     pub service_v6: (Ipv6Addr, u8),
@@ -90,6 +94,8 @@ pub struct Links {
     changes: Changes,
     journal: Mutex<Journal>,
     wanted: Mutex<ports::Wanted>,
+    guard: Mutex<guard::Guard>,
+    relay: relay::Relay,
     warnings: Mutex<Vec<String>>,
 }
 
@@ -106,6 +112,8 @@ impl Links {
             changes: Changes::watch().map_err(failed)?,
             journal: Mutex::new(Journal::open(&config.run_dir)?),
             wanted: Mutex::default(),
+            guard: Mutex::default(),
+            relay: relay::Relay::default(),
             warnings: Mutex::default(),
             config,
         })
@@ -118,6 +126,8 @@ impl Links {
         sysctl::ensure_forwarding(&mut self.journal())?;
         let bridge = self.ensure_bridge_link(subnet).await?;
         self.ensure_nat(subnet).await?;
+        sysctl::route_loopback(&self.config.bridge)?;
+        self.ensure_guards().await?;
         self.ensure_accepted().await?;
         Ok(bridge)
     }
@@ -137,12 +147,26 @@ impl Links {
         subnet: Subnet,
         addresses: Addresses,
     ) -> Result<Veth, LinkError> {
-        self.attach_veth(instance, netns, subnet, addresses).await
+        let veth = self.attach_veth(instance, netns, subnet, addresses).await?;
+        self.watch(&[(veth.clone(), addresses)]);
+        self.ensure_guards().await?;
+        Ok(veth)
     }
 
     /// Removes the instance's veth. Repeatable.
     pub async fn detach(&self, instance: &InstanceId) -> Result<(), LinkError> {
-        self.detach_veth(instance).await
+        self.detach_veth(instance).await?;
+        self.unwatch(instance).await
+    }
+
+    /// Veths of an earlier run whose senders are to be checked from now on, at the next `ensure_bridge`.
+    pub fn adopt(&self, veths: &[(Veth, Addresses)]) {
+        self.watch(veths);
+    }
+
+    /// What was dropped because no instance may send it, by reason.
+    pub fn counters(&self) -> Vec<(String, u64)> {
+        guard::counters()
     }
 
     /// The instances that are connected now, whoever connected them: for adoption after a restart.
@@ -150,8 +174,8 @@ impl Links {
         self.attached_veths().await
     }
 
-    /// Replaces all published ports of this node in one transaction. An address of the host's own, except loopback, at the host port
-    /// leads to the instance, from outside, from instances and from the host itself.
+    /// Replaces all published ports of this node in one transaction. An address of the host's own, loopback included, at the host port
+    /// leads to the instance, from outside, from instances and from the host itself. `::1` is served by this process, while it runs.
     pub async fn publish(&self, subnet: Subnet, ports: &[(PortMapping, Addresses)]) -> Result<(), LinkError> {
         self.publish_ports(subnet, ports).await
     }

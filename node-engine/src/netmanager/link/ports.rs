@@ -1,12 +1,17 @@
 //! Our own nf_tables table, one in each family: instances reach the outside under the host's address, and published ports lead in.
 //!
 //! ```text
+//! guard        from instances: to loopback, to a tunnel port               → dropped, counted
 //! prerouting   to an address of the host           → ports
-//! output       the same, loopback excepted         → ports
+//! output       the same; ::1 excepted              → ports
 //! ports        tcp 8080                            → 10.18.0.2:80
-//! postrouting  from the subnet, out of anything but bridge and TUN         → masquerade
+//! postrouting  from loopback, through a published port                     → masquerade
+//!              from the subnet, out of anything but bridge and TUN         → masquerade
 //!              from the subnet through a published port into the subnet    → masquerade, so that the answer comes back this way
 //! ```
+//!
+//! IPv4 loopback needs one thing more: the bridge may route it (`route_localnet`), which `guard` keeps instances from using. IPv6 has
+//! nothing like it: `::1` is served by [`super::relay`].
 
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{MutexGuard, PoisonError};
@@ -16,11 +21,13 @@ use tracing::{info, warn};
 
 use crate::model::{Addresses, PortMapping, Protocol, Subnet};
 
+use super::guard::{self, DROP_LOOPBACK, DROP_TUNNEL};
 use super::journal::{Family, Undo};
 use super::nft::{self, Batch, Expression, Hook, Place, Refused};
 use super::{LinkConfig, LinkError, Links, sysctl};
 
 pub(super) const TABLE: &str = "node_engine";
+const GUARD: &str = "guard";
 const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const POSTROUTING: &str = "postrouting";
@@ -29,6 +36,8 @@ const PORTS: &str = "ports";
 /// Before Docker's own (-100, 100): the first translation of a connection is the one that holds.
 const DESTINATION_PRIORITY: i32 = -110;
 const SOURCE_PRIORITY: i32 = 90;
+/// After connection tracking (-200), before any translation.
+const GUARD_PRIORITY: i32 = -150;
 
 /// What the table should say. Before the first `publish` of this process nobody knows the ports: what an earlier one published stays.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -65,14 +74,18 @@ impl Links {
     ) -> Result<(), LinkError> {
         let mut ports = ports.to_vec();
         ports.sort_by_key(|(mapping, _)| *mapping);
+        let ports_kept = ports.clone();
         self.ensure_table(|wanted| {
             wanted.subnet = Some(subnet);
             wanted.ports = Some(ports);
         })
-        .await
+        .await?;
+        self.relay.serve(&ports_kept);
+        Ok(())
     }
 
-    /// Compares the rules by their comments and rewrites all of them in one transaction where one is missing or too many.
+    /// Compares the rules by their comments and rewrites in one transaction the chains in which one is missing or too many; what the
+    /// others have counted stays.
     async fn ensure_table(&self, change: impl FnOnce(&mut Wanted)) -> Result<(), LinkError> {
         let wanted = {
             let mut wanted = self.wanted();
@@ -82,15 +95,16 @@ impl Links {
         let mut tables: Vec<(Family, Vec<Chain>)> =
             families().into_iter().map(|family| (family, chains(family, &self.config, &wanted))).collect();
         tables.retain(|(family, _)| *family == Family::V4 || !wanted.v4_alone);
-        let compared = tables.clone();
+        let compared = tables;
         let outdated = blocking("list rules of", move || {
-            let mut outdated = false;
-            for (family, chains) in &compared {
-                outdated |= !is_current(*family, chains)?;
+            let mut outdated = Vec::with_capacity(compared.len());
+            for (family, chains) in compared {
+                outdated.push((family, outdated_of(family, chains)?));
             }
             Ok(outdated)
         });
-        if !outdated.await? {
+        let tables = outdated.await?;
+        if tables.iter().all(|(_, chains)| chains.is_empty()) {
             return Ok(());
         }
         for (family, _) in &tables {
@@ -139,12 +153,13 @@ pub(super) fn refused_by_kernel(refused: &Refused) -> LinkError {
     LinkError::Kernel { step: "nf_tables", object: refused.step.clone(), reason: refused.errno.desc().to_owned() }
 }
 
-fn is_current(family: Family, chains: &[Chain]) -> std::io::Result<bool> {
+fn outdated_of(family: Family, mut chains: Vec<Chain>) -> std::io::Result<Vec<Chain>> {
     let present = nft::rules(family, TABLE)?;
-    Ok(chains.iter().all(|chain| {
+    chains.retain(|chain| {
         let present = present.iter().filter(|rule| rule.chain == chain.name).map(|rule| rule.comment.as_deref());
-        present.eq(chain.rules.iter().map(|rule| Some(rule.comment.as_str())))
-    }))
+        !present.eq(chain.rules.iter().map(|rule| Some(rule.comment.as_str())))
+    });
+    Ok(chains)
 }
 
 /// All families in one transaction; how many it was. A kernel whose nf_tables has no IPv6 gets the IPv4 part alone.
@@ -164,6 +179,7 @@ fn transaction(tables: &[(Family, Vec<Chain>)]) -> Batch {
         let family = *family;
         batch.table(family, TABLE);
         batch.chain(family, TABLE, PORTS);
+        batch.filter_chain(family, TABLE, GUARD, Hook::Prerouting, GUARD_PRIORITY);
         batch.nat_chain(family, TABLE, PREROUTING, Hook::Prerouting, DESTINATION_PRIORITY);
         batch.nat_chain(family, TABLE, OUTPUT, Hook::Output, DESTINATION_PRIORITY);
         batch.nat_chain(family, TABLE, POSTROUTING, Hook::Postrouting, SOURCE_PRIORITY);
@@ -179,6 +195,7 @@ fn transaction(tables: &[(Family, Vec<Chain>)]) -> Batch {
 
 fn chains(family: Family, config: &LinkConfig, wanted: &Wanted) -> Vec<Chain> {
     let mut chains = entries(family);
+    chains.push(Chain { name: GUARD, rules: guard_rules(family, config) });
     let masquerade = wanted.subnet.iter().flat_map(|subnet| masquerade_rules(family, config, *subnet));
     chains.push(Chain { name: POSTROUTING, rules: masquerade.collect() });
     if let Some(ports) = &wanted.ports {
@@ -189,12 +206,9 @@ fn chains(family: Family, config: &LinkConfig, wanted: &Wanted) -> Vec<Chain> {
 }
 
 fn entries(family: Family) -> Vec<Chain> {
-    let (network, prefix): (IpAddr, u8) = match family {
-        Family::V4 => ([127, 0, 0, 0].into(), 8),
-        Family::V6 => (Ipv6Addr::LOCALHOST.into(), 128),
-    };
+    let (network, prefix) = loopback(family);
     let local = [Expression::DestinationIsLocal, Expression::Jump(PORTS.into())];
-    let not_loopback = [Expression::NotDestination { network, prefix }];
+    let not_loopback = (family == Family::V6).then_some(Expression::NotDestination { network, prefix });
     let rule = |comment: &str, expressions| vec![Rule { comment: comment.into(), expressions }];
     vec![
         Chain { name: PREROUTING, rules: rule("published ports", local.to_vec()) },
@@ -205,10 +219,59 @@ fn entries(family: Family) -> Vec<Chain> {
     ]
 }
 
+fn loopback(family: Family) -> (IpAddr, u8) {
+    match family {
+        Family::V4 => ([127, 0, 0, 0].into(), 8),
+        Family::V6 | Family::Device => (Ipv6Addr::LOCALHOST.into(), 128),
+    }
+}
+
+/// What no instance may reach: services on the host's loopback, which are not meant for the network, and the tunnel of any node, where
+/// it could speak in the name of a node. An answer may well go to a port of that number.
+fn guard_rules(family: Family, config: &LinkConfig) -> Vec<Rule> {
+    let (network, prefix) = loopback(family);
+    let from_instance = Expression::In(config.bridge.clone());
+    let (service, service_prefix): (IpAddr, u8) = match family {
+        Family::V4 => (config.service_v4.0.into(), config.service_v4.1),
+        Family::V6 | Family::Device => (config.service_v6.0.into(), config.service_v6.1),
+    };
+    let mut rules = vec![Rule {
+        comment: DROP_LOOPBACK.into(),
+        expressions: vec![
+            from_instance.clone(),
+            Expression::Destination { network, prefix },
+            Expression::Counter,
+            Expression::Drop,
+        ],
+    }];
+    for port in guard::tunnel_ports(config.tunnel_port) {
+        rules.push(Rule {
+            comment: format!("{DROP_TUNNEL} {port}"),
+            expressions: vec![
+                from_instance.clone(),
+                Expression::FromOriginator,
+                Expression::Protocol(17),
+                Expression::DestinationPort(port),
+                Expression::NotDestination { network: service, prefix: service_prefix },
+                Expression::Counter,
+                Expression::Drop,
+            ],
+        });
+    }
+    rules
+}
+
+/// What the guard has dropped, by the names of the counters.
+pub(super) fn guarded() -> Vec<(String, u64)> {
+    let rules = families().into_iter().flat_map(|family| nft::rules_in(family, TABLE, GUARD).unwrap_or_default());
+    let count = |rule: nft::RuleState| Some((rule.comment?.split(' ').next()?.to_owned(), rule.packets?));
+    rules.filter_map(count).collect()
+}
+
 fn port_rule(family: Family, mapping: PortMapping, addresses: Addresses) -> Rule {
     let address: IpAddr = match family {
         Family::V4 => addresses.v4.into(),
-        Family::V6 => addresses.v6.into(),
+        Family::V6 | Family::Device => addresses.v6.into(),
     };
     let protocol = match mapping.protocol {
         Protocol::Tcp => 6,
@@ -228,11 +291,22 @@ fn port_rule(family: Family, mapping: PortMapping, addresses: Addresses) -> Rule
 fn masquerade_rules(family: Family, config: &LinkConfig, subnet: Subnet) -> Vec<Rule> {
     let (network, prefix): (IpAddr, u8) = match family {
         Family::V4 => (subnet.v4.into(), Subnet::V4_PREFIX),
-        Family::V6 => (subnet.v6.into(), Subnet::V6_PREFIX),
+        Family::V6 | Family::Device => (subnet.v6.into(), Subnet::V6_PREFIX),
     };
     let out = |name: &str, equal| Expression::Out { name: name.to_owned(), equal };
     let LinkConfig { bridge, tun, .. } = config;
-    vec![
+    let (own, own_prefix) = loopback(family);
+    let from_loopback = Rule {
+        comment: format!("loopback to {bridge} through a published port"),
+        expressions: vec![
+            Expression::Source { network: own, prefix: own_prefix },
+            out(bridge, true),
+            Expression::WasTranslated,
+            Expression::Counter,
+            Expression::Masquerade,
+        ],
+    };
+    let mut rules = vec![
         Rule {
             comment: format!("{network}/{prefix} not to {bridge} or {tun}"),
             expressions: vec![
@@ -253,5 +327,9 @@ fn masquerade_rules(family: Family, config: &LinkConfig, subnet: Subnet) -> Vec<
                 Expression::Masquerade,
             ],
         },
-    ]
+    ];
+    if family == Family::V4 {
+        rules.insert(0, from_loopback);
+    }
+    rules
 }

@@ -43,6 +43,11 @@ pub(super) fn settle_own_interface(name: &str) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// Lets the bridge carry what the host's own loopback sends through a published port. The guard must be up before.
+pub(super) fn route_loopback(bridge: &str) -> Result<(), LinkError> {
+    set(&format!("net/ipv4/conf/{bridge}/route_localnet"), "1")
+}
+
 /// Inside an instance's namespace, for its side of the link. Runtimes switch IPv6 off where they assign no address themselves. An
 /// address that the node hands out has no duplicate, and looking for one delays the first packet by a second. Another instance
 /// on the bridge is nobody to take a router or a shorter way from; the host itself names one where two instances meet through a

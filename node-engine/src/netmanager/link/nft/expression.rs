@@ -34,6 +34,21 @@ pub(in super::super) enum Expression {
     },
     /// The destination is an address of this host.
     DestinationIsLocal,
+    Destination {
+        network: IpAddr,
+        prefix: u8,
+    },
+    /// What the device says the frame carries, by its Ethernet type.
+    Carries(u16),
+    /// These bytes of a header are (or are not) so.
+    Field {
+        header: Header,
+        offset: u32,
+        value: Vec<u8>,
+        equal: bool,
+    },
+    /// Its connection began with a packet in this direction.
+    FromOriginator,
     /// Published ports have changed the destination of this connection.
     WasTranslated,
     Counter,
@@ -41,7 +56,17 @@ pub(in super::super) enum Expression {
     /// The destination becomes this address and port.
     TranslateTo(IpAddr, u16),
     Accept,
+    Drop,
     Jump(String),
+    Goto(String),
+}
+
+/// Whose bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Header {
+    Link = 0,
+    Network = 1,
+    Transport = 2,
 }
 
 #[derive(Clone, Copy)]
@@ -72,6 +97,25 @@ impl Expression {
             Self::NotDestination { network, prefix } => {
                 let offset = if network.is_ipv4() { 16 } else { 24 };
                 inside(list, offset, *network, *prefix, Compare::NotEqual);
+            }
+            Self::Destination { network, prefix } => {
+                let offset = if network.is_ipv4() { 16 } else { 24 };
+                inside(list, offset, *network, *prefix, Compare::Equal);
+            }
+            Self::Carries(kind) => {
+                meta(list, META_PROTOCOL);
+                compare(list, Compare::Equal, &kind.to_be_bytes());
+            }
+            Self::Field { header, offset, value, equal } => {
+                payload(list, *header as u32, *offset, u32::try_from(value.len()).expect("a field of a header"));
+                compare(list, if *equal { Compare::Equal } else { Compare::NotEqual }, value);
+            }
+            Self::FromOriginator => {
+                element(list, "ct", |data| {
+                    data.be32(1, REG_1);
+                    data.be32(2, CT_DIRECTION);
+                });
+                compare(list, Compare::Equal, &[CT_ORIGINAL]);
             }
             Self::DestinationIsLocal => {
                 element(list, "fib", |data| {
@@ -106,11 +150,14 @@ impl Expression {
                 });
             }
             Self::Accept => verdict(list, NF_ACCEPT, None),
+            Self::Drop => verdict(list, NF_DROP, None),
             Self::Jump(chain) => verdict(list, NFT_JUMP, Some(chain)),
+            Self::Goto(chain) => verdict(list, NFT_GOTO, Some(chain)),
         }
     }
 }
 
+const META_PROTOCOL: u32 = 1;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_L4PROTO: u32 = 16;
@@ -120,14 +167,18 @@ const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_DESTINATION: u32 = 2;
 /// An address of the host's own, in the order the machine keeps it in the register.
 const RTN_LOCAL: u32 = 2;
+const CT_DIRECTION: u32 = 1;
+const CT_ORIGINAL: u8 = 0;
 const CT_STATUS: u32 = 2;
 const IPS_DST_NAT: u32 = 1 << 5;
 const NAT_DESTINATION: u32 = 1;
 const NAT_PORT_GIVEN: u32 = 2;
 const NFPROTO_IPV4: u32 = 2;
 const NFPROTO_IPV6: u32 = 10;
+const NF_DROP: i32 = 0;
 const NF_ACCEPT: i32 = 1;
 const NFT_JUMP: i32 = -3;
+const NFT_GOTO: i32 = -4;
 
 /// Interface names fill the whole register.
 const IFNAMSIZ: usize = 16;

@@ -15,7 +15,7 @@ use super::journal::Family;
 use attribute::{Writer, as_be32, as_be64, as_text, find};
 use socket::{Answer, dump, open, receive};
 
-pub(super) use expression::Expression;
+pub(super) use expression::{Expression, Header};
 
 /// What a base chain hangs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub(super) struct RuleState {
     pub(super) chain: String,
     pub(super) handle: u64,
     pub(super) comment: Option<String>,
+    /// What its first counter has counted.
+    pub(super) packets: Option<u64>,
 }
 
 /// Where a new rule goes in its chain.
@@ -57,6 +59,7 @@ impl Family {
         match self {
             Self::V4 => 2,
             Self::V6 => 10,
+            Self::Device => 5,
         }
     }
 }
@@ -105,16 +108,52 @@ impl Batch {
 
     /// Makes a chain of type `nat` at this hook unless it exists.
     pub(super) fn nat_chain(&mut self, family: Family, table: &str, chain: &str, hook: Hook, priority: i32) {
+        self.base_chain(family, table, chain, "nat", hook as u32, priority, None);
+    }
+
+    /// Makes a chain of type `filter` at this hook unless it exists.
+    pub(super) fn filter_chain(&mut self, family: Family, table: &str, chain: &str, hook: Hook, priority: i32) {
+        self.base_chain(family, table, chain, "filter", hook as u32, priority, None);
+    }
+
+    /// Makes a chain that sees first what comes in by this device, unless it exists.
+    pub(super) fn device_chain(&mut self, table: &str, chain: &str, device: &str) {
+        self.base_chain(Family::Device, table, chain, "filter", INGRESS, 0, Some(device));
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the attributes of one message")]
+    fn base_chain(
+        &mut self,
+        family: Family,
+        table: &str,
+        chain: &str,
+        kind: &str,
+        hook: u32,
+        priority: i32,
+        device: Option<&str>,
+    ) {
         self.step(format!("chain {family} {table} {chain}"));
         self.change(NEW_CHAIN, CREATE, family, |message| {
             message.text(1, table);
             message.text(3, chain);
             message.nest(4, |nested| {
-                nested.be32(1, hook as u32);
+                nested.be32(1, hook);
                 nested.put(2, &priority.to_be_bytes());
+                if let Some(device) = device {
+                    nested.text(3, device);
+                }
             });
             message.be32(5, NF_ACCEPT);
-            message.text(7, "nat");
+            message.text(7, kind);
+        });
+    }
+
+    /// Removes a chain that nobody jumps to, and its rules.
+    pub(super) fn delete_chain(&mut self, family: Family, table: &str, chain: &str) {
+        self.step(format!("delete chain {family} {table} {chain}"));
+        self.change(DEL_CHAIN, 0, family, |message| {
+            message.text(1, table);
+            message.text(3, chain);
         });
     }
 
@@ -209,13 +248,30 @@ pub(super) struct Refused {
 
 /// The rules of a table, in order; none where the table does not exist.
 pub(super) fn rules(family: Family, table: &str) -> io::Result<Vec<RuleState>> {
-    let request = message(SUBSYSTEM << 8 | GET_RULE, DUMP, 1, family.number(), 0, |message| message.text(1, table));
+    rules_of(family, table, None)
+}
+
+/// The rules of one chain, in order; none where there is no such chain.
+pub(super) fn rules_in(family: Family, table: &str, chain: &str) -> io::Result<Vec<RuleState>> {
+    rules_of(family, table, Some(chain))
+}
+
+fn rules_of(family: Family, table: &str, wanted: Option<&str>) -> io::Result<Vec<RuleState>> {
+    let request = message(SUBSYSTEM << 8 | GET_RULE, DUMP, 1, family.number(), 0, |message| {
+        message.text(1, table);
+        if let Some(chain) = wanted {
+            message.text(2, chain);
+        }
+    });
     let rule = |attributes: &[u8]| {
+        let chain = as_text(find(attributes, 2)?);
         // Old kernels dump every table.
-        (as_text(find(attributes, 1)?) == table).then_some(RuleState {
-            chain: as_text(find(attributes, 2)?),
+        let asked = as_text(find(attributes, 1)?) == table && wanted.is_none_or(|wanted| wanted == chain);
+        asked.then_some(RuleState {
+            chain,
             handle: as_be64(find(attributes, 3)?)?,
             comment: find(attributes, 7).and_then(comment),
+            packets: find(attributes, 4).and_then(packets),
         })
     };
     Ok(dump(&request, SUBSYSTEM << 8 | NEW_RULE)?.iter().filter_map(|answer| rule(answer.attributes())).collect())
@@ -244,6 +300,7 @@ const NEW_TABLE: u16 = 0;
 const DEL_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const GET_CHAIN: u16 = 4;
+const DEL_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
 const DEL_RULE: u16 = 8;
@@ -253,6 +310,9 @@ const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
+
+/// The one hook of a device.
+const INGRESS: u32 = 0;
 
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
@@ -300,6 +360,14 @@ fn comment(mut bytes: &[u8]) -> Option<String> {
         bytes = &rest[value.len()..];
     }
     None
+}
+
+/// The first counter in a list of expressions.
+fn packets(list: &[u8]) -> Option<u64> {
+    attribute::read(list).find_map(|(_, element)| {
+        let counter = find(element, 1).map(as_text).as_deref() == Some("counter");
+        find(element, 2).filter(|_| counter).and_then(|data| find(data, 2)).and_then(as_be64)
+    })
 }
 
 #[cfg(test)]

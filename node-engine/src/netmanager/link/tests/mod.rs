@@ -4,6 +4,7 @@
 mod bridge;
 mod changes;
 mod filter;
+mod guard;
 mod ports;
 mod undo;
 mod veth;
@@ -28,6 +29,8 @@ const BRIDGE: &str = "lk-bridge";
 const TUN: &str = "lk-tun";
 
 const SUBNET: Subnet = Subnet { v4: Ipv4Addr::new(10, 18, 0, 0), v6: Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0) };
+const GATEWAY: Addresses =
+    Addresses { v4: Ipv4Addr::new(10, 18, 0, 1), v6: Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 1) };
 const FIRST: Addresses = Addresses { v4: Ipv4Addr::new(10, 18, 0, 2), v6: Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 2) };
 const SECOND: Addresses = Addresses { v4: Ipv4Addr::new(10, 18, 0, 3), v6: Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 3) };
 const TUN_V4: Ipv4Addr = Ipv4Addr::new(10, 19, 1, 254);
@@ -199,6 +202,7 @@ impl Host {
             tun: TUN.into(),
             mtu: 1450,
             run_dir: self.run_dir.path().to_owned(),
+            tunnel_port: 50_103,
             service_v4: (Ipv4Addr::new(10, 30, 0, 0), 16),
             service_v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16),
         }
@@ -238,9 +242,11 @@ struct Server {
 
 impl Server {
     fn start(namespace: &Namespace, port: u16) -> Self {
-        let listener = namespace
-            .within(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)))
-            .expect("a listener for both families");
+        Self::start_at(namespace, (Ipv6Addr::UNSPECIFIED, port).into())
+    }
+
+    fn start_at(namespace: &Namespace, at: SocketAddr) -> Self {
+        let listener = namespace.within(|| TcpListener::bind(at)).expect("a listener");
         let accepted = listener.try_clone().unwrap();
         let accepting = std::thread::spawn(move || {
             while let Ok((mut stream, peer)) = accepted.accept() {

@@ -23,9 +23,15 @@ fn a_published_port_leads_to_its_instance_until_it_is_replaced() {
         ask(&instance, address, 8080).expect("from the instance itself");
         assert!(is_cut_off(&host.outside, address, 80), "only the host port is published");
     }
-    // What is published is not taken from the host's own loopback, nor from others whom the host only forwards to.
-    assert!(is_cut_off(&host.namespace, Ipv4Addr::LOCALHOST.into(), 8080));
-    assert!(is_cut_off(&host.namespace, Ipv6Addr::LOCALHOST.into(), 8080));
+    // By loopback it is the host that asks. What is published is not taken from others whom the host only forwards to.
+    assert_eq!(ask(&host.namespace, Ipv4Addr::LOCALHOST.into(), 8080).expect("by loopback"), IpAddr::from(GATEWAY.v4));
+    assert!(is_cut_off(&host.namespace, Ipv4Addr::LOCALHOST.into(), 80), "only the host port is published");
+    let local = Server::start_at(&host.namespace, (Ipv4Addr::LOCALHOST, 631).into());
+    assert!(ask(&host.namespace, Ipv4Addr::LOCALHOST.into(), 631).is_ok());
+    instance.exec("ip route add 127.0.0.2/32 via 10.18.0.1");
+    instance.exec("sysctl -q -w net.ipv4.conf.all.route_localnet=1");
+    assert!(is_cut_off(&instance, Ipv4Addr::new(127, 0, 0, 2).into(), 631), "the host's loopback is not for instances");
+    drop(local);
     let _outside = Server::start(&host.outside, 8080);
     for (address, masqueraded) in [(OUTSIDE_V4, HOST_V4), (OUTSIDE_V6, HOST_V6)] {
         assert_eq!(ask(&instance, address, 8080).expect("somebody else's port"), masqueraded);
@@ -67,6 +73,62 @@ fn instances_reach_each_other_through_a_published_port() {
     }
     assert_eq!(ask(&second, FIRST.v4.into(), 80).expect("directly"), IpAddr::from(SECOND.v4));
     assert_eq!(ask(&second, FIRST.v6.into(), 80).expect("directly"), IpAddr::from(SECOND.v6));
+}
+
+/// `::1` is served by the process itself: asked from another thread while it runs.
+#[test]
+#[ignore = "needs root"]
+fn a_published_port_is_served_at_the_ipv6_loopback_while_the_process_runs() {
+    let host = Host::new("lo6");
+    let instance = host.with_instance();
+    let _server = Server::start(&instance, 80);
+    let echo = instance.within(|| std::net::UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 53))).expect("a socket");
+    let echoing = std::thread::spawn(move || {
+        let mut buffer = [0; 16];
+        for _ in 0..2 {
+            let (length, from) = echo.recv_from(&mut buffer).expect("a question");
+            echo.send_to(&buffer[..length], from).expect("answered");
+        }
+    });
+    let namespace = &host.namespace.path;
+    let talk = |path: PathBuf| {
+        netns::within(&path, || {
+            let client = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).expect("a socket");
+            client.connect((Ipv6Addr::LOCALHOST, 8053)).expect("connected");
+            client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            let mut buffer = [0; 16];
+            for question in ["one", "two"] {
+                client.send(question.as_bytes()).expect("sent");
+                let length = client.recv(&mut buffer).expect("answered");
+                assert_eq!(&buffer[..length], question.as_bytes());
+            }
+        })
+        .expect("a namespace");
+    };
+    let reach = |path: PathBuf, port: u16| {
+        netns::within(&path, || {
+            let mut stream = TcpStream::connect_timeout(&(Ipv6Addr::LOCALHOST, port).into(), Duration::from_secs(5))?;
+            let mut seen = String::new();
+            stream.read_to_string(&mut seen)?;
+            seen.parse::<IpAddr>().map_err(io::Error::other)
+        })
+        .expect("a namespace")
+    };
+    host.links(|links| async move {
+        let udp = PortMapping { host: 8053, container: 53, protocol: Protocol::Udp };
+        links.publish(SUBNET, &[(tcp(8080, 80), FIRST), (udp, FIRST)]).await.expect("published");
+        let ask = |port| {
+            let path = namespace.clone();
+            async move { tokio::task::spawn_blocking(move || reach(path, port)).await.unwrap() }
+        };
+        assert_eq!(ask(8080).await.expect("by loopback"), IpAddr::from(GATEWAY.v6));
+        let path = namespace.clone();
+        tokio::task::spawn_blocking(move || talk(path)).await.unwrap();
+        links.publish(SUBNET, &[(tcp(8081, 80), FIRST)]).await.expect("published");
+        assert_eq!(ask(8080).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(ask(8081).await.expect("by loopback"), IpAddr::from(GATEWAY.v6));
+    });
+    echoing.join().unwrap();
 }
 
 #[test]
@@ -111,8 +173,9 @@ fn a_flushed_ruleset_comes_back_with_all_published_ports() {
     let host = Host::new("flush");
     let instance = host.with_instance();
     let _server = Server::start(&instance, 80);
-    let namespace = &host.namespace;
+    let (namespace, path) = (&host.namespace, &instance.path);
     host.links(|links| async move {
+        links.attach(&id(0), path, SUBNET, FIRST).await.expect("still attached");
         links.publish(SUBNET, &[(tcp(8080, 80), FIRST)]).await.expect("published");
         let before = namespace.exec("nft list ruleset");
         namespace.exec("nft flush ruleset");
@@ -147,10 +210,16 @@ fn nft_reads_the_rules_as_they_are_meant() {
     let v4 = text("ip");
     for line in [
         "type nat hook prerouting priority dstnat - 10; policy accept;",
+        "type filter hook prerouting priority mangle; policy accept;",
         "type nat hook output priority -110; policy accept;",
         "type nat hook postrouting priority srcnat - 10; policy accept;",
         "fib daddr type local jump ports comment \"published ports\"",
-        "ip daddr != 127.0.0.0/8 fib daddr type local jump ports comment \"published ports, from this host\"",
+        "fib daddr type local jump ports comment \"published ports, from this host\"",
+        "iifname \"lk-bridge\" ip daddr 127.0.0.0/8 counter drop comment \"drop_to_loopback\"",
+        "iifname \"lk-bridge\" ct direction original udp dport 50104 ip daddr != 10.30.0.0/16 counter drop comment \"drop_to_tunnel \
+         50104\"",
+        "ip saddr 127.0.0.0/8 oifname \"lk-bridge\" ct status dnat counter masquerade comment \"loopback to lk-bridge through a \
+         published port\"",
         "tcp dport 8080 counter dnat to 10.18.0.2:80 comment \"8080:80/tcp of 10.18.0.2\"",
         "ip saddr 10.18.0.0/26 oifname != \"lk-bridge\" oifname != \"lk-tun\" counter masquerade comment \"10.18.0.0/26 not to \
          lk-bridge or lk-tun\"",
