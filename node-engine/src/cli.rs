@@ -2,6 +2,7 @@
 
 mod ask;
 mod describe;
+mod net;
 mod table;
 
 use std::net::IpAddr;
@@ -129,6 +130,9 @@ enum Command {
     },
     /// The nodes of the cluster that this machine is
     Nodes(Output),
+    /// Look at the overlay: flows, services, peers, drops
+    #[command(subcommand)]
+    Net(net::NetCommand),
     /// Remove everything that node-engine has made on this machine; works without the daemon
     Uninstall {
         #[command(flatten)]
@@ -251,6 +255,7 @@ impl Cli {
             Command::Replicate { service, replicas } => ask::Ask::Replicate { service, replicas },
             Command::Move { instance, node } => ask::Ask::Move { instance, node },
             Command::Nodes(output) => ask::Ask::Nodes { json: output.json },
+            Command::Net(command) => ask::Ask::Net(command),
             Command::Version => return Ok(Task::Version),
             Command::Run(_) | Command::Standalone(_) | Command::Uninstall { .. } => {
                 unreachable!("returned above")

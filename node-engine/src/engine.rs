@@ -12,6 +12,7 @@ mod remove;
 mod route;
 mod signals;
 mod tasks;
+mod view;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::Selector;
 use super::dto::{
-    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status,
+    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
 };
 
 /// Longer than the daemon takes to give up.
@@ -76,6 +76,22 @@ impl Client {
         let request = self.query(Method::GET, &["instances", &name, "logs"], &LogsQuery { tail });
         let response = self.send(request).await?;
         response.bytes().await.map(Vec::from).map_err(|error| self.broken(&error))
+    }
+
+    pub async fn flows(&self, choice: &net::Choice) -> Result<net::Page<net::Flow>, ClientError> {
+        self.json(self.query(Method::GET, &["net", "flows"], choice)).await
+    }
+
+    pub async fn services(&self, choice: &net::Choice) -> Result<net::Page<net::Service>, ClientError> {
+        self.json(self.query(Method::GET, &["net", "services"], choice)).await
+    }
+
+    pub async fn peers(&self) -> Result<Vec<net::Peer>, ClientError> {
+        self.json(self.request(Method::GET, &["net", "peers"])).await
+    }
+
+    pub async fn counters(&self) -> Result<Vec<net::Counter>, ClientError> {
+        self.json(self.request(Method::GET, &["net", "counters"])).await
     }
 
     pub async fn deploy(

@@ -1,6 +1,8 @@
 //! What goes over the socket. Plain data, serialised here and nowhere else; a newer daemon may add members, so a reader ignores
 //! those it does not know.
 
+pub mod net;
+
 use serde::{Deserialize, Serialize};
 
 /// A node as its cluster sees it.

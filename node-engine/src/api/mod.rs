@@ -38,6 +38,28 @@ pub trait NodeApi: Send + Sync {
 
     /// The last `tail` bytes of the instance's output.
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError>;
+
+    /// The flows of the instances on this node.
+    async fn flows(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Flow>, NodeApiError>;
+
+    /// The services this node knows.
+    async fn services(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Service>, NodeApiError>;
+
+    /// The other nodes this one knows.
+    async fn peers(&self) -> Result<Vec<dto::net::Peer>, NodeApiError>;
+
+    /// What was carried, dropped, refused.
+    async fn counters(&self) -> Result<Vec<dto::net::Counter>, NodeApiError>;
+}
+
+/// Which rows of a table of the overlay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetChoice {
+    /// Full or short name of a service.
+    pub service: Option<String>,
+    /// The same of an instance, and its number where one is meant.
+    pub instance: Option<(String, Option<u32>)>,
+    pub limit: usize,
 }
 
 #[derive(Debug, thiserror::Error)]

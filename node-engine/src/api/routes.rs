@@ -14,22 +14,29 @@ use axum::routing::{delete, get, post};
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status,
+    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
 };
 use super::selector::Unresolved;
-use super::{Api, LARGEST_BODY, NodeApiError, REQUEST_TIMEOUT, Selector};
+use super::{Api, LARGEST_BODY, NetChoice, NodeApiError, REQUEST_TIMEOUT, Selector};
 use crate::model::{InstanceId, ServiceName};
 use crate::standalone::{ClusterApi, ClusterApiError, Target};
 
 /// Bytes of output that are given at most, and where nobody says how many.
 const LONGEST_TAIL: usize = 4 << 20;
 const USUAL_TAIL: usize = 64 << 10;
+/// Rows of a table of the overlay, where nobody says how many and at most.
+const USUAL_ROWS: usize = 100;
+const MOST_ROWS: usize = 65_536;
 
 pub(super) fn router(api: Api) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/instances", get(instances))
         .route("/instances/{instance}/logs", get(logs))
+        .route("/net/flows", get(flows))
+        .route("/net/services", get(services))
+        .route("/net/peers", get(peers))
+        .route("/net/counters", get(counters))
         .route("/cluster/deploy", post(deploy))
         .route("/cluster/instances", get(cluster_instances))
         .route("/cluster/instances/{target}", delete(take_down))
@@ -71,6 +78,42 @@ async fn logs(
     let known = api.node.instances().await?;
     let instance = one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))?;
     Ok(api.node.logs(instance, query.tail.unwrap_or(USUAL_TAIL).min(LONGEST_TAIL)).await?)
+}
+
+async fn flows(
+    State(api): State<Api>,
+    query: Result<Query<net::Choice>, QueryRejection>,
+) -> Result<Json<net::Page<net::Flow>>, Refused> {
+    Ok(Json(api.node.flows(net_choice(query?.0)?).await?))
+}
+
+async fn services(
+    State(api): State<Api>,
+    query: Result<Query<net::Choice>, QueryRejection>,
+) -> Result<Json<net::Page<net::Service>>, Refused> {
+    Ok(Json(api.node.services(net_choice(query?.0)?).await?))
+}
+
+async fn peers(State(api): State<Api>) -> Result<Json<Vec<net::Peer>>, Refused> {
+    Ok(Json(api.node.peers().await?))
+}
+
+async fn counters(State(api): State<Api>) -> Result<Json<Vec<net::Counter>>, Refused> {
+    Ok(Json(api.node.counters().await?))
+}
+
+fn net_choice(typed: net::Choice) -> Result<NetChoice, Refused> {
+    let service: Option<Selector> = typed.service.as_deref().map(parse).transpose()?;
+    if let Some(instance) = service.as_ref().filter(|service| service.number.is_some()) {
+        let hint = format!("{instance} is one instance: ask for it as such, or for its service");
+        return Err(Refused::new(StatusCode::BAD_REQUEST, hint));
+    }
+    let instance: Option<Selector> = typed.instance.as_deref().map(parse).transpose()?;
+    Ok(NetChoice {
+        service: service.map(|selector| selector.name()),
+        instance: instance.map(|selector| (selector.name(), selector.number)),
+        limit: typed.limit.unwrap_or(USUAL_ROWS).min(MOST_ROWS),
+    })
 }
 
 async fn deploy(

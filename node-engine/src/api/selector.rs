@@ -34,6 +34,14 @@ pub(super) enum Unresolved {
 }
 
 impl Selector {
+    /// The full or the short name, as typed.
+    pub(super) fn name(&self) -> String {
+        match &self.name {
+            Name::Full(service) => service.to_string(),
+            Name::Short(short) => short.clone(),
+        }
+    }
+
     /// The one service that is meant, among the services of `known`. A full name needs no such service to exist.
     pub(super) fn service<'a>(
         &self,

@@ -35,6 +35,26 @@ impl NodeApi for MemoryNode {
         }
         Ok(format!("{tail} of {instance}\u{1b}").into_bytes())
     }
+
+    async fn flows(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Flow>, NodeApiError> {
+        let (name, number) = choice.instance.unwrap_or_default();
+        let flow =
+            dto::net::Flow { client: name, client_port: 7, instance: format!("{number:?}"), ..Default::default() };
+        Ok(dto::net::Page { total: choice.limit, rows: vec![flow] })
+    }
+
+    async fn services(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Service>, NodeApiError> {
+        let service = dto::net::Service { service: choice.service.unwrap_or_default(), ..Default::default() };
+        Ok(dto::net::Page { total: choice.limit, rows: vec![service] })
+    }
+
+    async fn peers(&self) -> Result<Vec<dto::net::Peer>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn counters(&self) -> Result<Vec<dto::net::Counter>, NodeApiError> {
+        Ok(vec![dto::net::Counter { name: "drop_spoofed".into(), count: 3, ..Default::default() }])
+    }
 }
 
 /// A cluster that keeps what was deployed, under the name the description consists of.
@@ -229,4 +249,25 @@ async fn raw(run_dir: &Path, request: &str) -> String {
     let mut answer = Vec::new();
     tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await.unwrap().unwrap();
     String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn tables_of_the_overlay_are_asked_for_by_name_and_limit() {
+    let daemon = daemon(Err("elsewhere".into()), &[]);
+    let choice = |service: Option<&str>, instance: Option<&str>, limit| dto::net::Choice {
+        service: service.map(str::to_owned),
+        instance: instance.map(str::to_owned),
+        limit,
+    };
+    let page = daemon.client.services(&choice(Some("app.default.web.default"), None, None)).await.unwrap();
+    assert_eq!((page.total, page.rows[0].service.as_str()), (100, "app.default.web.default"));
+    let page = daemon.client.flows(&choice(None, Some("web#2"), Some(usize::MAX))).await.unwrap();
+    assert_eq!((page.total, page.rows[0].client.as_str()), (65_536, "web"), "the limit has a limit");
+    assert_eq!(page.rows[0].instance, "Some(2)");
+    for wrong in [choice(Some("web#1"), None, None), choice(None, Some("no name!"), None)] {
+        assert!(matches!(daemon.client.flows(&wrong).await, Err(ClientError::Refused(_))), "{wrong:?}");
+    }
+    let refused = daemon.client.peers().await.unwrap_err();
+    assert!(refused.to_string().contains("--no-node"), "{refused}");
+    assert_eq!(daemon.client.counters().await.unwrap()[0].count, 3);
 }

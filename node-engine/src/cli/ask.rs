@@ -7,6 +7,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use super::describe::DeployArgs;
+use super::net::NetCommand;
 use super::table::{list, mebibytes, percent, seconds, table};
 use crate::api::Selector;
 use crate::api::client::{Client, ClientError};
@@ -23,6 +24,7 @@ pub(super) enum Ask {
     Replicate { service: Selector, replicas: u32 },
     Move { instance: Selector, node: String },
     Nodes { json: bool },
+    Net(NetCommand),
 }
 
 impl Ask {
@@ -34,6 +36,7 @@ impl Ask {
                 let changed = Client::new(socket)?.deploy(document, args.replicas, args.on).await?;
                 said(&changed, "deploying").into_bytes()
             }
+            Self::Net(command) => return command.run(&Client::new(socket)?).await,
             other => other.answer(&Client::new(socket)?).await?,
         };
         print(&answer)
@@ -50,7 +53,7 @@ impl Ask {
                 }
             }
             Self::Logs { instance, tail } => return client.logs(&instance, tail).await,
-            Self::Deploy(_) => unreachable!("answered by its caller"),
+            Self::Deploy(_) | Self::Net(_) => unreachable!("answered by its caller"),
             Self::Delete { target } => said(&client.delete(&target).await?, "taking down"),
             Self::Replicate { service, replicas } => said(&client.replicate(&service, replicas).await?, "to run"),
             Self::Move { instance, node } => {
@@ -185,7 +188,7 @@ fn nodes(known: &[ClusterNode]) -> String {
     table(["NODE", "STATE", "ADDRESS", "SUBNET", "INSTANCES", "CPU", "MEMORY", "ARCH", "ID"], &rows)
 }
 
-fn dash(text: &str) -> String {
+pub(super) fn dash(text: &str) -> String {
     if text.is_empty() { "-".into() } else { text.to_owned() }
 }
 

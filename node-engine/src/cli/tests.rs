@@ -117,6 +117,23 @@ fn deploy_takes_a_file_or_an_image_with_a_name() {
 }
 
 #[test]
+fn the_overlay_is_looked_at_once_or_again_and_again() {
+    for good in [
+        "net flows",
+        "net flows --service web --instance web#0 --limit 5 --json",
+        "net services --watch --every 0.5",
+        "net peers -w --json",
+        "net drops --all",
+    ] {
+        assert!(matches!(question(good).command, Ask::Net(_)), "{good}");
+    }
+    for bad in ["net", "net flows --every 2", "net peers --watch --every 0", "net drops --watch --every nan", "net fly"]
+    {
+        assert!(task(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
 fn what_cannot_be_meant_is_a_usage_error() {
     for bad in ["--cluster c status", "delete", "delete ../x", "replicate web", "replicate web -1", "move web#0", "fly"]
     {

@@ -6,8 +6,9 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 
 use super::route::ClusterLink;
-use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, Status, UsageStatus};
-use crate::api::{NodeApi, NodeApiError};
+use super::view;
+use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, Status, UsageStatus, net};
+use crate::api::{NetChoice, NodeApi, NodeApiError};
 use crate::config::Generation;
 use crate::model::{InstanceId, NodeFacts, NodeUsage};
 use crate::netmanager::{NetManager, NetStatus};
@@ -70,6 +71,22 @@ impl NodeApi for RunningNode {
         Ok(known.into_iter().map(instance).collect())
     }
 
+    async fn flows(&self, choice: NetChoice) -> Result<net::Page<net::Flow>, NodeApiError> {
+        view::flows(&self.net, choice).await
+    }
+
+    async fn services(&self, choice: NetChoice) -> Result<net::Page<net::Service>, NodeApiError> {
+        view::services(&self.net, choice).await
+    }
+
+    async fn peers(&self) -> Result<Vec<net::Peer>, NodeApiError> {
+        view::peers(&self.net).await
+    }
+
+    async fn counters(&self) -> Result<Vec<net::Counter>, NodeApiError> {
+        view::counters(&self.net).await
+    }
+
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
         self.workload.logs(instance, tail).await.map_err(|error| match error {
             WorkloadError::Unknown(instance) => NodeApiError::UnknownInstance(instance),
@@ -96,6 +113,22 @@ impl NodeApi for NoNode {
     }
 
     async fn logs(&self, _instance: InstanceId, _tail: usize) -> Result<Vec<u8>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn flows(&self, _choice: NetChoice) -> Result<net::Page<net::Flow>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn services(&self, _choice: NetChoice) -> Result<net::Page<net::Service>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn peers(&self) -> Result<Vec<net::Peer>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn counters(&self) -> Result<Vec<net::Counter>, NodeApiError> {
         Err(NodeApiError::NoNode)
     }
 }

@@ -101,3 +101,13 @@ pub enum Policy {
     RoundRobin,
     Closest,
 }
+
+impl Policy {
+    /// The word for it in tables and names, a DNS label.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::RoundRobin => "rr",
+            Self::Closest => "closest",
+        }
+    }
+}

@@ -19,11 +19,12 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::connect::{Made, Step};
 use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
-use super::datapath::{self, Datapath, Event as DatapathEvent, TableDelta, Underlay};
+use super::datapath::{self, Datapath, DatapathError, Event as DatapathEvent, FlowRow, TableDelta, Underlay};
 use super::lease::Leases;
 use super::link::{Bridge, LinkError, Links, Route, Veth};
 use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
+use super::view::{Choice, FlowView, Page, ServiceView};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
 use crate::model::{Addresses, InstanceId, Report, Subnet};
 use crate::netns;
@@ -46,7 +47,14 @@ enum Answer {
     /// The lane has done what it had.
     Lane(Vec<Event>),
     LeasesKept,
+    Looked(Look, Result<Vec<FlowRow>, DatapathError>),
     Nothing,
+}
+
+/// What somebody looks at beside the flows, which are read for it, and who.
+enum Look {
+    Flows(Choice, oneshot::Sender<Result<Page<FlowView>, NetError>>),
+    Services(Choice, oneshot::Sender<Result<Page<ServiceView>, NetError>>),
 }
 
 /// A change for the datapath, in order with others.
@@ -281,6 +289,25 @@ impl Actor {
                 // Whoever asked may have gone.
                 let _ = reply.send(self.status());
             }
+            Request::Flows(choice, reply) => self.look(Look::Flows(choice, reply)),
+            Request::Services(choice, reply) => self.look(Look::Services(choice, reply)),
+            Request::Peers(reply) => drop(reply.send(self.core.table.peer_views())),
+        }
+    }
+
+    /// Flows are read beside everything else; there may be very many.
+    fn look(&mut self, look: Look) {
+        let datapath = Arc::clone(&self.datapath);
+        self.work.spawn(async move { Answer::Looked(look, datapath.flows().await) });
+    }
+
+    fn show(&self, look: Look, flows: Result<Vec<FlowRow>, DatapathError>) {
+        let table = &self.core.table;
+        let flows = flows.map_err(|error| NetError::Link { step: "read the flows", reason: error.to_string() });
+        // Whoever asked may have gone.
+        match look {
+            Look::Flows(choice, reply) => drop(reply.send(flows.map(|flows| table.flow_views(&choice, flows)))),
+            Look::Services(choice, reply) => drop(reply.send(flows.map(|flows| table.service_views(&choice, &flows)))),
         }
     }
 
@@ -302,6 +329,7 @@ impl Actor {
                 self.writing = false;
                 self.write_leases();
             }
+            Ok(Answer::Looked(look, flows)) => self.show(look, flows),
             Ok(Answer::Nothing) => {}
             Err(error) => self.failure = Some(anyhow!("a step of the overlay ended without an answer: {error}")),
         }

@@ -13,6 +13,7 @@ pub mod lease;
 pub mod link;
 mod outbox;
 pub mod table;
+pub mod view;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
+use self::view::{Choice, CounterView, FlowView, Page, PeerView, ServiceView};
 use crate::config::NetworkConfig;
 use crate::drain::Drain;
 use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, Subnet};
@@ -125,6 +127,9 @@ pub(crate) enum Request {
     Deliver(Command),
     Retain(Vec<InstanceId>),
     Status(oneshot::Sender<NetStatus>),
+    Services(Choice, oneshot::Sender<Result<Page<ServiceView>, NetError>>),
+    Flows(Choice, oneshot::Sender<Result<Page<FlowView>, NetError>>),
+    Peers(oneshot::Sender<Vec<PeerView>>),
 }
 
 /// For `status`: where packets go and why.
@@ -176,9 +181,35 @@ impl NetManager {
         self.requests.send(Request::Retain(instances)).await.map_err(|_| NetError::Stopped)
     }
 
+    /// The services this node knows, for people to look at.
+    pub async fn services(&self, choice: Choice) -> Result<Page<ServiceView>, NetError> {
+        self.ask(|reply| Request::Services(choice, reply)).await?
+    }
+
+    /// The flows that leave this node's instances, for people to look at.
+    pub async fn flows(&self, choice: Choice) -> Result<Page<FlowView>, NetError> {
+        self.ask(|reply| Request::Flows(choice, reply)).await?
+    }
+
+    /// The other nodes this one knows.
+    pub async fn peers(&self) -> Result<Vec<PeerView>, NetError> {
+        self.ask(Request::Peers).await
+    }
+
+    /// All counters, with what they mean.
+    pub async fn counters(&self) -> Result<Vec<CounterView>, NetError> {
+        Ok(self.status().await?.counters.into_iter().map(CounterView::new).collect())
+    }
+
     pub async fn status(&self) -> Result<NetStatus, NetError> {
         let (reply, answer) = oneshot::channel();
         self.requests.send(Request::Status(reply)).await.map_err(|_| NetError::Stopped)?;
+        answer.await.map_err(|_| NetError::Stopped)
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, NetError> {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).await.map_err(|_| NetError::Stopped)?;
         answer.await.map_err(|_| NetError::Stopped)
     }
 }

@@ -38,7 +38,7 @@ pub(super) enum Count {
 }
 
 impl Count {
-    const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 14] = [
         Self::Sent,
         Self::Local,
         Self::Received,
@@ -55,7 +55,7 @@ impl Count {
         Self::Write,
     ];
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Sent => "sent",
             Self::Local => "local",

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::projection::Projection;
 use super::tables::MemoryTables;
-use super::{Datapath, DatapathError, Event, Port, Snapshot, TableDelta};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta};
 
 /// The fake. What it is told is visible at once, under the limits and in the order of the real ones.
 #[derive(Debug)]
@@ -133,6 +133,10 @@ impl Datapath for Memory {
     async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
         self.state().control.push((to, payload.to_vec()));
         Ok(())
+    }
+
+    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        self.state().tables.flow_rows()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

@@ -21,17 +21,19 @@ mod proxy;
 mod socket;
 mod tables;
 mod tun;
+mod words;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use async_trait::async_trait;
-use netmanager_common::abi::{Config, Endpoint, Peer, Service, Slot};
+use netmanager_common::abi::{Config, Endpoint, FLOW_CHOSEN, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 
 pub use choose::{Chosen, choose};
 pub use ebpf::{Ebpf, uninstall};
 pub use memory::Memory;
 pub use tun::Tun;
+pub use words::{Kind, Words, explain};
 
 /// A carrier of packets under the law of `netmanager-common`.
 #[async_trait]
@@ -66,6 +68,9 @@ pub trait Datapath: Send + Sync {
 
     /// Sends a control datagram to a peer's tunnel port, from ours.
     async fn send_control(&self, to: std::net::SocketAddr, payload: &[u8]) -> Result<(), DatapathError>;
+
+    /// The flows that are remembered now, for people to look at. Rows come and go while they are read.
+    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError>;
 
     /// Counter names and values: verdicts, and drops by reason.
     fn counters(&self) -> Vec<(String, u64)>;
@@ -103,6 +108,40 @@ pub struct Snapshot {
     pub peers: Vec<(u32, Peer)>,
     pub services: Vec<(Addr, Service)>,
     pub endpoints: Vec<(Addr, Endpoint)>,
+}
+
+/// A flow as a person may look at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FlowRow {
+    /// Namespace address of the sender.
+    pub source: Addr,
+    /// The semantic address it uses.
+    pub service: Addr,
+    /// An echo's identifier for ICMP.
+    pub source_port: u16,
+    pub service_port: u16,
+    pub protocol: u8,
+    /// The chosen instance; void once the slot's generation differs.
+    pub slot: u32,
+    pub generation: u32,
+    /// Since the last packet, where the datapath knows it.
+    pub idle: Option<std::time::Duration>,
+}
+
+impl FlowRow {
+    /// The row of a flow that has chosen an instance, at `now`; `None` for what only remembers replies or saves look-ups.
+    fn chosen(key: &FlowKey, flow: &Flow, now: u32) -> Option<Self> {
+        (flow.kind == FLOW_CHOSEN).then(|| Self {
+            source: key.source,
+            service: key.destination,
+            source_port: u16::from_be_bytes(key.source_port),
+            service_port: u16::from_be_bytes(key.destination_port),
+            protocol: key.protocol,
+            slot: flow.slot,
+            generation: flow.generation,
+            idle: Some(std::time::Duration::from_secs(now.saturating_sub(flow.seen).into())),
+        })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

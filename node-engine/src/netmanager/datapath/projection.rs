@@ -7,7 +7,7 @@ use netmanager_common::abi::{CandidateKey, Config, Endpoint, Peer, Service, Slot
 use netmanager_common::addr::Addr;
 use netmanager_common::pipeline::Tables;
 
-use super::{DatapathError, Snapshot, TableDelta};
+use super::{DatapathError, FlowRow, Snapshot, TableDelta};
 
 /// One change of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,11 @@ pub(super) trait Projection: Tables {
 
     /// Every candidate's key, also of lists that no service row names any more.
     fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError>;
+
+    /// The flows that are remembered now; none where somebody else lists them.
+    fn flow_rows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        Ok(Vec::new())
+    }
 
     /// Applies the delta. A row that cannot be written does not keep the others from it; the first error is returned.
     fn apply(&mut self, delta: &TableDelta) -> Result<(), DatapathError> {

@@ -19,7 +19,7 @@ use super::held::{Held, Outcome, Packet};
 use super::offload::{self, Offload, PacketFrame};
 use super::projection::Projection;
 use super::socket::{Received, TunnelSocket};
-use super::{DatapathError, Event, Snapshot, TableDelta};
+use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta};
 
 /// Packets taken from one side before the other gets its turn.
 const BATCH: usize = 64;
@@ -36,6 +36,7 @@ pub(super) enum Request {
     Apply(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
     Reconcile(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
     Snapshot(oneshot::Sender<Result<Snapshot, DatapathError>>),
+    Flows(oneshot::Sender<Result<Vec<FlowRow>, DatapathError>>),
     GiveUp(Addr),
 }
 
@@ -284,6 +285,7 @@ impl<T: Projection> Proxy<T> {
                 self.resume(&full);
             }
             Request::Snapshot(reply) => drop(reply.send(self.tables.snapshot())),
+            Request::Flows(reply) => drop(reply.send(self.tables.flow_rows())),
             Request::GiveUp(address) => {
                 let dropped = self.held.give_up(address, Instant::now());
                 self.counters.add(Count::GivenUp, dropped);

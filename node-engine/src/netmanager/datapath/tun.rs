@@ -16,7 +16,7 @@ use super::projection::Projection;
 use super::proxy::{Proxy, Request};
 use super::socket::TunnelSocket;
 use super::tables::MemoryTables;
-use super::{Datapath, DatapathError, Event, Port, Snapshot, TableDelta, Underlay};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Underlay};
 
 /// Requests that may wait for the proxy.
 const REQUESTS: usize = 64;
@@ -76,6 +76,10 @@ impl Datapath for Tun {
         self.0.send_control(to, payload).await
     }
 
+    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        self.0.flows().await
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         self.0.counters()
     }
@@ -133,6 +137,10 @@ impl Proxied {
 
     pub(super) async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
         self.ask(Request::Snapshot).await
+    }
+
+    pub(super) async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        self.ask(Request::Flows).await
     }
 
     pub(super) async fn give_up(&self, address: Addr) {

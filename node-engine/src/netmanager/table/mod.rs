@@ -11,6 +11,7 @@ mod projection;
 mod row;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

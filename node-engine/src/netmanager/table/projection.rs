@@ -273,6 +273,11 @@ impl Projection {
         self.peers.iter().map(|(number, peer)| (*number, peer))
     }
 
+    /// Slots with an instance in them.
+    pub(super) fn live_slots(&self) -> impl Iterator<Item = (u32, Slot)> {
+        (0..).zip(&self.slots).filter(|(_, slot)| slot.live()).map(|(number, slot)| (number, *slot))
+    }
+
     pub(super) fn counts(&self) -> Counts {
         Counts {
             slots: self.slot_numbers.len(),

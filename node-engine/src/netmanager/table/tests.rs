@@ -8,6 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{SemanticAddress, TableRow};
+use crate::netmanager::datapath::FlowRow;
+use crate::netmanager::view::Choice;
 
 const HOST: Addr = Addr::v4([192, 0, 2, 1]);
 
@@ -634,6 +636,70 @@ impl Lab {
         let found = self.slots.iter().find(|(_, slot)| slot.live() && slot.namespace == addr(namespace));
         found.map(|(number, slot)| (*number, *slot)).unwrap_or_else(|| panic!("no slot for {namespace}"))
     }
+}
+
+#[test]
+fn people_see_names_in_place_of_numbers() {
+    let mut table = ServiceTable::new(nets(), addr("192.0.2.1"));
+    table.attach(local("client", 3, 1));
+    table.update(&answer("web", &[row(0, 2), row(1, 3)]));
+    let flow = |service: &str, slot: u32, generation: u32| FlowRow {
+        source: addr("10.18.1.77"),
+        service: addr(service),
+        source_port: 40_000,
+        service_port: 80,
+        protocol: 6,
+        slot,
+        generation,
+        idle: None,
+    };
+    let client = local("client", 3, 1).addresses.v4;
+    let slot = table.projection.live_slots().find(|(_, slot)| slot.namespace == addr("10.18.3.3")).expect("a slot").0;
+    let flows = vec![
+        FlowRow { source: client.into(), ..flow("10.30.9.0", slot, 1) },
+        FlowRow { source: client.into(), source_port: 7, ..flow("10.30.9.0", slot, 3) },
+        flow("10.30.77.77", 9_999, 1),
+    ];
+    let all = Choice { limit: 10, ..Choice::default() };
+    let page = table.flow_views(&all, flows.clone());
+    assert_eq!((page.total, page.rows.len()), (3, 3));
+    let named = page.rows.iter().find(|flow| flow.row.source_port == 40_000 && flow.client.is_some()).expect("named");
+    assert_eq!(named.client, Some(InstanceId { service: name("client"), number: 3 }));
+    assert_eq!((named.service.clone(), named.policy), (Some(name("web")), "rr"));
+    assert_eq!(named.chosen, Some(InstanceId { service: name("web"), number: 1 }));
+    assert_eq!(named.node, Some(ip("192.0.2.3")));
+    let void = page.rows.iter().find(|flow| flow.row.source_port == 7).expect("there");
+    assert_eq!((void.chosen.clone(), void.node), (None, None), "another generation is another instance");
+    assert_eq!(page.rows[0].service, None, "nobody knows it");
+
+    let of = |instance: &str, number| Choice { instance: Some((instance.into(), number)), ..all.clone() };
+    for (choice, total) in [
+        (Choice { service: Some("web".into()), ..all.clone() }, 2),
+        (Choice { service: Some("app.ns.web.ns".into()), ..all.clone() }, 2),
+        (Choice { service: Some("we".into()), ..all.clone() }, 0),
+        (of("client", Some(3)), 2),
+        (of("client", Some(4)), 0),
+        (of("web", Some(1)), 1),
+        (of("web", None), 1),
+    ] {
+        assert_eq!(table.flow_views(&choice, flows.clone()).total, total, "{choice:?}");
+    }
+    let one = table.flow_views(&Choice { limit: 1, ..all.clone() }, flows.clone());
+    assert_eq!((one.total, one.rows.len()), (3, 1));
+
+    let web = Choice { service: Some("web".into()), ..all.clone() };
+    let services = table.service_views(&web, &flows);
+    assert_eq!(services.rows.len(), 1);
+    let service = &services.rows[0];
+    assert_eq!(service.addresses, [("rr", ip("10.30.9.0")), ("rr", ip("fdff:2000::9:0"))]);
+    assert_eq!(service.flows, 2);
+    let nodes: Vec<_> = service.instances.iter().map(|instance| (instance.number, instance.node)).collect();
+    assert_eq!(nodes, [(0, Some(ip("192.0.2.2"))), (1, Some(ip("192.0.2.3")))]);
+    assert_eq!(service.instances[1].namespace.len(), 2);
+
+    let peers = table.peer_views();
+    let slots: Vec<_> = peers.iter().map(|peer| (peer.address.to_string(), peer.slots, peer.ours)).collect();
+    assert_eq!(slots, [("192.0.2.2:50103".into(), 2, false), ("192.0.2.3:50103".into(), 2, false)]);
 }
 
 fn nets() -> ServiceNets {

@@ -325,7 +325,8 @@ impl Net {
             NetRequest::Retain(instances) => {
                 self.attached.retain(|number| instances.iter().any(|instance| instance.number == *number));
             }
-            NetRequest::Deliver(_) | NetRequest::Status(_) => {}
+            // Not the workloads' business.
+            _ => {}
         }
     }
 }

@@ -6,12 +6,13 @@
 
 mod accounts;
 mod hooks;
+mod listing;
 mod maps;
 mod pins;
 mod reason;
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use aya::EbpfLoader;
@@ -21,13 +22,14 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 use self::accounts::Keeper;
 use self::hooks::{Hook, Hooks};
+use self::listing::KernelFlows;
 use self::maps::{BpfTables, KernelCounters};
 use self::pins::Pins;
 pub(super) use self::pins::retire;
 pub use self::pins::uninstall;
 use self::reason::unsupported;
 use super::tun::Proxied;
-use super::{Datapath, DatapathError, Event, Port, Snapshot, TableDelta, Underlay};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Underlay};
 
 /// The programs of `netmanager-ebpf`; empty where the build had none.
 const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmanager"));
@@ -37,6 +39,7 @@ const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmanag
 pub struct Ebpf {
     hooks: Mutex<Hooks>,
     counters: KernelCounters,
+    flows: Arc<KernelFlows>,
     proxied: Proxied,
     _keeper: Keeper,
 }
@@ -64,13 +67,14 @@ impl Ebpf {
         let tables = BpfTables::open(&pins)?;
         let counters = KernelCounters::open(&pins)?;
         let keeper = Keeper::start(&pins)?;
+        let flows = Arc::new(KernelFlows::open(&pins)?);
         let mut hooks = Hooks::load(programs, pins)?;
 
         hooks.attach(Hook::Uplink, &Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
         hooks.sweep(underlay.uplink_ifindex);
         // Last: whoever falls back to TUN needs device and port for itself.
         let proxied = Proxied::open(underlay, tables, false)?;
-        Ok(Self { hooks: Mutex::new(hooks), counters, proxied, _keeper: keeper })
+        Ok(Self { hooks: Mutex::new(hooks), counters, flows, proxied, _keeper: keeper })
     }
 
     fn hooks(&self) -> MutexGuard<'_, Hooks> {
@@ -123,6 +127,12 @@ impl Datapath for Ebpf {
 
     async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
         self.proxied.send_control(to, payload).await
+    }
+
+    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        let flows = Arc::clone(&self.flows);
+        let read = tokio::task::spawn_blocking(move || flows.read()).await;
+        read.map_err(|error| DatapathError::Step { step: "read flows", reason: error.to_string() })?
     }
 
     /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.

@@ -1,0 +1,130 @@
+//! What a person may look at: rows of the overlay's tables with names in place of numbers. Copies, made when somebody asks; nothing
+//! decides by them.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use netmanager_common::abi::PEER_OURS;
+
+use super::datapath::{self, FlowRow, Words};
+use crate::model::{InstanceId, ServiceName};
+
+/// The rows that were asked for, and how many there are in all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page<T> {
+    pub rows: Vec<T>,
+    pub total: usize,
+}
+
+impl<T> Page<T> {
+    pub(super) fn cut(mut rows: Vec<T>, limit: usize) -> Self {
+        let total = rows.len();
+        rows.truncate(limit);
+        Self { rows, total }
+    }
+}
+
+/// Which rows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Full name of a service, or its third part.
+    pub service: Option<String>,
+    /// The same of an instance, and its number where one is meant.
+    pub instance: Option<(String, Option<u32>)>,
+    pub limit: usize,
+}
+
+impl Choice {
+    pub(super) fn takes_service(&self, service: Option<&ServiceName>) -> bool {
+        self.service.as_ref().is_none_or(|wanted| service.is_some_and(|service| called(service, wanted)))
+    }
+
+    pub(super) fn takes_instance(&self, instances: &[Option<&InstanceId>]) -> bool {
+        let Some((name, number)) = &self.instance else { return true };
+        let meant = |instance: &&InstanceId| {
+            called(&instance.service, name) && number.is_none_or(|number| number == instance.number)
+        };
+        instances.iter().flatten().any(meant)
+    }
+}
+
+fn called(service: &ServiceName, name: &str) -> bool {
+    service.as_str() == name || service.short() == name
+}
+
+/// A service this node knows of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceView {
+    pub service: ServiceName,
+    /// Those that mean the service; each with the label of its policy.
+    pub addresses: Vec<(&'static str, IpAddr)>,
+    pub instances: Vec<InstanceView>,
+    /// Flows of this node to any of its addresses.
+    pub flows: usize,
+}
+
+/// An instance, here or elsewhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InstanceView {
+    pub number: u32,
+    /// Its node; `None` for this one.
+    pub node: Option<IpAddr>,
+    /// Inside its node's subnets.
+    pub namespace: Vec<IpAddr>,
+    /// Those that mean exactly this instance.
+    pub own: Vec<IpAddr>,
+}
+
+/// Another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerView {
+    pub address: SocketAddr,
+    /// Our address towards it.
+    pub source: IpAddr,
+    /// It has said hello.
+    pub ours: bool,
+    /// How packets to it are wrapped.
+    pub framing: &'static str,
+    /// Round trip, where it is measured.
+    pub rtt: Option<Duration>,
+    /// Slots of the tables that lead to it: one for each instance and family.
+    pub slots: usize,
+}
+
+/// How packets to a peer with these flags are wrapped, in words.
+pub(super) fn framing(_flags: u32) -> &'static str {
+    "bare IP in UDP"
+}
+
+pub(super) fn is_ours(flags: u32) -> bool {
+    flags & PEER_OURS != 0
+}
+
+/// A flow from an instance here to a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlowView {
+    pub row: FlowRow,
+    pub client: Option<InstanceId>,
+    pub service: Option<ServiceName>,
+    /// Label of the policy of the address it uses.
+    pub policy: &'static str,
+    /// Who was chosen; `None` where the choice is void.
+    pub chosen: Option<InstanceId>,
+    /// Where the chosen instance is; `None` on this node, or where the choice is void.
+    pub node: Option<IpAddr>,
+}
+
+/// A counter with its sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CounterView {
+    pub name: String,
+    pub value: u64,
+    pub words: Option<Words>,
+}
+
+impl CounterView {
+    pub(super) fn new((name, value): (String, u64)) -> Self {
+        let words = datapath::explain(&name);
+        Self { name, value, words }
+    }
+}
