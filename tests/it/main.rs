@@ -32,5 +32,6 @@ mod overlay;
 mod ports;
 mod restart;
 mod standalone;
+mod underlay;
 mod uninstall;
 mod update;

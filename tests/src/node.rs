@@ -42,6 +42,7 @@ pub struct Node {
     pub host: Host,
     pub number: u8,
     datapath: Datapath,
+    cluster: String,
     options: Vec<String>,
     daemon: Option<Child>,
 }
@@ -82,12 +83,17 @@ impl Node {
     /// A node whose daemon does not run yet; `options` are further arguments of the daemon.
     pub fn new(host: Host, number: u8, datapath: Datapath, options: &[&str]) -> Self {
         let options = options.iter().map(|&option| option.to_owned()).collect();
-        Self { host, number, datapath, options, daemon: None }
+        Self { host, number, datapath, cluster: lan::CLUSTER.to_owned(), options, daemon: None }
     }
 
     /// The datapath that the next start of the daemon uses.
     pub fn set_datapath(&mut self, datapath: Datapath) {
         self.datapath = datapath;
+    }
+
+    /// Where the next start of the daemon looks for the cluster.
+    pub fn set_cluster(&mut self, cluster: &str) {
+        cluster.clone_into(&mut self.cluster);
     }
 
     /// Starts the daemon; it may not be ready yet.
@@ -100,7 +106,7 @@ impl Node {
         let child = self
             .host
             .command(built("node-engine")?)
-            .args(["--cluster", lan::CLUSTER, "--name", self.host.name(), "--datapath", self.datapath.name()])
+            .args(["--cluster", &self.cluster, "--name", self.host.name(), "--datapath", self.datapath.name()])
             .args(["--uplink", "eth0", "--run-dir", RUN])
             .arg("--state-dir")
             .arg(self.host.directory().join("state"))
