@@ -7,6 +7,7 @@ pub mod control;
 pub mod drain;
 pub mod engine;
 pub mod model;
+pub mod names;
 pub mod netmanager;
 pub mod netns;
 pub mod runtime;

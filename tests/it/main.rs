@@ -28,6 +28,7 @@ mod edges;
 mod generations;
 mod ground;
 mod miss;
+mod names;
 mod overlay;
 mod ports;
 mod restart;

@@ -71,8 +71,9 @@ const IMPORTS: [(&str, &[&str]); 7] = [
 const MAY_NAME_ENGINE: [&str; 4] = ["main", "lib", "cli", "engine"];
 
 /// A client crate and the places that may name it.
-const CLIENTS: [(&str, &[&str]); 7] = [
+const CLIENTS: [(&str, &[&str]); 8] = [
     ("aya", &["netmanager/datapath"]),
+    ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
     ("rtnetlink", &["netmanager/link"]),
     ("netlink_packet_route", &["netmanager/link"]),

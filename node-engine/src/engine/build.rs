@@ -18,7 +18,9 @@ use crate::config::{ClusterConfig, Config, Generation, OnExit};
 use crate::control::{Cluster, Node};
 use crate::drain::Drain;
 use crate::model::NodeFacts;
+use crate::names::Names;
 use crate::netmanager;
+use crate::netmanager::table::ServiceNets;
 use crate::runtime::Runtime;
 use crate::runtime::docker::DockerRuntime;
 use crate::standalone::{Standalone, StandaloneConfig};
@@ -99,7 +101,8 @@ async fn node(
     let net_drain = Drain::new(GRACE);
 
     // Nothing has been made so far; from here on the network is.
-    let docker = DockerRuntime::new(config.runtime.docker_host.as_deref())?;
+    let (resolvers, resolving) = watch::channel(None);
+    let docker = DockerRuntime::new(config.runtime.docker_host.as_deref(), resolving)?;
     let runtimes: Vec<Arc<dyn Runtime>> = vec![Arc::new(docker)];
     let (net, network) = netmanager::start(netmanager::Setup {
         config: config.network.clone(),
@@ -112,6 +115,14 @@ async fn node(
     })
     .await?;
     tasks.adopt("network manager", network);
+    let names = Names {
+        directory: Arc::new(net.clone()),
+        nets: ServiceNets { v4: config.network.service_v4, v6: config.network.service_v6 },
+        bridge: config.network.bridge.clone(),
+        gateway: net.gateway(),
+        resolvers,
+    };
+    tasks.spawn("resolver", names.run(drain.clone()));
 
     let technologies = runtimes.iter().map(|runtime| runtime.technology()).collect();
     let facts =

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::checks::CheckError;
@@ -68,7 +69,7 @@ pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
 }
 
 async fn workloads(config: &Config, left: &mut Vec<String>) {
-    let docker = match DockerRuntime::new(config.runtime.docker_host.as_deref()) {
+    let docker = match DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1) {
         Ok(docker) => docker,
         Err(error) => return left.push(format!("containers ({error})")),
     };

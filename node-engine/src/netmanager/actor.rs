@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
 
@@ -22,11 +22,12 @@ use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
 use super::datapath::{self, Datapath, DatapathError, Event as DatapathEvent, FlowRow, TableDelta, Underlay};
 use super::lease::Leases;
 use super::link::{Bridge, LinkError, Links, Route, Veth};
+use super::naming::{self, Asked, Gateway, Naming};
 use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
-use super::view::{Choice, FlowView, Page, ServiceView};
+use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
-use crate::model::{Addresses, InstanceId, Report, Subnet};
+use crate::model::{Addresses, Command, InstanceId, Report, Subnet};
 use crate::netns;
 
 const TICK: Duration = Duration::from_secs(1);
@@ -86,6 +87,10 @@ struct Actor {
     work: JoinSet<Answer>,
     attaching: BTreeMap<Waiter, oneshot::Sender<Result<Lease, NetError>>>,
     detaching: BTreeMap<Waiter, oneshot::Sender<Result<(), NetError>>>,
+    looking_up: BTreeMap<Waiter, oneshot::Sender<Lookup>>,
+    naming: Naming,
+    bridge: Option<Bridge>,
+    gateway: watch::Sender<Option<Gateway>>,
     next_waiter: u64,
     lane: VecDeque<Change>,
     lane_runs: bool,
@@ -100,6 +105,7 @@ struct Actor {
 pub(super) async fn start(
     setup: Setup,
     inbox: mpsc::Receiver<Request>,
+    gateway: watch::Sender<Option<Gateway>>,
 ) -> Result<JoinHandle<anyhow::Result<()>>, NetError> {
     let config = &setup.config;
     std::fs::create_dir_all(&setup.run_dir).map_err(|error| step("make the run directory", &error))?;
@@ -160,6 +166,10 @@ pub(super) async fn start(
         work: JoinSet::new(),
         attaching: BTreeMap::new(),
         detaching: BTreeMap::new(),
+        looking_up: BTreeMap::new(),
+        naming: Naming::default(),
+        bridge: None,
+        gateway,
         next_waiter: 0,
         lane: VecDeque::new(),
         lane_runs: false,
@@ -291,6 +301,15 @@ impl Actor {
             }
             Request::Flows(choice, reply) => self.look(Look::Flows(choice, reply)),
             Request::Services(choice, reply) => self.look(Look::Services(choice, reply)),
+            Request::LookUp(service, reply) => {
+                let waiter = self.waiter();
+                self.looking_up.insert(waiter, reply);
+                match self.naming.look_up(&mut self.core, service, waiter, self.began.elapsed()) {
+                    Asked::Settled(lookup) => self.looked_up(waiter, lookup),
+                    Asked::Waits(effects) => self.run_all(effects),
+                }
+            }
+            Request::NameOf(address, reply) => drop(reply.send(self.core.table.name_of(address))),
             Request::Peers(reply) => drop(reply.send(self.core.table.peer_views())),
         }
     }
@@ -308,6 +327,13 @@ impl Actor {
         match look {
             Look::Flows(choice, reply) => drop(reply.send(flows.map(|flows| table.flow_views(&choice, flows)))),
             Look::Services(choice, reply) => drop(reply.send(flows.map(|flows| table.service_views(&choice, &flows)))),
+        }
+    }
+
+    fn looked_up(&mut self, waiter: Waiter, lookup: Lookup) {
+        if let Some(reply) = self.looking_up.remove(&waiter) {
+            // Whoever asked may have gone.
+            let _ = reply.send(lookup);
         }
     }
 
@@ -336,8 +362,21 @@ impl Actor {
     }
 
     fn event(&mut self, event: Event) {
-        let effects = self.core.handle(event, self.began.elapsed());
+        let told = match &event {
+            Event::Command(Command::Table(answer)) => naming::answered(answer),
+            _ => Vec::new(),
+        };
+        if let Event::Kept(Ok((bridge, _))) = &event {
+            self.bridge = Some(*bridge);
+        }
+        let now = self.began.elapsed();
+        let effects = self.core.handle(event, now);
         self.run_all(effects);
+        let mut settled = self.naming.answered(&self.core, &told);
+        settled.extend(self.naming.expire(now));
+        settled.into_iter().for_each(|(waiter, lookup)| self.looked_up(waiter, lookup));
+        let gateway = self.core.home.subnet().zip(self.bridge).map(|(subnet, bridge)| Gateway::new(subnet, bridge));
+        self.gateway.send_if_modified(|shown| std::mem::replace(shown, gateway) != gateway);
     }
 
     fn run_all(&mut self, effects: Vec<Effect>) {

@@ -72,7 +72,7 @@ struct Open {
     queued: bool,
     /// Something changed since it was asked: the answer may be old already, so ask once more when it comes.
     again: bool,
-    /// A packet waits for it.
+    /// A packet waits for it, or somebody who looks up a name.
     waiting: bool,
 }
 
@@ -120,6 +120,15 @@ impl Interests {
         outcomes
     }
 
+    /// Somebody waits to hear of this service. It is watched from the answer on, if there is such a service. False where too many
+    /// questions are open.
+    pub fn look_up(&mut self, service: &ServiceName, now: Duration) -> (bool, Vec<Outcome>) {
+        let query = Query::Name(service.clone());
+        let outcomes = self.ask(query.clone(), now);
+        let open = self.open.get_mut(&query);
+        (open.is_some_and(|open| std::mem::replace(&mut open.waiting, true) || open.waiting), outcomes)
+    }
+
     /// Instances of the service came or went.
     pub fn changed(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
         if !self.watched.contains_key(service) {
@@ -151,6 +160,10 @@ impl Interests {
         for query in self.answers(answer) {
             let Some(open) = self.open.remove(&query) else { continue };
             let Query::Address(address) = query else {
+                // Whoever asks for names that there are not must not make us watch them all.
+                if let Some(service) = answer.service.as_ref().filter(|_| open.waiting && !answer.rows.is_empty()) {
+                    outcomes.extend(self.watch(service, now));
+                }
                 if open.again {
                     outcomes.extend(self.ask(query, now));
                 }
@@ -219,6 +232,11 @@ impl Interests {
         }
         outcomes.extend(self.drain(now));
         outcomes
+    }
+
+    /// Is there somebody to ask?
+    pub fn is_connected(&self) -> bool {
+        self.connected
     }
 
     /// Is this service watched?
@@ -533,6 +551,20 @@ mod tests {
         let outcomes = interests.tick(0, at(3_000));
         let removed: Vec<_> = (0..6).map(|number| Outcome::Remove(name(&format!("s{number}")))).collect();
         assert_eq!(outcomes, removed);
+    }
+
+    #[test]
+    fn name_that_was_looked_up_is_watched_if_it_exists() {
+        let mut interests = connected();
+        assert_eq!(interests.look_up(&name("web"), at(0)), (true, vec![ask_name("web")]));
+        assert_eq!(interests.look_up(&name("web"), at(1)), (true, vec![]));
+        let known = TableAnswer { rows: vec![row()], ..answer(Some(Query::Name(name("web"))), Some("web")) };
+        assert_eq!(interests.answered(&known, 0, at(2), |_| true), [Outcome::Add(name("web"))]);
+
+        assert_eq!(interests.look_up(&name("none"), at(3)), (true, vec![ask_name("none")]));
+        let unknown = answer(Some(Query::Name(name("none"))), Some("none"));
+        assert_eq!(interests.answered(&unknown, 0, at(4), |_| true), []);
+        assert!(interests.watches(&name("web")) && !interests.watches(&name("none")));
     }
 
     #[test]

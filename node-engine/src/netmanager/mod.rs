@@ -11,6 +11,7 @@ pub mod interest;
 pub mod ipam;
 pub mod lease;
 pub mod link;
+pub mod naming;
 mod outbox;
 pub mod table;
 pub mod view;
@@ -18,13 +19,14 @@ pub mod view;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use self::view::{Choice, CounterView, FlowView, Page, PeerView, ServiceView};
+use self::naming::Gateway;
+use self::view::{Choice, CounterView, FlowView, Lookup, Page, PeerView, ServiceView};
 use crate::config::NetworkConfig;
 use crate::drain::Drain;
-use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, Subnet};
+use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, ServiceName, Subnet};
 
 /// Requests that may wait for the task.
 const REQUESTS: usize = 256;
@@ -36,6 +38,7 @@ const TUN_V6: Ipv6Addr = Ipv6Addr::new(0xfcef, 0, 0, 0, 0, 0, 0xdead, 0xbeef);
 #[derive(Clone, Debug)]
 pub struct NetManager {
     requests: mpsc::Sender<Request>,
+    gateway: watch::Receiver<Option<Gateway>>,
 }
 
 /// What the overlay is made of.
@@ -62,8 +65,9 @@ pub struct Setup {
 /// There is no way to the peers, or neither links nor datapath can be had on this host.
 pub async fn start(setup: Setup) -> Result<(NetManager, JoinHandle<anyhow::Result<()>>), NetError> {
     let (requests, inbox) = mpsc::channel(REQUESTS);
-    let task = actor::start(setup, inbox).await?;
-    Ok((NetManager::new(requests), task))
+    let (gateway, shown) = watch::channel(None);
+    let task = actor::start(setup, inbox, gateway).await?;
+    Ok((NetManager { requests, gateway: shown }, task))
 }
 
 /// Names and sizes of what this node makes on its host.
@@ -130,6 +134,8 @@ pub(crate) enum Request {
     Services(Choice, oneshot::Sender<Result<Page<ServiceView>, NetError>>),
     Flows(Choice, oneshot::Sender<Result<Page<FlowView>, NetError>>),
     Peers(oneshot::Sender<Vec<PeerView>>),
+    LookUp(ServiceName, oneshot::Sender<Lookup>),
+    NameOf(IpAddr, oneshot::Sender<Option<(ServiceName, String)>>),
 }
 
 /// For `status`: where packets go and why.
@@ -152,8 +158,25 @@ pub struct NetStatus {
 }
 
 impl NetManager {
+    /// For tests of whoever uses it: whatever answers the requests, and no bridge.
+    #[cfg(test)]
     pub(crate) fn new(requests: mpsc::Sender<Request>) -> Self {
-        Self { requests }
+        Self { requests, gateway: watch::channel(None).1 }
+    }
+
+    /// Where instances find this node, as it is and as it changes.
+    pub fn gateway(&self) -> watch::Receiver<Option<Gateway>> {
+        self.gateway.clone()
+    }
+
+    /// The addresses of a service. Asks the cluster where this node does not know it, for a few seconds at most.
+    pub async fn look_up(&self, service: ServiceName) -> Result<Lookup, NetError> {
+        self.ask(|reply| Request::LookUp(service, reply)).await
+    }
+
+    /// Whose address this is, as far as this node knows: a service, and the label of what the address means.
+    pub async fn name_of(&self, address: IpAddr) -> Result<Option<(ServiceName, String)>, NetError> {
+        self.ask(|reply| Request::NameOf(address, reply)).await
     }
 
     /// Gives the instance addresses and connects its namespace, ports included. Repeating it for a namespace that is already

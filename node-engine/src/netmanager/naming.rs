@@ -6,8 +6,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use super::core::{Core, Effect, Waiter};
-use super::link;
-use super::view::{Lookup, Named};
+use super::link::{self, Bridge};
+use super::view::Lookup;
 use crate::model::{Query, ServiceName, Subnet, TableAnswer};
 
 /// So long somebody who looks up a name waits for the cluster.
@@ -26,82 +26,185 @@ pub struct Gateway {
     pub ifindex: u32,
 }
 
-/// Who waits for which name, and until when.
+/// Who waits for which name, and until when. Pure, like the core beside which it stands.
 #[derive(Debug, Default)]
-pub(super) struct NameWaits {
+pub(super) struct Naming {
     waiting: BTreeMap<ServiceName, Vec<(Waiter, Duration)>>,
     count: usize,
 }
 
-impl NameWaits {
-    fn push(&mut self, service: ServiceName, waiter: Waiter, until: Duration) {
-        self.waiting.entry(service).or_default().push((waiter, until));
+/// What a question about a name leads to at once.
+#[derive(Debug)]
+pub(super) enum Asked {
+    Settled(Lookup),
+    /// The cluster is asked.
+    Waits(Vec<Effect>),
+}
+
+impl Naming {
+    pub(super) fn look_up(&mut self, core: &mut Core, service: ServiceName, waiter: Waiter, now: Duration) -> Asked {
+        if let Some(named) = core.table.named(&service) {
+            core.interests.touch(&named.service, now);
+            return Asked::Settled(Lookup::Known(named));
+        }
+        if !core.interests.is_connected() || self.count >= MOST {
+            return Asked::Settled(Lookup::Unreachable);
+        }
+        let (asked, outcomes) = core.interests.look_up(&service, now);
+        let mut effects = Vec::new();
+        core.pursue(outcomes, &mut effects);
+        if !asked {
+            return Asked::Settled(Lookup::Unreachable);
+        }
+        self.waiting.entry(service).or_default().push((waiter, now + PATIENCE));
         self.count += 1;
+        Asked::Waits(effects)
     }
 
-    fn take(&mut self, service: &ServiceName) -> Vec<Waiter> {
-        let waiters = self.waiting.remove(service).unwrap_or_default();
-        self.count -= waiters.len();
-        waiters.into_iter().map(|(waiter, _)| waiter).collect()
+    /// The table has taken an answer about these names: who waited for one of them is told.
+    pub(super) fn answered(&mut self, core: &Core, names: &[ServiceName]) -> Vec<(Waiter, Lookup)> {
+        let mut settled = Vec::new();
+        for name in names {
+            let waiters = self.waiting.remove(name).unwrap_or_default();
+            self.count -= waiters.len();
+            if waiters.is_empty() {
+                continue;
+            }
+            // A service without instances is told like one that there is not.
+            let lookup = core.table.named(name).map_or(Lookup::Unknown, Lookup::Known);
+            settled.extend(waiters.into_iter().map(|(waiter, _)| (waiter, lookup.clone())));
+        }
+        settled
     }
 
-    fn late(&mut self, now: Duration) -> Vec<Waiter> {
+    /// Those whose patience is over.
+    pub(super) fn expire(&mut self, now: Duration) -> Vec<(Waiter, Lookup)> {
         let mut late = Vec::new();
         for waiters in self.waiting.values_mut() {
             late.extend(waiters.extract_if(.., |(_, until)| *until <= now).map(|(waiter, _)| waiter));
         }
         self.waiting.retain(|_, waiters| !waiters.is_empty());
         self.count -= late.len();
-        late
+        late.into_iter().map(|waiter| (waiter, Lookup::Unreachable)).collect()
     }
 }
 
-impl Core {
-    /// Where the instances find this node; `None` until there is a bridge.
-    pub(super) fn gateway(&self) -> Option<Gateway> {
-        let (bridge, subnet) = (self.bridge?, self.home.subnet()?);
+/// The names that an answer is about. Older clusters do not repeat the question: then only an answer that knows the service is one.
+pub(super) fn answered(answer: &TableAnswer) -> Vec<ServiceName> {
+    let asked = match &answer.query {
+        Some(Query::Name(name)) => Some(name),
+        _ => None,
+    };
+    asked.into_iter().chain(&answer.service).cloned().collect()
+}
+
+impl Gateway {
+    /// Where the instances of this subnet find this node.
+    pub(super) fn new(subnet: Subnet, bridge: Bridge) -> Self {
         let at = link::gateway(subnet);
-        Some(Gateway { subnet, v4: at.v4, v6: at.v6, ifindex: bridge.ifindex })
+        Self { subnet, v4: at.v4, v6: at.v6, ifindex: bridge.ifindex }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::core::{Event, Remains, Settings};
+    use super::super::table::{ServiceNets, Way};
+    use super::*;
+    use crate::model::{Command, FamilyPair, Policy, Report, SemanticAddress, TableRow};
+
+    #[test]
+    fn name_that_is_not_known_waits_for_the_clusters_answer() {
+        let (mut core, mut naming) = (connected(), Naming::default());
+        assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(1), at(0))), "asks web");
+        assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(2), at(0))), "waits", "asked once however many wait");
+        let told = answer(Some(name()), vec![row()]);
+        let effects = core.handle(Event::Command(Command::Table(told.clone())), at(1));
+        let watched = |effect: &Effect| matches!(effect, Effect::Report(Report::InterestAdd(_)));
+        assert!(effects.iter().any(watched), "a name in use is watched: {effects:?}");
+        let settled = naming.answered(&core, &answered(&told));
+        assert_eq!(settled.iter().map(|(waiter, _)| waiter.0).collect::<Vec<_>>(), [1, 2]);
+        let Lookup::Known(named) = &settled[0].1 else { panic!("{settled:?}") };
+        let labels: Vec<&str> = named.addresses.iter().map(|(label, _)| label.as_str()).collect();
+        assert_eq!((&named.service, labels), (&name(), vec!["rr", "instance-7"]));
+        core.handle(Event::Command(Command::Disconnected), at(2));
+        assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(3), at(2))), "known", "what is known stays known");
+        assert_eq!(naming.count, 0);
     }
 
-    pub(super) fn look_up(&mut self, service: ServiceName, waiter: Waiter, out: &mut Vec<Effect>) {
-        if let Some(named) = self.table.named(&service) {
-            self.interests.touch(&named.service, self.now);
-            out.push(Effect::LookedUp(waiter, Lookup::Known(named)));
-            return;
-        }
-        if !self.connected || self.names.count >= MOST {
-            out.push(Effect::LookedUp(waiter, Lookup::Unreachable));
-            return;
-        }
-        let (asked, outcomes) = self.interests.look_up(&service, self.now);
-        self.pursue(outcomes, out);
-        if asked {
-            self.names.push(service, waiter, self.now + PATIENCE);
-        } else {
-            out.push(Effect::LookedUp(waiter, Lookup::Unreachable));
+    #[test]
+    fn nobody_waits_for_ever() {
+        let (mut core, mut naming) = (connected(), Naming::default());
+        naming.look_up(&mut core, name(), Waiter(1), at(0));
+        let nobody = answer(None, Vec::new());
+        core.handle(Event::Command(Command::Table(nobody.clone())), at(1));
+        assert_eq!(naming.answered(&core, &answered(&nobody)), [(Waiter(1), Lookup::Unknown)]);
+        assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(2), at(1))), "asks web");
+        assert_eq!(naming.expire(at(2)), []);
+        assert_eq!(naming.expire(at(3)), [(Waiter(2), Lookup::Unreachable)]);
+        assert_eq!(naming.answered(&core, &[name()]), [], "answered once");
+        core.handle(Event::Command(Command::Disconnected), at(4));
+        assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(3), at(4))), "unreachable");
+        assert_eq!(naming.count, 0);
+    }
+
+    #[test]
+    fn those_who_wait_are_bounded() {
+        let (mut core, mut naming) = (connected(), Naming::default());
+        let waits = |asked: &Asked| matches!(asked, Asked::Waits(_));
+        let all = (0..5_000).map(|waiter| naming.look_up(&mut core, name(), Waiter(waiter), at(0)));
+        assert_eq!(all.filter(waits).count(), MOST);
+        assert_eq!(naming.expire(at(9)).len(), MOST);
+        assert!(waits(&naming.look_up(&mut core, name(), Waiter(0), at(9))));
+    }
+
+    fn asked(asked: Asked) -> String {
+        match asked {
+            Asked::Settled(Lookup::Known(_)) => "known".into(),
+            Asked::Settled(other) => format!("{other:?}").to_ascii_lowercase(),
+            Asked::Waits(effects) => match effects.as_slice() {
+                [] => "waits".into(),
+                [Effect::Report(Report::TableQuery(Query::Name(name)))] => format!("asks {}", name.short()),
+                other => format!("{other:?}"),
+            },
         }
     }
 
-    /// Older clusters do not repeat the question: then only an answer that knows the service is one to it.
-    pub(super) fn release_name_waits(&mut self, answer: &TableAnswer, out: &mut Vec<Effect>) {
-        let asked = match &answer.query {
-            Some(Query::Name(name)) => Some(name),
-            _ => None,
+    fn connected() -> Core {
+        let settings = Settings {
+            nets: ServiceNets { v4: ([10, 30, 0, 0].into(), 16), v6: ("fdff::".parse().unwrap(), 16) },
+            tunnel_port: 50_103,
+            relax_source: false,
+            address: [192, 0, 2, 1].into(),
+            uplink: Way::default(),
+            subnet: None,
+            seed: 7,
         };
-        for name in asked.into_iter().chain(&answer.service) {
-            let waiters = self.names.take(name);
-            if waiters.is_empty() {
-                continue;
-            }
-            let empty = || answer.service.clone().map(|service| Named { service, addresses: Vec::new() });
-            let lookup = self.table.named(name).or_else(empty).map_or(Lookup::Unknown, Lookup::Known);
-            out.extend(waiters.into_iter().map(|waiter| Effect::LookedUp(waiter, lookup.clone())));
-        }
+        let (mut core, _) = Core::new(settings, Remains::default());
+        core.handle(Event::Command(Command::Connected), at(0));
+        core
     }
 
-    pub(super) fn expire_name_waits(&mut self, out: &mut Vec<Effect>) {
-        let late = self.names.late(self.now);
-        out.extend(late.into_iter().map(|waiter| Effect::LookedUp(waiter, Lookup::Unreachable)));
+    const fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn name() -> ServiceName {
+        "app.ns.web.ns".parse().unwrap()
+    }
+
+    fn answer(service: Option<ServiceName>, rows: Vec<TableRow>) -> TableAnswer {
+        TableAnswer { query: Some(Query::Name(name())), service, rows }
+    }
+
+    fn row() -> TableRow {
+        TableRow {
+            number: 7,
+            namespace: FamilyPair { v4: Some([10, 18, 2, 2].into()), v6: None },
+            instance: FamilyPair { v4: Some([10, 30, 0, 1].into()), v6: None },
+            host: [192, 0, 2, 2].into(),
+            host_port: 50_103,
+            services: vec![SemanticAddress { policy: Policy::RoundRobin, address: [10, 30, 9, 0].into() }],
+        }
     }
 }

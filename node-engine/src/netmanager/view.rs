@@ -52,6 +52,23 @@ fn called(service: &ServiceName, name: &str) -> bool {
     service.as_str() == name || service.short() == name
 }
 
+/// A service and the addresses that mean it or one of its instances, each with its label: a policy's, or `instance-N`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Named {
+    pub service: ServiceName,
+    pub addresses: Vec<(String, IpAddr)>,
+}
+
+/// What became of looking up a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    Known(Named),
+    /// The cluster knows no such service, or none that ever had an instance.
+    Unknown,
+    /// It is not known here, and the cluster cannot be asked or does not answer.
+    Unreachable,
+}
+
 /// A service this node knows of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceView {

@@ -4,6 +4,9 @@
 //! `probe serve` answers on TCP 80 (HTTP), TCP and UDP 7 (echo), TCP 9 (sink that checks the order of what it gets). The clients
 //! print one line of JSON; `stream` prints lines `progress <ms> <bytes>` before it.
 
+#[path = "probe/names.rs"]
+mod names;
+
 use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
@@ -33,7 +36,9 @@ const USAGE: &str = "usage: probe serve [TEXT]
        probe rr tcp|udp ADDRESS:PORT SECONDS
        probe connect ADDRESS:PORT SECONDS
        probe stream ADDRESS:PORT SECONDS
-       probe say ADDRESS:PORT TEXT [FROM:PORT]";
+       probe say ADDRESS:PORT TEXT [FROM:PORT]
+       probe lookup NAME A|AAAA
+       probe nameserver ADDRESS NAME IPV4";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -48,6 +53,8 @@ fn main() -> ExitCode {
         ["rr", "udp", to, seconds] => rr_udp(to, seconds),
         ["connect", to, seconds] => connect(to, seconds),
         ["stream", to, seconds] => stream(to, seconds),
+        ["lookup", name, kind] => names::lookup(name, kind),
+        ["nameserver", at, name, address] => names::serve(at, name, address),
         ["say", to, text] => say(to, text, None),
         ["say", to, text, from] => say(to, text, Some(from)),
         _ => Err(USAGE.into()),

@@ -97,7 +97,7 @@ fn count(count: Count) -> Words {
         Count::Header => dropped("IPv6 extension headers that the overlay does not read", "do without them"),
         Count::NotService => dropped(
             "a packet came to the overlay's device and is for no service address",
-            "look for a route of your own to the overlay's TUN device",
+            "a few are the host's own multicast; if there are many, look for a route of your own to the TUN device",
         ),
         Count::HeldFull => dropped(
             "too many packets waited for the cluster to say whose their address is",

@@ -276,7 +276,7 @@ fn stable_mac(name: &str) -> [u8; 6] {
 }
 
 /// The gateway of a node's subnet: +1 in both families.
-fn gateway(subnet: Subnet) -> Addresses {
+pub(super) fn gateway(subnet: Subnet) -> Addresses {
     Addresses {
         v4: Ipv4Addr::from(u32::from(subnet.v4).wrapping_add(1)),
         v6: Ipv6Addr::from(u128::from(subnet.v6).wrapping_add(1)),

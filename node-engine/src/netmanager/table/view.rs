@@ -9,12 +9,38 @@ use netmanager_common::addr::Addr;
 use super::{Entry, ServiceTable, sides};
 use crate::model::{InstanceId, Policy, ServiceName};
 use crate::netmanager::datapath::FlowRow;
-use crate::netmanager::view::{Choice, FlowView, InstanceView, Page, PeerView, ServiceView, framing, is_ours};
+use crate::netmanager::view::{Choice, FlowView, InstanceView, Named, Page, PeerView, ServiceView, framing, is_ours};
 
 /// The word for an address that means one instance.
 const INSTANCE: &str = "instance";
 
 impl ServiceTable {
+    /// The service of this name, also where the case of letters differs, and its addresses: `None` where it is not known here.
+    pub fn named(&self, service: &ServiceName) -> Option<Named> {
+        let (service, entry) = match self.entries.get_key_value(service) {
+            Some(found) => found,
+            None => {
+                let same = |(other, _): &(&ServiceName, &Entry)| other.as_str().eq_ignore_ascii_case(service.as_str());
+                self.entries.iter().find(same)?
+            }
+        };
+        let policies = entry.labelled().map(|(label, address)| (label.to_owned(), address.into()));
+        let own = sides(&entry.rows).map(|(row, side)| (format!("{INSTANCE}-{}", row.number), side.instance.into()));
+        let addresses: Vec<(String, IpAddr)> = policies.chain(own).collect();
+        (!addresses.is_empty()).then(|| Named { service: service.clone(), addresses })
+    }
+
+    /// Whose address this is, and the label of what it means: a policy, or an instance.
+    pub fn name_of(&self, address: IpAddr) -> Option<(ServiceName, String)> {
+        let address = Addr::from(address);
+        if let Some(instance) = self.leased.get(&address) {
+            return Some((instance.service.clone(), format!("{INSTANCE}-{}", instance.number)));
+        }
+        let service = self.semantics.winner(address)?;
+        let (label, _) = self.named(service)?.addresses.into_iter().find(|(_, other)| Addr::from(*other) == address)?;
+        Some((service.clone(), label))
+    }
+
     /// Services in the order of their names. `flows` are this node's.
     pub fn service_views(&self, choice: &Choice, flows: &[FlowRow]) -> Page<ServiceView> {
         let mut used: HashMap<&ServiceName, usize> = HashMap::new();

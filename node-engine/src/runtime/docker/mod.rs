@@ -15,6 +15,7 @@ mod tests;
 mod watch;
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ use bollard::models::{ContainerInspectResponse, ContainerSummary};
 use bollard::query_parameters::{
     CreateContainerOptions, ListContainersOptions, RemoveContainerOptions, StopContainerOptions,
 };
+use tokio::sync::watch::Receiver;
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -42,6 +44,8 @@ const EXITS: usize = 256;
 /// A container that is being removed by someone else is waited for this long.
 const REMOVAL: Duration = Duration::from_secs(10);
 const REMOVAL_POLL: Duration = Duration::from_millis(100);
+/// So long a new instance waits to hear where the node answers names.
+const RESOLVER: Duration = Duration::from_secs(5);
 
 /// The Docker daemon of this machine.
 #[derive(Debug)]
@@ -60,7 +64,12 @@ struct Inner {
     refreshing: tokio::sync::Mutex<()>,
     /// One import of the sandbox image at a time: each makes another image and would leave the one before without a name.
     importing: tokio::sync::Mutex<()>,
+    /// Where the node answers names for workloads.
+    resolvers: Receiver<Resolvers>,
 }
+
+/// Addresses at which workloads find a resolver of this node: `None` until that is known, empty where there is none.
+pub type Resolvers = Option<Vec<IpAddr>>;
 
 impl DockerRuntime {
     /// The daemon at `host` (`unix:///path`), else at `DOCKER_HOST`, else at the platform's socket. It need not be there yet. Must be
@@ -68,13 +77,14 @@ impl DockerRuntime {
     ///
     /// # Errors
     /// `Refused` for an address that is not a local socket.
-    pub fn new(host: Option<&str>) -> Result<Self, RuntimeError> {
+    pub fn new(host: Option<&str>, resolvers: Receiver<Resolvers>) -> Result<Self, RuntimeError> {
         let inner = Arc::new(Inner {
             client: Client::new(host)?,
             running: Running::default(),
             locks: Mutex::default(),
             refreshing: tokio::sync::Mutex::default(),
             importing: tokio::sync::Mutex::default(),
+            resolvers,
         });
         let (exits, exited) = mpsc::channel(EXITS);
         let watch = tokio::spawn(watch::run(inner.clone(), exits));
@@ -174,7 +184,7 @@ impl Inner {
         self.remove(&spec.id, Duration::ZERO, &guard).await?;
         let docker = self.client.get().await?;
         let sandbox = sandbox_name(&spec.id);
-        self.create(&docker, &sandbox, "", container::sandbox(spec, host_name_servers())).await?;
+        self.create(&docker, &sandbox, "", container::sandbox(spec, self.name_servers().await)).await?;
         let start = async {
             let started = docker.start_container(&sandbox, None).await;
             started.map_err(|error| self.client.failed("start the sandbox", error))?;
@@ -188,6 +198,16 @@ impl Inner {
         created?;
         let pid = pid?;
         Ok(netns(pid))
+    }
+
+    /// The node's own resolver; where there is none, the host's. A node that has just come up may still be on its way to one.
+    async fn name_servers(&self) -> Vec<String> {
+        let mut resolvers = self.resolvers.clone();
+        let known = tokio::time::timeout(RESOLVER, resolvers.wait_for(Option::is_some)).await;
+        match known.ok().and_then(Result::ok).and_then(|known| known.clone()) {
+            Some(own) if !own.is_empty() => own.iter().map(ToString::to_string).collect(),
+            _ => host_name_servers(),
+        }
     }
 
     async fn create(

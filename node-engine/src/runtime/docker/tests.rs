@@ -263,7 +263,8 @@ async fn containers_of_others_are_never_touched() {
 async fn runtime() -> DockerRuntime {
     static IMPORTED: OnceCell<()> = OnceCell::const_new();
     let socket = std::env::var("NODE_ENGINE_TEST_DOCKER").expect("NODE_ENGINE_TEST_DOCKER names a socket");
-    let runtime = DockerRuntime::new(Some(&socket)).expect("an address");
+    let runtime =
+        DockerRuntime::new(Some(&socket), tokio::sync::watch::channel(Some(Vec::new())).1).expect("an address");
     IMPORTED.get_or_init(|| import_busybox(&runtime)).await;
     runtime
 }
