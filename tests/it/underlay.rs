@@ -8,7 +8,7 @@ use lab::node::Datapath;
 use lab::topology::{Lab, Plan};
 use lab::traffic::Flows;
 
-each_datapath!(an_ipv6_underlay_carries_a_whole_cluster);
+each_datapath!(an_ipv6_underlay_carries_a_whole_cluster, a_node_takes_its_flows_along_to_another_address);
 
 fn an_ipv6_underlay_carries_a_whole_cluster(datapath: Datapath) {
     let plan = Plan { cluster_options: &["--listen", "::"], ..Plan::new(2, datapath) };
@@ -33,6 +33,37 @@ fn an_ipv6_underlay_carries_a_whole_cluster(datapath: Datapath) {
         let stream = lab.within(&client, |client| client.stream(to, 1.0)?.finish()).expect("it runs");
         assert!(stream.bytes > 0, "{to}: {stream:?}");
         assert!(stream.longest_stall_ms < Duration::from_secs(2).as_millis() as u64, "{to}: {stream:?}");
+    }
+}
+
+fn a_node_takes_its_flows_along_to_another_address(datapath: Datapath) {
+    let lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");
+    let client = one(&lab, "client", "node-a");
+    let far = one(&lab, "far", "node-b");
+    let moving = &lab.nodes[1].host;
+    let to = far.service_address(false).expect("an address");
+    assert_eq!(lab.within(&client, |client| client.get(to, 5)).expect("it runs").failed, 0);
+    let mut stream = lab.within(&client, |client| client.stream(to, 25.0)).expect("a stream");
+    stream.advances(Duration::from_secs(3)).expect("it flows");
+
+    // Another lease.
+    moving.run(&format!("ip addr del {}/24 dev eth0", address(2))).expect("the old one goes");
+    moving.run("ip addr add 198.18.0.42/24 dev eth0").expect("another address");
+    moving.run("ip route replace default via 198.18.0.254").expect("the way out");
+    stream.advances(Duration::from_secs(20)).expect("it flows to the other address");
+
+    // Another interface by the same name, with another address.
+    moving.run("ip link del eth0").expect("unplugged");
+    lab.lan.plug(moving, 43).expect("plugged in again");
+    stream.advances(Duration::from_secs(20)).expect("it flows by the other interface");
+    let last = stream.finish().expect("to its end");
+    assert!(last.bytes > 0);
+
+    for to in [to, far.service_address(true).expect("an address")] {
+        let gets = lab.within(&client, |client| client.get(to, 20)).expect("it runs");
+        assert_eq!((gets.failed, gets.answers.len()), (0, 1), "{to}: {gets:?}");
+        let back = lab.within(&far, |far| far.get(client.service_address(to.is_ipv6())?, 20)).expect("it runs");
+        assert_eq!(back.failed, 0, "back from {to}: {back:?}");
     }
 }
 

@@ -405,6 +405,19 @@ impl Session {
         }
     }
 
+    /// The way to the peers is under another address now. What goes out from here on says so; the connection to the broker is under the
+    /// old one, and would only be missed much later.
+    fn renumbered(&mut self, address: IpAddr) {
+        if self.registrar.public_address.is_some() {
+            self.registrar.public_address = Some(address);
+        }
+        self.located(Some(address));
+        self.encoder.address = Some(address);
+        if self.link.is_some() {
+            self.down("this node's address changed");
+        }
+    }
+
     // --- the link
 
     fn connect(&mut self) {
@@ -560,6 +573,7 @@ impl Session {
                 }
             }
             Report::TableQuery(query) if self.encoder.generation == Generation::G1 => self.question(query),
+            Report::Address(address) => self.renumbered(address),
             report => self.outbox.push(report, self.up_since.is_some()),
         }
     }

@@ -68,7 +68,7 @@ impl Encoder {
             }
             Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
             Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
-            Report::InterestAdd(_) => Vec::new(),
+            Report::InterestAdd(_) | Report::Address(_) => Vec::new(),
             Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
             Report::Node(usage) => {
                 vec![(FromNode::Information, node::information(self.generation, usage, self.address))]
@@ -94,6 +94,7 @@ impl Encoder {
                 Some((FromNode::Information, node::information(self.generation, usage, self.address)))
             }
             Report::Status { .. }
+            | Report::Address(_)
             | Report::SubnetRequest
             | Report::TableQuery(_)
             | Report::InterestAdd(_)

@@ -97,7 +97,11 @@ impl Outbox {
 fn outlives_connection(report: &Report) -> bool {
     match report {
         Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest | Report::InterestRemove(_) => true,
-        Report::TableQuery(_) | Report::InterestAdd(_) | Report::Node(_) | Report::Instances(_) => false,
+        Report::Address(_)
+        | Report::TableQuery(_)
+        | Report::InterestAdd(_)
+        | Report::Node(_)
+        | Report::Instances(_) => false,
     }
 }
 
@@ -162,6 +166,7 @@ mod tests {
             Report::InterestRemove(_) => "remove".into(),
             Report::InterestAdd(_) => "add".into(),
             Report::SubnetRequest => "subnet".into(),
+            Report::Address(_) => "address".into(),
             Report::Node(_) => "node".into(),
             Report::Instances(_) => "instances".into(),
         }

@@ -39,6 +39,8 @@ pub enum Report {
         instance: InstanceId,
         addresses: Addresses,
     },
+    /// This node's address towards its peers is another now.
+    Address(IpAddr),
     SubnetRequest,
     TableQuery(Query),
     /// Hear of changes to this service.

@@ -2,7 +2,7 @@
 //! tables through one lane that keeps their order. Ends with an error when the datapath does, and takes nothing down at its end.
 
 use std::any::Any;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
@@ -45,6 +45,8 @@ const MOVED: u32 = 3;
 enum Answer {
     Event(Event),
     Uplink(Route),
+    /// The datapath does not take in what comes by the new uplink.
+    Unfollowed(Route, String),
     /// The lane has done what it had.
     Lane(Vec<Event>),
     LeasesKept,
@@ -346,6 +348,7 @@ impl Actor {
         match answer {
             Ok(Answer::Event(event)) => self.event(event),
             Ok(Answer::Uplink(uplink)) => self.found_uplink(uplink),
+            Ok(Answer::Unfollowed(uplink, reason)) => self.lost_uplink(&uplink, &reason),
             Ok(Answer::Lane(events)) => {
                 self.lane_runs = false;
                 events.into_iter().for_each(|event| self.event(event));
@@ -533,26 +536,39 @@ impl Actor {
     }
 
     fn look_for_uplink(&mut self) {
-        let (links, wish) = (Arc::clone(&self.links), self.wish.clone());
+        let (links, wish, datapath) = (Arc::clone(&self.links), self.wish.clone(), Arc::clone(&self.datapath));
+        let mut uplinks: BTreeSet<u32> = self.core.table.peers().map(|(_, peer)| peer.ifindex).collect();
+        uplinks.remove(&0);
         self.work.spawn(async move {
             // No way to the peers now: the old one is as good as any until there is one again.
-            find_uplink(&links, &wish).await.map_or(Answer::Nothing, Answer::Uplink)
+            let Ok(uplink) = find_uplink(&links, &wish).await else { return Answer::Nothing };
+            uplinks.insert(uplink.ifindex);
+            match datapath.follow(&uplinks).await {
+                Ok(()) => Answer::Uplink(uplink),
+                Err(error) => Answer::Unfollowed(uplink, error.to_string()),
+            }
         });
     }
 
-    /// Our own address may change, and with it what peers are told. The interface may not where the kernel's programs sit on it:
-    /// the next start puts them on the new one.
-    fn found_uplink(&mut self, uplink: Route) {
-        if uplink.ifindex != self.uplink.ifindex && self.datapath.name() != "tun" {
-            self.moved += 1;
-            if self.moved >= MOVED {
-                let (old, new) = (&self.uplink.interface, &uplink.interface);
-                self.failure = Some(anyhow!("the way to the peers has moved from {old} to {new}: starting anew"));
-            }
-            return;
+    /// The datapath cannot go where the peers are now. It may be able to later; if not, a new start finds another.
+    fn lost_uplink(&mut self, uplink: &Route, reason: &str) {
+        self.moved += 1;
+        if self.moved >= MOVED {
+            let (old, new) = (&self.uplink.interface, &uplink.interface);
+            self.failure = Some(anyhow!("the way to the peers has moved from {old} to {new}, starting anew: {reason}"));
         }
+    }
+
+    /// Our own address may have changed, and with it what peers are told.
+    fn found_uplink(&mut self, uplink: Route) {
         self.moved = 0;
-        let address = self.setup.config.public_ip.unwrap_or(uplink.source);
+        let public = self.setup.config.public_ip;
+        let (before, address) = (public.unwrap_or(self.uplink.source), public.unwrap_or(uplink.source));
+        if before != address {
+            tracing::info!(%before, %address, "this node's address towards its peers has changed");
+            // Before the instances are announced under it.
+            self.report(Report::Address(address));
+        }
         let way = way(&uplink);
         self.uplink = uplink;
         self.event(Event::Uplink { address, way });

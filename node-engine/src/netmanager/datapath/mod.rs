@@ -23,6 +23,7 @@ mod tables;
 mod tun;
 mod words;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use async_trait::async_trait;
@@ -46,6 +47,11 @@ pub trait Datapath: Send + Sync {
 
     /// Stops carrying for this port. A port that is not attached, or whose interface is gone, is a success.
     async fn detach(&self, port: &Port) -> Result<(), DatapathError>;
+
+    /// Takes in what peers send at the interfaces with these indices, and at no others. Repeatable; cheap where nothing changes.
+    async fn follow(&self, _uplinks: &BTreeSet<u32>) -> Result<(), DatapathError> {
+        Ok(())
+    }
 
     /// What the tables hold: after a restart the rows of the previous run, so that slots keep their numbers and generations, services
     /// their ids, and flows their instances. Empty where nothing outlives the process.

@@ -1,6 +1,7 @@
 //! Programs on interfaces: by TCX with a pinned link where the kernel has it (6.6), else as a filter of the clsact qdisc. A restart
 //! replaces the program in place; there is no moment without one.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -114,11 +115,11 @@ impl Hooks {
     }
 
     /// Removes the pins of interfaces that are gone, and of uplinks that are none any more.
-    pub(super) fn sweep(&self, uplink: u32) {
+    pub(super) fn sweep(&self, uplinks: &BTreeSet<u32>) {
         for pin in self.pins.links() {
             let gone = |ifindex| if_indextoname(ifindex).is_err();
             let stale = Hook::Veth.ifindex(&pin).is_some_and(gone)
-                || Hook::Uplink.ifindex(&pin).is_some_and(|ifindex| ifindex != uplink);
+                || Hook::Uplink.ifindex(&pin).is_some_and(|ifindex| !uplinks.contains(&ifindex));
             if stale {
                 let _ = fs::remove_file(self.pins.link(&pin));
             }

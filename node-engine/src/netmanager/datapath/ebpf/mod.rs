@@ -11,6 +11,7 @@ mod maps;
 mod pins;
 mod reason;
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -38,6 +39,8 @@ const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmanag
 #[derive(Debug)]
 pub struct Ebpf {
     hooks: Mutex<Hooks>,
+    /// Interfaces with the program for what peers send.
+    uplinks: Mutex<BTreeSet<u32>>,
     counters: KernelCounters,
     flows: Arc<KernelFlows>,
     proxied: Proxied,
@@ -71,10 +74,11 @@ impl Ebpf {
         let mut hooks = Hooks::load(programs, pins)?;
 
         hooks.attach(Hook::Uplink, &Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
-        hooks.sweep(underlay.uplink_ifindex);
+        let uplinks = BTreeSet::from([underlay.uplink_ifindex]);
+        hooks.sweep(&uplinks);
         // Last: whoever falls back to TUN needs device and port for itself.
         let proxied = Proxied::open(underlay, tables, false)?;
-        Ok(Self { hooks: Mutex::new(hooks), counters, flows, proxied, _keeper: keeper })
+        Ok(Self { hooks: Mutex::new(hooks), uplinks: Mutex::new(uplinks), counters, flows, proxied, _keeper: keeper })
     }
 
     fn hooks(&self) -> MutexGuard<'_, Hooks> {
@@ -103,6 +107,24 @@ impl Datapath for Ebpf {
 
     async fn detach(&self, port: &Port) -> Result<(), DatapathError> {
         self.hooks().detach(Hook::Veth, port)
+    }
+
+    async fn follow(&self, uplinks: &BTreeSet<u32>) -> Result<(), DatapathError> {
+        let mut present = self.uplinks.lock().unwrap_or_else(PoisonError::into_inner);
+        if *present == *uplinks {
+            return Ok(());
+        }
+        let mut hooks = self.hooks();
+        for ifindex in uplinks.difference(&present) {
+            // One that has gone meanwhile has nothing to take in.
+            if let Ok(name) = nix::net::if_::if_indextoname(*ifindex) {
+                let name = name.to_string_lossy().into_owned();
+                hooks.attach(Hook::Uplink, &Port { name, ifindex: *ifindex })?;
+            }
+        }
+        hooks.sweep(uplinks);
+        present.clone_from(uplinks);
+        Ok(())
     }
 
     async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
