@@ -36,3 +36,4 @@ mod standalone;
 mod underlay;
 mod uninstall;
 mod update;
+mod view;
