@@ -13,13 +13,7 @@ use lab::traffic::Flows;
 use lab::wait::{until, until_true};
 use serde_json::Value;
 
-mod ebpf {
-    #[test]
-    #[ignore = "needs root"]
-    fn tables_show_what_moves() {
-        super::tables_show_what_moves(lab::node::Datapath::Ebpf);
-    }
-}
+each_datapath!(tables_show_what_moves);
 
 fn tables_show_what_moves(datapath: Datapath) {
     let mut lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");

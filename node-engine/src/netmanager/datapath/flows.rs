@@ -104,6 +104,11 @@ impl Flows {
         }
     }
 
+    /// All rows, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&FlowKey, &Flow)> {
+        self.rows.iter()
+    }
+
     /// False where there is no room for it.
     pub(super) fn learn(&mut self, key: FlowKey, flow: Flow, now: u32, slots: &[Slot]) -> bool {
         if now.saturating_sub(self.last_sweep) >= SWEEP {

@@ -10,7 +10,7 @@ use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, 
 
 use super::flows::{Flows, now};
 use super::projection::{Projection, Write};
-use super::{DatapathError, Snapshot};
+use super::{DatapathError, FlowRow, Snapshot};
 
 /// Rows under the same limits as the kernel's maps.
 #[derive(Debug, Default)]
@@ -97,6 +97,11 @@ impl Projection for MemoryTables {
 
     fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError> {
         Ok(self.candidates.keys().copied().collect())
+    }
+
+    fn flow_rows(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        let now = now();
+        Ok(self.flows.iter().filter_map(|(key, flow)| FlowRow::chosen(key, flow, now)).collect())
     }
 }
 
