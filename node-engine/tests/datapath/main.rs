@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use aya::programs::{SchedClassifier, TcAttachType};
+use netmanager_common::ABI_VERSION;
 use netmanager_common::abi::Endpoint;
 use netmanager_common::addr::Addr;
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -38,7 +39,7 @@ on_both! {
     a_service_is_reached_across_nodes,
     a_service_is_reached_on_the_same_node,
     the_first_packet_of_an_unknown_address_is_not_lost,
-    a_connection_through_three_unknown_addresses_opens_at_once,
+    a_connection_through_unknown_addresses_opens_at_once,
     an_unknown_address_stalls_nobody,
     garbage_does_no_harm,
     a_stranger_is_not_heard,
@@ -106,8 +107,9 @@ async fn the_first_packet_of_an_unknown_address_is_not_lost(choice: DatapathChoi
     assert!(lab.nodes[0].counter("held").await >= 1);
 }
 
-/// The service, the client at the server's node, and the server at the client's: three packets are held, and none is sent again.
-async fn a_connection_through_three_unknown_addresses_opens_at_once(choice: DatapathChoice) {
+/// The service, and the client at the server's node: two packets are held, and none is sent again. Whose address the server's is,
+/// the client's node need not ask: the flow says from which instance its replies come.
+async fn a_connection_through_unknown_addresses_opens_at_once(choice: DatapathChoice) {
     let mut lab = Lab::new();
     lab.start(choice).await;
     let (client, server) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
@@ -124,8 +126,6 @@ async fn a_connection_through_three_unknown_addresses_opens_at_once(choice: Data
     lab.nodes[0].apply(service(to.ip(), 1, 1, &[1])).await;
     assert_eq!(lab.nodes[1].event().await, Event::UnknownService(client.instance[0].into()));
     lab.nodes[1].apply(lab.instance_rows(1)).await;
-    assert_eq!(lab.nodes[0].event().await, Event::UnknownService(server.instance[0].into()));
-    lab.nodes[0].apply(lab.instance_rows(0)).await;
 
     let (connected, elapsed) = tokio::task::spawn_blocking(|| connect.join()).await.unwrap().unwrap();
     connected.expect("no connection");
@@ -335,7 +335,7 @@ async fn detached_and_uninstalled_nothing_is_left() {
     let node = &lab.nodes[0];
     assert_eq!(attached(node), [1, 1, 1], "programs outlive the daemon");
     let pins = node.underlay.pin_dir.clone();
-    assert!(pins.join("v1/maps/SERVICES").exists());
+    assert!(pins.join(format!("v{ABI_VERSION}/maps/SERVICES")).exists());
     assert!(node.netns().run(|| uninstall(&pins)).unwrap().is_empty());
     until("all programs are gone", || async { attached(node) == [0, 0, 0] }).await;
     assert_eq!(std::fs::read_dir(&pins).unwrap().count(), 0);
@@ -374,7 +374,10 @@ fn auto_falls_back_and_says_why() {
             let chosen = choose(DatapathChoice::Auto, &underlay).await.expect("TUN works");
             assert_eq!((chosen.datapath.name(), chosen.reason), ("tun", refused.to_string()));
         });
-        assert!(!underlay.pin_dir.join("v1").exists(), "programs were left beside the TUN datapath");
+        assert!(
+            !underlay.pin_dir.join(format!("v{ABI_VERSION}")).exists(),
+            "programs were left beside the TUN datapath"
+        );
     };
     lab.nodes[0].netns().run(try_out).unwrap();
 }
