@@ -199,6 +199,8 @@ pub const FLOW_CACHED: u8 = 0;
 pub const FLOW_CHOSEN: u8 = 1;
 /// What comes back on a chosen flow, and regains its service address.
 pub const FLOW_REPLY: u8 = 2;
+/// What comes back to the host itself on a flow in an instance's name: only user space knows whose it is.
+pub const FLOW_HOST: u8 = 3;
 
 macro_rules! layouts {
     ($($name:ident = $size:literal),* $(,)?) => {

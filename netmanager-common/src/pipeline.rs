@@ -7,8 +7,8 @@
 use core::ops::Deref;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_REPLY, FLOW_SEEN, Flow,
-    FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_HOST, FLOW_REPLY, FLOW_SEEN,
+    Flow, FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -87,6 +87,9 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
     let sender = sender.ok_or(DropReason::Spoofed)?;
     if sender.instance.is_none() {
         return Ok(Verdict::Slow(Miss::Endpoint));
+    }
+    if known.as_ref().is_some_and(|flow| flow.kind == FLOW_HOST) {
+        return Ok(Verdict::Slow(Miss::Host));
     }
     let Some(service) = tables.service(&ip.destination) else { return Ok(Verdict::Slow(Miss::Service)) };
     let (mut flow, slot) = target(tables, &service, &sender, known.as_deref())?;
@@ -178,6 +181,9 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
         if !belongs(tables, sender, outer) {
             return Err(DropReason::ForeignSource);
         }
+    }
+    if known.as_ref().is_some_and(|flow| flow.kind == FLOW_HOST) {
+        return Ok(Verdict::Slow(Miss::Host));
     }
     let mut flow = Flow {
         epoch: config.epoch,

@@ -29,6 +29,8 @@ pub enum Miss {
     Header = 4,
     /// The way to the peer is IPv6, which only user space sends (its outer checksum is not optional).
     Underlay = 5,
+    /// For the host itself, which has its flows in an instance's name.
+    Host = 6,
 }
 
 /// Why a frame is dropped. The discriminant is its index in the counters.

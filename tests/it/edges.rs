@@ -56,6 +56,26 @@ fn a_node_and_its_instances_meet_at_every_address(datapath: Datapath) {
         assert!(stream.bytes > 0, "itself at {to}: {stream:?}");
     }
 
+    // The node itself, by service address: an instance elsewhere, one here, and the only one that can speak for it.
+    let far = one(&lab, &Deploy { name: "far", on: Some("node-b"), ..Deploy::default() });
+    for server in [&far, &web, &client] {
+        let addresses = [server.service_address(false), server.service_address(true), server.own_address()];
+        for to in addresses.map(|to| to.expect("an address")) {
+            let at = |port: u16| if to.is_ipv6() { format!("[{to}]:{port}") } else { format!("{to}:{port}") };
+            let gets = get(&node.host, &at(80), 20);
+            assert_eq!((gets.failed, gets.answers.len()), (0, 1), "{to}: {gets:?}");
+            assert_eq!(echo(&node.host, &at(7), 20).received, 20, "{to}");
+            let said = output(node.host.command(built("probe").expect("built")).args(["stream", &at(9), "0.5"]));
+            assert!(said.expect("it runs").contains("mbit_per_second"), "{to}");
+            let ping = if to.is_ipv6() { "ping -6" } else { "ping" };
+            node.host.run(&format!("{ping} -c1 -W3 {to}")).expect("it answers");
+        }
+    }
+    // An instance is not disturbed by what is done in its name.
+    let to = far.service_address(false).expect("an address");
+    let gets = lab.within(&client, |client| client.get(to, 20)).expect("it runs");
+    assert_eq!((gets.failed, gets.answers.len()), (0, 1), "{gets:?}");
+
     // The way out, under the node's address.
     let _outside = Outside::serve(&lab);
     for (to, seen) in

@@ -23,6 +23,8 @@ pub(super) enum Count {
     NotService,
     /// A held packet made room for another, or there was none.
     HeldFull,
+    /// Of the host itself, and no instance here can speak for it; or for the host, and nobody there has asked.
+    Host,
     /// Waited too long for its address.
     Expired,
     /// For an address that nobody knows.
@@ -38,7 +40,7 @@ pub(super) enum Count {
 }
 
 impl Count {
-    pub(super) const ALL: [Self; 14] = [
+    pub(super) const ALL: [Self; 15] = [
         Self::Sent,
         Self::Local,
         Self::Received,
@@ -47,6 +49,7 @@ impl Count {
         Self::Header,
         Self::NotService,
         Self::HeldFull,
+        Self::Host,
         Self::Expired,
         Self::GivenUp,
         Self::Garbage,
@@ -65,6 +68,7 @@ impl Count {
             Self::Header => "drop_header",
             Self::NotService => "drop_not_service",
             Self::HeldFull => "drop_held_full",
+            Self::Host => "drop_host",
             Self::Expired => "drop_held_expired",
             Self::GivenUp => "drop_unknown",
             Self::Garbage => "drop_garbage",

@@ -14,6 +14,7 @@ mod counters;
 mod ebpf;
 mod flows;
 mod held;
+mod host;
 mod memory;
 mod offload;
 mod projection;

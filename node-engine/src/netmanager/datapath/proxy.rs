@@ -15,7 +15,9 @@ use tokio::sync::{mpsc, oneshot};
 use tun_rs::AsyncDevice;
 
 use super::counters::{Count, Counters};
+use super::flows::now;
 use super::held::{Held, Outcome, Packet};
+use super::host::{self, HostFlows};
 use super::offload::{self, Offload, PacketFrame};
 use super::projection::Projection;
 use super::socket::{Received, TunnelSocket};
@@ -45,6 +47,8 @@ pub(super) enum Request {
 pub(super) enum Origin {
     /// An instance on this node, by way of the TUN device.
     Instance,
+    /// The host itself, in the name of an instance.
+    Host,
     /// The node at this address.
     Node(Addr),
 }
@@ -56,6 +60,7 @@ pub(super) struct Proxy<T> {
     pub(super) counters: Arc<Counters>,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) held: Held<(Origin, Offload)>,
+    pub(super) host: HostFlows,
     /// The TUN device's.
     pub(super) mtu: usize,
     /// Where super-packets are taken apart.
@@ -104,7 +109,7 @@ impl<T: Projection> Proxy<T> {
         for _ in 0..BATCH {
             match self.device.try_recv(buffer) {
                 Ok(len) => match buffer[..len].split_first_chunk_mut::<{ offload::HEADER }>() {
-                    Some((header, packet)) => self.carry(packet, Origin::Instance, Offload::decode(*header)),
+                    Some((header, packet)) => self.take_in(packet, Offload::decode(*header)),
                     None => self.counters.add(Count::Garbage, 1),
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
@@ -115,6 +120,17 @@ impl<T: Projection> Proxy<T> {
             }
         }
         Ok(())
+    }
+
+    /// A packet from the TUN device: of an instance, or of the host itself.
+    fn take_in(&mut self, packet: &mut [u8], offload: Offload) {
+        if !source(packet).is_some_and(|source| self.host.is_own(&source)) {
+            return self.carry(packet, Origin::Instance, offload);
+        }
+        match self.host.lend(packet, &offload, now()) {
+            Some(()) => self.carry(packet, Origin::Host, offload),
+            None => self.counters.add(Count::Host, 1),
+        }
     }
 
     fn drain_socket(&mut self, buffer: &mut [u8], control: &mut [u8]) {
@@ -197,11 +213,15 @@ impl<T: Projection> Proxy<T> {
 
     /// Decides over a packet and does what was decided.
     fn carry(&mut self, packet: &mut [u8], origin: Origin, offload: Offload) {
+        let lent = if matches!(origin, Origin::Host) { host::key(packet) } else { None };
         let mut frame = PacketFrame::new(packet, &offload);
         let verdict = match origin {
-            Origin::Instance => outbound(&mut frame, &mut self.tables, 0),
+            Origin::Instance | Origin::Host => outbound(&mut frame, &mut self.tables, 0),
             Origin::Node(outer) => inbound(&mut frame, &mut self.tables, &outer),
         };
+        if let (Some((key, closes)), Ok(Verdict::Send { .. } | Verdict::Local { .. })) = (lent, &verdict) {
+            host::mark(&mut self.tables, &key, closes);
+        }
         match verdict {
             Ok(Verdict::Send { peer }) => self.send(packet, peer, &offload),
             Ok(Verdict::Local { .. }) => self.deliver(packet, origin, &offload),
@@ -209,6 +229,10 @@ impl<T: Projection> Proxy<T> {
             Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin, offload),
             Ok(Verdict::Slow(Miss::Fragment)) => self.counters.add(Count::Fragment, 1),
             Ok(Verdict::Slow(Miss::Header)) => self.counters.add(Count::Header, 1),
+            Ok(Verdict::Slow(Miss::Host)) => match self.host.give_back(packet, &offload, now()) {
+                Some(()) => self.deliver(packet, origin, &offload),
+                None => self.counters.add(Count::Host, 1),
+            },
             // Asked only of the kernel; from here every underlay is reached.
             Ok(Verdict::Slow(Miss::Underlay)) => self.counters.add(Count::Send, 1),
             Ok(Verdict::Pass) => self.counters.add(Count::NotService, 1),
@@ -237,7 +261,7 @@ impl<T: Projection> Proxy<T> {
     /// Into the TUN device: the kernel knows the way to an instance on this node.
     fn deliver(&mut self, packet: &[u8], origin: Origin, offload: &Offload) {
         let delivered = match origin {
-            Origin::Instance => Count::Local,
+            Origin::Instance | Origin::Host => Count::Local,
             Origin::Node(_) => Count::Received,
         };
         let written = self.device.try_send_vectored(&[IoSlice::new(&offload.encode()), IoSlice::new(packet)]).is_ok();
@@ -263,7 +287,7 @@ impl<T: Projection> Proxy<T> {
 
     fn ask(&mut self, address: Addr, origin: Origin) {
         // Of an instance on this node only its own row can be missing where its address is the one that is unknown.
-        let own = matches!(origin, Origin::Instance) && self.tables.endpoint(&address).is_some();
+        let own = matches!(origin, Origin::Instance | Origin::Host) && self.tables.endpoint(&address).is_some();
         let event = if own { Event::UnknownEndpoint(address) } else { Event::UnknownService(address) };
         if self.events.try_send(event).is_err() {
             // Nobody is told, so nobody will answer: let the next packet ask again.
@@ -276,11 +300,13 @@ impl<T: Projection> Proxy<T> {
         match request {
             Request::Apply(delta, reply) => {
                 let done = self.tables.apply(&delta);
+                self.host.observe(&delta, false);
                 let _ = reply.send(done);
                 self.resume(&delta);
             }
             Request::Reconcile(full, reply) => {
                 let done = self.tables.reconcile(&full);
+                self.host.observe(&full, true);
                 let _ = reply.send(done);
                 self.resume(&full);
             }

@@ -12,6 +12,7 @@ use tun_rs::{AsyncDevice, DeviceBuilder};
 
 use super::counters::Counters;
 use super::held::Held;
+use super::host::HostFlows;
 use super::projection::Projection;
 use super::proxy::{Proxy, Request};
 use super::socket::TunnelSocket;
@@ -116,6 +117,7 @@ impl Proxied {
             counters: counters.clone(),
             events,
             held: Held::default(),
+            host: HostFlows::new([Addr::v4(underlay.tun_v4.octets()), Addr::v6(underlay.tun_v6.octets())]),
             mtu: underlay.mtu as usize,
             segments: Vec::new(),
         };

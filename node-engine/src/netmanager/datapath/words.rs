@@ -103,6 +103,10 @@ fn count(count: Count) -> Words {
             "too many packets waited for the cluster to say whose their address is",
             "if it goes on, look for a container that scans addresses",
         ),
+        Count::Host => dropped(
+            "the node itself called a service and no instance here could speak for it, or an answer came that it does not expect",
+            "run an instance on this node: peers answer only to addresses that the cluster knows",
+        ),
         Count::Expired => dropped(
             "the cluster did not say in time whose the address is",
             "see in `node-engine status` whether the cluster is connected",
@@ -121,9 +125,20 @@ fn count(count: Count) -> Words {
     }
 }
 
+const LOOK_INSIDE: &str = "look into the containers of this node: no sound one does so";
+
 /// What is counted elsewhere: in the kernel, and by those who keep the tables.
 fn other(name: &str) -> Option<Words> {
     Some(match name {
+        "drop_spoofed_mac" => dropped("a container sent a frame with a MAC that is not its own", LOOK_INSIDE),
+        "drop_spoofed_arp" => dropped("a container spoke ARP in another's name", LOOK_INSIDE),
+        "drop_spoofed_source" => dropped("a container sent from an address that is not its own", LOOK_INSIDE),
+        "drop_spoofed_neighbour" => {
+            dropped("a container posed as a router, or as the neighbour at another's address", LOOK_INSIDE)
+        }
+        "drop_foreign_frame" => dropped("a container sent what is neither ARP nor IP", LOOK_INSIDE),
+        "drop_to_tunnel" => dropped("a container sent to the tunnel port of a node", LOOK_INSIDE),
+        "drop_to_loopback" => dropped("a container sent to the loopback of its node", LOOK_INSIDE),
         "slow" => carried("left to user space by the kernel's programs"),
         "peers_ours" => Words { kind: Kind::Level, meaning: "nodes that run node-engine too", advice: "" },
         "table_full" => refused("a row of the service table found no room", "this node talks to too many services"),
@@ -158,7 +173,8 @@ mod tests {
     fn every_counter_is_explained() {
         let user = Counters::default().read().into_iter().map(|(name, _)| name);
         let kernel = (0..netmanager_common::verdict::COUNTERS).filter_map(kernel_name).map(str::to_owned);
-        for name in user.chain(kernel) {
+        let guard = crate::netmanager::link::counted().map(str::to_owned);
+        for name in user.chain(kernel).chain(guard) {
             let words = explain(&name).unwrap_or_else(|| panic!("{name} is not explained"));
             assert_eq!(words.kind == Kind::Dropped, name.starts_with("drop_"), "{name}: {words:?}");
             assert!(!words.meaning.is_empty() && !words.meaning.ends_with('.'), "{name}: {words:?}");

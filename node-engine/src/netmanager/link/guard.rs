@@ -35,7 +35,7 @@ const ARP: &str = "drop_spoofed_arp";
 const SOURCE: &str = "drop_spoofed_source";
 const NEIGHBOUR: &str = "drop_spoofed_neighbour";
 const FRAME: &str = "drop_foreign_frame";
-const REASONS: [&str; 5] = [MAC, ARP, SOURCE, NEIGHBOUR, FRAME];
+pub(super) const REASONS: [&str; 5] = [MAC, ARP, SOURCE, NEIGHBOUR, FRAME];
 
 /// The second framing between nodes of ours has the port after the tunnel's.
 pub(super) fn tunnel_ports(tunnel_port: u16) -> impl Iterator<Item = u16> {

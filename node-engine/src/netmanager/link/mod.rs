@@ -264,6 +264,12 @@ impl fmt::Debug for Links {
     }
 }
 
+/// Names of what [`Links::counters`] counts.
+#[cfg(test)]
+pub(super) fn counted() -> impl Iterator<Item = &'static str> {
+    guard::REASONS.into_iter().chain([guard::DROP_LOOPBACK, guard::DROP_TUNNEL])
+}
+
 /// A stable number for a name (FNV-1a): interface names and MACs are derived from it, and must be the same after an upgrade.
 fn stable_hash(name: &str) -> u64 {
     name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
