@@ -48,10 +48,12 @@ pub struct Service {
 
 /// Exactly one instance: no flow is kept for it.
 pub const POLICY_INSTANCE: u32 = 0;
-/// Any instance, chosen anew for each flow.
+/// Any of the list, by chance, for each flow.
 pub const POLICY_ANY: u32 = 1;
-/// The closest instance.
-pub const POLICY_CLOSEST: u32 = 2;
+/// One of the list after the other, for each flow.
+pub const POLICY_TURN: u32 = 2;
+/// By the client's own address: the same of the list for the same client, on every node.
+pub const POLICY_CLIENT: u32 = 3;
 
 /// Key of `CANDIDATES`; its value is a slot number (`u32`).
 #[repr(C)]

@@ -8,7 +8,7 @@ use core::ops::Deref;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_HOST, FLOW_REPLY, FLOW_SEEN,
-    Flow, FlowKey, PEER_OURS, POLICY_INSTANCE, Peer, Service, Slot,
+    Flow, FlowKey, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -39,6 +39,10 @@ pub trait Tables {
     fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool;
     /// A random number.
     fn pick(&mut self) -> u32;
+    /// How often this was asked of the service before: whose turn it is.
+    fn turn(&mut self, service: u32) -> u32;
+    /// Counts that the slot was chosen for a new flow.
+    fn chosen(&mut self, slot: u32);
 }
 
 /// A row by value.
@@ -237,14 +241,31 @@ fn target<T: Tables>(
     let (number, kind) = if service.policy == POLICY_INSTANCE {
         (service.first, FLOW_CACHED)
     } else {
-        let index = policy::choose(service, tables.pick());
-        let candidate = CandidateKey { service: service.id, epoch: service.epoch, index };
-        // The list of this epoch may just have been replaced: the first candidate of the row in hand is still good.
-        (tables.candidate(&candidate).unwrap_or(service.first), FLOW_CHOSEN)
+        (choose(tables, service, &sender.instance), FLOW_CHOSEN)
     };
     let slot = tables.slot(number).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
+    if kind == FLOW_CHOSEN {
+        tables.chosen(number);
+    }
     let generation = slot.generation;
     Ok((Flow { slot: number, generation, source: sender.instance, kind, ..Flow::default() }, slot))
+}
+
+/// The slot that a new flow of `client` to the service gets.
+#[inline(always)]
+fn choose(tables: &mut impl Tables, service: &Service, client: &Addr) -> u32 {
+    if service.count == 1 {
+        return service.first;
+    }
+    let number = match service.policy {
+        POLICY_TURN => tables.turn(service.id),
+        POLICY_CLIENT => policy::cell(client),
+        _ => tables.pick(),
+    };
+    let index = policy::index(number, service.count);
+    let candidate = CandidateKey { service: service.id, epoch: service.epoch, index };
+    // The list of this epoch may just have been replaced: the first candidate of the row in hand is still good.
+    tables.candidate(&candidate).unwrap_or(service.first)
 }
 
 /// Notes under which service address the client of `flow` expects its replies: those of a neighbour as it sends them, those of

@@ -10,7 +10,7 @@ use std::vec::Vec;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, PEER_OURS, POLICY_ANY,
-    POLICY_INSTANCE, Peer, Service, Slot,
+    POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -36,6 +36,9 @@ pub struct World {
     pub now: u32,
     /// Rows of flows that there is room for.
     pub room: Option<usize>,
+    pub turns: HashMap<u32, u32>,
+    /// Flows that each slot was chosen for.
+    pub chosen: HashMap<u32, u64>,
 }
 
 impl Tables for World {
@@ -89,6 +92,16 @@ impl Tables for World {
     fn pick(&mut self) -> u32 {
         self.pick
     }
+
+    fn turn(&mut self, service: u32) -> u32 {
+        let turn = self.turns.entry(service).or_default();
+        *turn += 1;
+        *turn - 1
+    }
+
+    fn chosen(&mut self, slot: u32) {
+        *self.chosen.entry(slot).or_default() += 1;
+    }
 }
 
 /// The addresses of the sample world, an IPv4 and an IPv6 one each.
@@ -133,6 +146,9 @@ pub const DB2_INSTANCE: Pair = Pair([10, 30, 0, 5], 0xfdff, 5);
 pub const DB_SERVICE: Pair = Pair([10, 30, 50, 2], 0xfdff, 0x2002);
 pub const WEB_SERVICE: Pair = Pair([10, 30, 50, 1], 0xfdff, 0x2001);
 pub const EMPTY_SERVICE: Pair = Pair([10, 30, 50, 9], 0xfdff, 0x2009);
+/// By turns: db#1, web, db#0. By the client: db#0 and db#1.
+pub const TURN_SERVICE: Pair = Pair([10, 30, 50, 3], 0xfdff, 0x2003);
+pub const STICKY_SERVICE: Pair = Pair([10, 30, 50, 4], 0xfdff, 0x2004);
 pub const UNKNOWN_SERVICE: Pair = Pair([10, 30, 99, 99], 0xfdff, 0x9999);
 pub const OUTSIDE: Pair = Pair([198, 51, 100, 1], 0x2001, 1);
 /// Outer addresses: this node, the node of db#0, the node of db#1.
@@ -194,14 +210,18 @@ impl World {
             self.services
                 .insert(instance, Service { id: number, epoch: 1, count: 1, policy: POLICY_INSTANCE, first: number });
         }
-        self.serve(DB_SERVICE.of(v6), first + 100, &[first + 2, first + 3]);
-        self.serve(WEB_SERVICE.of(v6), first + 101, &[first]);
-        self.serve(EMPTY_SERVICE.of(v6), first + 102, &[]);
+        self.serve(DB_SERVICE.of(v6), first + 100, POLICY_ANY, &[first + 2, first + 3]);
+        self.serve(WEB_SERVICE.of(v6), first + 101, POLICY_ANY, &[first]);
+        self.serve(EMPTY_SERVICE.of(v6), first + 102, POLICY_ANY, &[]);
+        self.serve(TURN_SERVICE.of(v6), first + 103, POLICY_TURN, &[first + 3, first, first + 2]);
+        // Many, so that two clients rarely share one.
+        let sticky: Vec<u32> = (0..61).map(|cell| first + 2 + cell % 2).collect();
+        self.serve(STICKY_SERVICE.of(v6), first + 104, POLICY_CLIENT, &sticky);
     }
 
-    fn serve(&mut self, address: Addr, id: u32, slots: &[u32]) {
+    fn serve(&mut self, address: Addr, id: u32, policy: u32, slots: &[u32]) {
         let first = slots.first().copied().unwrap_or(0);
-        let row = Service { id, epoch: 7, count: slots.len() as u32, policy: POLICY_ANY, first };
+        let row = Service { id, epoch: 7, count: slots.len() as u32, policy, first };
         self.services.insert(address, row);
         for (index, slot) in (0..).zip(slots) {
             self.candidates.insert(CandidateKey { service: id, epoch: 7, index }, *slot);
@@ -399,6 +419,20 @@ fn outbound_cases(v6: bool) -> Vec<Case> {
             to_peer(2),
             Some((CLIENT_INSTANCE, DB1)),
         ),
+        case(
+            "by turns, from the first on",
+            from_client(TURN_SERVICE, tcp),
+            1,
+            to_peer(2),
+            Some((CLIENT_INSTANCE, DB1)),
+        ),
+        case(
+            "by the client, whatever chance shows",
+            from_client(STICKY_SERVICE, tcp),
+            1,
+            to_peer(if v6 { 2 } else { 1 }),
+            Some((CLIENT_INSTANCE, if v6 { DB1 } else { DB0 })),
+        ),
         case("udp to a service", from_client(DB_SERVICE, Payload::Udp(5000, 53)), 0, to_peer(1), to_db0),
         case("tcp to an instance address", from_client(DB1_INSTANCE, tcp), 0, to_peer(2), Some((CLIENT_INSTANCE, DB1))),
         case("service on this node", from_client(WEB_SERVICE, tcp), 0, to_web, Some((CLIENT_INSTANCE, WEB))),
@@ -521,8 +555,8 @@ impl Frames {
         const SENDERS: [Pair; 8] = [CLIENT, CLIENT, WEB, WEB, NEWBORN, NEIGHBOUR, OUTSIDE, DB0];
         const TARGETS: [Pair; 12] = [
             DB_SERVICE,
-            DB_SERVICE,
-            DB_SERVICE,
+            TURN_SERVICE,
+            STICKY_SERVICE,
             WEB_SERVICE,
             WEB_SERVICE,
             EMPTY_SERVICE,

@@ -1,6 +1,6 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{Endpoint, POLICY_ANY, Slot};
+use netmanager_common::abi::{Endpoint, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
@@ -155,6 +155,54 @@ fn every_instance_is_chosen() {
 }
 
 #[test]
+fn turns_are_taken_one_after_the_other() {
+    let mut world = World::sample();
+    let mut verdicts = Vec::new();
+    for port in 0..6 {
+        let request = packet(CLIENT.v4(), TURN_SERVICE.v4(), Payload::Tcp(40_000 + port, 80));
+        let verdict = judge(&mut world, Direction::Outbound(PORT), &mut request.clone());
+        assert_eq!(
+            judge(&mut world, Direction::Outbound(PORT), &mut request.clone()),
+            verdict,
+            "a flow takes one turn"
+        );
+        verdicts.push(verdict);
+    }
+    let web = Ok(Verdict::Local { ifindex: PORT, mac: WEB_MAC });
+    let round = [Ok(Verdict::Send { peer: 2 }), web, Ok(Verdict::Send { peer: 1 })];
+    assert_eq!(verdicts, [round, round].concat());
+    assert_eq!(world.chosen, [(1, 2), (3, 2), (4, 2)].into());
+}
+
+#[test]
+fn a_client_always_gets_the_same() {
+    for client in [CLIENT, WEB] {
+        let mut seen = std::collections::HashSet::new();
+        for port in 0..32 {
+            let mut world = World::sample();
+            world.pick = u32::from(port);
+            let mut request = packet(client.v4(), STICKY_SERVICE.v4(), Payload::Udp(40_000 + port, 80 + port));
+            seen.insert(format!("{:?}", judge(&mut world, Direction::Outbound(PORT), &mut request)));
+        }
+        assert_eq!(seen.len(), 1, "{seen:?}");
+    }
+}
+
+#[test]
+fn clients_are_spread_over_the_cells_and_all_nodes_agree_on_them() {
+    use netmanager_common::policy::{cell, index};
+    // Part of what nodes of different versions must agree on.
+    assert_eq!(cell(&Addr::v4([10, 30, 0, 2])), 0xd98ace95);
+    assert_eq!(cell(&CLIENT_INSTANCE.v6()), 0xfa644349);
+    let mut counts = [0_u32; 16];
+    for client in 0..16_000_u32 {
+        let [.., a, b] = client.to_be_bytes();
+        counts[index(cell(&Addr::v4([10, 30, a, b])), 16) as usize] += 1;
+    }
+    assert!(counts.iter().all(|count| (850..1_150).contains(count)), "{counts:?}");
+}
+
+#[test]
 fn relaxed_nodes_take_senders_behind_nat() {
     let mut world = relaxed();
     let mut foreign = packet(DB0_INSTANCE.v4(), WEB.v4(), Payload::Tcp(1, 2));
@@ -235,8 +283,7 @@ proptest! {
 
     #[test]
     fn a_choice_is_always_a_candidate(count in 1_u32..1000, random in any::<u32>()) {
-        let service = netmanager_common::abi::Service { id: 1, epoch: 1, count, policy: POLICY_ANY, first: 1 };
-        prop_assert!(netmanager_common::policy::choose(&service, random) < count);
+        prop_assert!(netmanager_common::policy::index(random, count) < count);
     }
 }
 

@@ -38,6 +38,12 @@ static ALLOWED: Array<u64> = Array::with_max_entries(MAX_ACCOUNTS, 0);
 /// The link address of the next hop to each peer, as long as it is fresh. By peer number; nobody but the programs writes it.
 #[map]
 static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(MAX_PEERS, 0);
+/// Whose turn it is, by the service's id; ids that are this far apart share their turns.
+#[map]
+static TURNS: Array<u32> = Array::with_max_entries(MAX_SERVICES, 0);
+/// Flows that each slot was chosen for, over all CPUs. Only a new flow writes here.
+#[map]
+static CHOSEN: Array<u64> = Array::with_max_entries(MAX_SLOTS, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_LEN, 0);
 
@@ -125,6 +131,26 @@ impl Tables for Maps {
             // SAFETY: a helper without arguments.
             0 => unsafe { bpf_get_prandom_u32() },
             fixed => (fixed - 1) as u32,
+        }
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, service: u32) -> u32 {
+        let Some(turn) = TURNS.get_ptr_mut(service % MAX_SERVICES) else { return 0 };
+        // SAFETY: a live map value, a word whole. Two CPUs at the same moment may take the same turn; the next is the next again, so
+        // that nobody is passed over.
+        unsafe {
+            let mine = *turn;
+            *turn = mine.wrapping_add(1);
+            mine
+        }
+    }
+
+    #[inline(always)]
+    fn chosen(&mut self, slot: u32) {
+        if let Some(chosen) = CHOSEN.get_ptr_mut(slot) {
+            // SAFETY: as in `turn`; two CPUs at the same moment may count as one.
+            unsafe { *chosen += 1 };
         }
     }
 }

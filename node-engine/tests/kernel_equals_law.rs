@@ -241,6 +241,15 @@ impl Kernel {
         let learned: std::collections::HashMap<_, _> = flows.iter().map(|row| row.expect("a row")).collect();
         assert_eq!(learned, world.flows);
         assert!(!learned.is_empty());
+        let turns: Array<_, u32> = self.ebpf.map("TURNS").expect("TURNS").try_into().expect("an array");
+        for (service, turn) in &world.turns {
+            assert_eq!(turns.get(service, 0).expect("a turn"), *turn, "turns of service {service}");
+        }
+        let chosen: Array<_, u64> = self.ebpf.map("CHOSEN").expect("CHOSEN").try_into().expect("an array");
+        for (slot, flows) in &world.chosen {
+            assert_eq!(chosen.get(slot, 0).expect("a count"), *flows, "choices of slot {slot}");
+        }
+        assert!(world.turns.len() == 2 && world.chosen.len() >= 6, "{:?} {:?}", world.turns, world.chosen);
     }
 }
 

@@ -80,8 +80,17 @@ pub struct TableRow {
     /// The node that runs it, and its tunnel port.
     pub host: IpAddr,
     pub host_port: u16,
+    /// How much of what is shared by weight it gets; also its rank among those that stand in for each other.
+    pub weight: u32,
     /// Semantic addresses of the service (not those in `instance`).
     pub services: Vec<SemanticAddress>,
+}
+
+impl TableRow {
+    /// What an instance weighs where nobody says it.
+    pub const DEFAULT_WEIGHT: u32 = 1;
+    /// The heaviest.
+    pub const MAX_WEIGHT: u32 = 100;
 }
 
 /// An address per family, where there is one.
@@ -97,19 +106,54 @@ pub struct SemanticAddress {
     pub address: IpAddr,
 }
 
-/// How an instance is chosen behind a semantic address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// How an instance is chosen behind a semantic address. What is chosen is chosen for a new flow; a flow stays with what it got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Policy {
+    /// One after the other.
     RoundRobin,
+    /// Any.
+    Random,
+    /// The one with the shortest round trip from here.
     Closest,
+    /// Those with the least to do get the most.
+    Underutilised,
+    /// The same one for the same client, as long as it lives.
+    Sticky,
+    /// By the weights of the instances.
+    Weighted,
+    /// One on the client's own node, where there is any.
+    LocalFirst,
+    /// The first that lives: by weight, then by number.
+    FailOver,
 }
 
 impl Policy {
-    /// The word for it in tables and names, a DNS label.
+    pub const ALL: [Self; 8] = [
+        Self::RoundRobin,
+        Self::Random,
+        Self::Closest,
+        Self::Underutilised,
+        Self::Sticky,
+        Self::Weighted,
+        Self::LocalFirst,
+        Self::FailOver,
+    ];
+
+    /// The word for it in tables, descriptions and names: a DNS label.
     pub const fn label(self) -> &'static str {
         match self {
             Self::RoundRobin => "rr",
+            Self::Random => "random",
             Self::Closest => "closest",
+            Self::Underutilised => "underutilised",
+            Self::Sticky => "sticky",
+            Self::Weighted => "weighted",
+            Self::LocalFirst => "local",
+            Self::FailOver => "failover",
         }
+    }
+
+    pub fn from_label(label: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|policy| policy.label() == label)
     }
 }

@@ -204,6 +204,7 @@ mod tests {
             instance: FamilyPair { v4: Some([10, 30, 0, 1].into()), v6: None },
             host: [192, 0, 2, 2].into(),
             host_port: 50_103,
+            weight: 1,
             services: vec![SemanticAddress { policy: Policy::RoundRobin, address: [10, 30, 9, 0].into() }],
         }
     }

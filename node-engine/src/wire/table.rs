@@ -138,8 +138,13 @@ fn row(members: &Members<'_>) -> Option<TableRow> {
         instance,
         host: address(members, "host_ip").ok()??,
         host_port: members.whole("host_port").ok()??.try_into().ok().filter(|port| *port != 0)?,
+        weight: members.whole("weight").ok().flatten().map_or(TableRow::DEFAULT_WEIGHT, weight),
         services,
     })
+}
+
+fn weight(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(TableRow::MAX_WEIGHT).min(TableRow::MAX_WEIGHT)
 }
 
 /// What means exactly this instance, and what means the service. An address of unknown type is one of the instance only
@@ -152,7 +157,11 @@ fn addresses(members: &Members<'_>) -> Option<(FamilyPair, Vec<SemanticAddress>)
             (address(&entry, "Address").ok()?, address(&entry, "Address_v6").ok()?);
         let kind = entry.said("IpType").ok()?.unwrap_or_default();
         let policy = match kind.as_str() {
-            "RR" => Policy::RoundRobin,
+            // Ours say more; whoever does not understand it takes any instance.
+            "RR" => match entry.said("Policy").ok()? {
+                None => Policy::RoundRobin,
+                Some(label) => Policy::from_label(&label).unwrap_or(Policy::RoundRobin),
+            },
             "Closest" => Policy::Closest,
             "instance_ip" | "InstanceNumber" => {
                 // Where the row itself does not say it: first-generation answers.
@@ -201,13 +210,27 @@ struct Row {
     namespace_ip_v6: Option<Ipv6Addr>,
     host_ip: IpAddr,
     host_port: u16,
+    #[serde(skip_serializing_if = "is_default_weight")]
+    weight: u32,
     service_ip: Vec<ServiceAddress>,
+}
+
+/// The type of address under which upstream nodes and ours know a policy, and what ours read besides. Every type that upstream nodes do
+/// not know is one instance's own address to them, so what they do not know must be round robin: they choose at random behind it.
+pub const fn spelling(policy: Policy) -> (&'static str, Option<&'static str>) {
+    match policy {
+        Policy::RoundRobin => ("RR", None),
+        Policy::Closest => ("Closest", None),
+        other => ("RR", Some(other.label())),
+    }
 }
 
 #[derive(Serialize)]
 struct ServiceAddress {
     #[serde(rename = "IpType")]
     kind: &'static str,
+    #[serde(rename = "Policy", skip_serializing_if = "Option::is_none")]
+    policy: Option<&'static str>,
     #[serde(rename = "Address", skip_serializing_if = "Option::is_none")]
     v4: Option<Ipv4Addr>,
     #[serde(rename = "Address_v6", skip_serializing_if = "Option::is_none")]
@@ -233,15 +256,23 @@ impl From<&TableRow> for Row {
             namespace_ip_v6: row.namespace.v6,
             host_ip: row.host,
             host_port: row.host_port,
+            weight: row.weight,
             service_ip: service_addresses(row),
         }
     }
 }
 
+/// `serde` asks by reference.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_default_weight(weight: &u32) -> bool {
+    *weight == TableRow::DEFAULT_WEIGHT
+}
+
 fn service_addresses(row: &TableRow) -> Vec<ServiceAddress> {
     let mut entries = Vec::new();
-    for (policy, kind) in [(Policy::RoundRobin, "RR"), (Policy::Closest, "Closest")] {
-        let mut entry = ServiceAddress { kind, v4: None, v6: None };
+    for policy in Policy::ALL {
+        let (kind, more) = spelling(policy);
+        let mut entry = ServiceAddress { kind, policy: more, v4: None, v6: None };
         for service in row.services.iter().filter(|service| service.policy == policy) {
             match service.address {
                 IpAddr::V4(v4) => entry.v4 = Some(v4),
@@ -252,7 +283,7 @@ fn service_addresses(row: &TableRow) -> Vec<ServiceAddress> {
             entries.push(entry);
         }
     }
-    entries.push(ServiceAddress { kind: "instance_ip", v4: row.instance.v4, v6: row.instance.v6 });
+    entries.push(ServiceAddress { kind: "instance_ip", policy: None, v4: row.instance.v4, v6: row.instance.v6 });
     entries
 }
 

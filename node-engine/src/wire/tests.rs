@@ -266,11 +266,30 @@ fn a_real_table_answer_becomes_rows() {
             instance: pair("10.30.0.0", "fdff::"),
             host: "10.1.1.1".parse().unwrap(),
             host_port: 50103,
+            weight: 1,
             services: vec![round_robin("10.30.55.55"), round_robin("fdff:2000::")],
         }]
     );
     let written = table::table_result(answer.query.as_ref().unwrap(), answer.service.as_ref(), &answer.rows);
     assert_eq!(table::read_table(written.as_bytes()).unwrap(), answer);
+}
+
+/// To an upstream node every type that it does not know is an instance's own address, and the last one in the list wins.
+#[test]
+fn every_policy_is_told_in_types_that_upstream_nodes_know() {
+    let mut answer = table::read_table(TABLE.as_bytes()).unwrap();
+    let all = Policy::ALL.iter().enumerate();
+    answer.rows[0].services =
+        all.map(|(at, policy)| SemanticAddress { policy: *policy, address: [10, 30, 55, at as u8].into() }).collect();
+    answer.rows[0].weight = 9;
+    let written = table::table_result(answer.query.as_ref().unwrap(), answer.service.as_ref(), &answer.rows);
+    assert_eq!(table::read_table(written.as_bytes()).unwrap(), answer);
+    let written: serde_json::Value = serde_json::from_str(&written).unwrap();
+    for entry in written["instance_list"][0]["service_ip"].as_array().unwrap() {
+        let kind = entry["IpType"].as_str().unwrap();
+        assert!(["RR", "Closest", "instance_ip"].contains(&kind), "{entry}");
+        assert_eq!(kind == "instance_ip", entry["Address"] == "10.30.0.0", "{entry}");
+    }
 }
 
 #[test]
@@ -320,6 +339,15 @@ fn rows_bend_where_clusters_differ() {
     assert_eq!(row_after("\"RR\"", "\"Underutilised\"").unwrap().services, []);
     let closest = row_after("\"RR\"", "\"Closest\"").unwrap();
     assert!(closest.services.iter().all(|service| service.policy == Policy::Closest));
+    // Ours say more of what upstream nodes take for round robin.
+    let sticky = row_after(r#""IpType":"RR""#, r#""IpType":"RR","Policy":"sticky""#).unwrap();
+    assert!(sticky.services.iter().all(|service| service.policy == Policy::Sticky));
+    let newer = row_after(r#""IpType":"RR""#, r#""IpType":"RR","Policy":"telepathic""#).unwrap();
+    assert!(newer.services.iter().all(|service| service.policy == Policy::RoundRobin));
+    for (weight, read) in [("7", 7), ("0", 0), ("1000", 100), ("-3", 1), ("\"x\"", 1)] {
+        let heavy = row_after("\"instance_number\":0", &format!("\"instance_number\":0,\"weight\":{weight}"));
+        assert_eq!(heavy.map(|row| row.weight), Some(read), "{weight}");
+    }
     // First-generation rows name their own address only in the list.
     let old = row_after(r#""instance_ip":"10.30.0.0","instance_ip_v6":"fdff::","#, "").unwrap();
     assert_eq!(old.instance.v4, Some("10.30.0.0".parse().unwrap()));

@@ -272,6 +272,7 @@ impl Cluster {
                     instance: pair([v4, v6]),
                     host: address.into(),
                     host_port: 50103,
+                    weight: 1,
                     services: Self::service(instance.service.short())
                         .map(|address| SemanticAddress { policy: Policy::RoundRobin, address })
                         .to_vec(),

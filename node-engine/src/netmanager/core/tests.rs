@@ -785,6 +785,7 @@ fn row(number: u32, host: u8) -> TableRow {
         instance: FamilyPair { v4: Some([10, 30, 0, offset].into()), v6: None },
         host: [192, 0, 2, host].into(),
         host_port: 50103,
+        weight: 1,
         services: vec![SemanticAddress { policy: Policy::RoundRobin, address: ip("10.30.9.0").into() }],
     }
 }

@@ -139,6 +139,11 @@ impl Datapath for Memory {
         self.state().tables.flow_rows()
     }
 
+    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+        let state = self.state();
+        slots.into_iter().map(|slot| state.tables.choices(slot)).collect()
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         Vec::new()
     }

@@ -79,6 +79,9 @@ pub trait Datapath: Send + Sync {
     /// The flows that are remembered now, for people to look at. Rows come and go while they are read.
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError>;
 
+    /// For how many flows each of these slots was chosen since its instance came.
+    async fn choices(&self, slots: Vec<u32>) -> Vec<u64>;
+
     /// Counter names and values: verdicts, and drops by reason.
     fn counters(&self) -> Vec<(String, u64)>;
 }

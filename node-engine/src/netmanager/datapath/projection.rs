@@ -30,6 +30,9 @@ pub(super) trait Projection: Tables {
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError>;
 
+    /// Flows that the slot was chosen for since its instance came.
+    fn choices(&self, slot: u32) -> u64;
+
     /// Every candidate's key, also of lists that no service row names any more.
     fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError>;
 

@@ -39,6 +39,7 @@ pub(super) enum Request {
     Reconcile(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
     Snapshot(oneshot::Sender<Result<Snapshot, DatapathError>>),
     Flows(oneshot::Sender<Result<Vec<FlowRow>, DatapathError>>),
+    Choices(Vec<u32>, oneshot::Sender<Vec<u64>>),
     GiveUp(Addr),
 }
 
@@ -312,6 +313,9 @@ impl<T: Projection> Proxy<T> {
             }
             Request::Snapshot(reply) => drop(reply.send(self.tables.snapshot())),
             Request::Flows(reply) => drop(reply.send(self.tables.flow_rows())),
+            Request::Choices(slots, reply) => {
+                drop(reply.send(slots.into_iter().map(|slot| self.tables.choices(slot)).collect()));
+            }
             Request::GiveUp(address) => {
                 let dropped = self.held.give_up(address, Instant::now());
                 self.counters.add(Count::GivenUp, dropped);

@@ -23,6 +23,8 @@ pub(super) struct MemoryTables {
     endpoints: HashMap<Addr, Endpoint>,
     flows: Flows,
     random: Random,
+    turns: HashMap<u32, u32>,
+    chosen: HashMap<u32, u64>,
 }
 
 impl Tables for MemoryTables {
@@ -67,6 +69,17 @@ impl Tables for MemoryTables {
     fn pick(&mut self) -> u32 {
         self.random.next()
     }
+
+    fn turn(&mut self, service: u32) -> u32 {
+        // As many as there are services, like the kernel's.
+        let turn = self.turns.entry(service % MAX_SERVICES).or_default();
+        *turn = turn.wrapping_add(1);
+        turn.wrapping_sub(1)
+    }
+
+    fn chosen(&mut self, slot: u32) {
+        *self.chosen.entry(slot).or_default() += 1;
+    }
 }
 
 impl Projection for MemoryTables {
@@ -74,7 +87,12 @@ impl Projection for MemoryTables {
         match *write {
             Write::Config(config) => self.config = Some(config),
             Write::Peer(index, peer) => put(&mut self.peers, index, peer, MAX_PEERS, "PEERS")?,
-            Write::Slot(index, slot) => put(&mut self.slots, index, slot, MAX_SLOTS, "SLOTS")?,
+            Write::Slot(index, slot) => {
+                if self.slots.get(index as usize).is_some_and(|old| old.generation != slot.generation) {
+                    self.chosen.remove(&index);
+                }
+                put(&mut self.slots, index, slot, MAX_SLOTS, "SLOTS")?;
+            }
             Write::Endpoint(address, row) => insert(&mut self.endpoints, address, row, MAX_ENDPOINTS, "ENDPOINTS")?,
             Write::Candidate(key, slot) => insert(&mut self.candidates, key, slot, MAX_CANDIDATES, "CANDIDATES")?,
             Write::Service(address, row) => insert(&mut self.services, address, row, MAX_SERVICES, "SERVICES")?,
@@ -83,6 +101,10 @@ impl Projection for MemoryTables {
             Write::EndpointGone(address) => drop(self.endpoints.remove(&address)),
         }
         Ok(())
+    }
+
+    fn choices(&self, slot: u32) -> u64 {
+        self.chosen.get(&slot).copied().unwrap_or(0)
     }
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {

@@ -81,6 +81,10 @@ impl Datapath for Tun {
         self.0.flows().await
     }
 
+    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+        self.0.choices(slots).await
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         self.0.counters()
     }
@@ -143,6 +147,13 @@ impl Proxied {
 
     pub(super) async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
         self.ask(Request::Flows).await
+    }
+
+    pub(super) async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+        let (reply, answer) = oneshot::channel();
+        // A proxy that has ended has chosen nobody.
+        let _ = self.requests.send(Request::Choices(slots, reply)).await;
+        answer.await.unwrap_or_default()
     }
 
     pub(super) async fn give_up(&self, address: Addr) {

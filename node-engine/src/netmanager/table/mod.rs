@@ -5,26 +5,30 @@
 //! Rules, in this order: an address leased on this node belongs to the leased instance; of several services that claim an address
 //! the one heard of last has it; an instance that lost one of its addresses in a family is not there in that family.
 
+mod balance;
 mod claims;
 mod numbers;
 mod projection;
 mod row;
+mod sticky;
 #[cfg(test)]
 mod tests;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
-use netmanager_common::abi::{Config, Endpoint, Peer};
+use netmanager_common::abi::{Config, Endpoint, POLICY_INSTANCE, Peer};
 use netmanager_common::addr::Addr;
 
+use self::balance::{Candidate, Choice};
 use self::claims::Claims;
 pub use self::projection::{Counts, PeerKey, Way};
-use self::projection::{Placement, Projection, Serving, SlotKey};
+use self::projection::{Placement, Projection, SlotKey};
 pub use self::row::ServiceNets;
 use self::row::{Row, Side, sift};
 use super::datapath::{Snapshot, TableDelta};
-use crate::model::{Addresses, FamilyPair, InstanceId, Policy, Query, ServiceName, Subnet, TableAnswer};
+use crate::model::{Addresses, FamilyPair, InstanceId, Policy, Query, ServiceName, Subnet, TableAnswer, TableRow};
 
 /// An instance connected on this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +72,21 @@ pub struct ServiceTable {
     semantics: Claims,
     sequence: u64,
     projection: Projection,
+    /// What is remembered of the choices behind each address that means a service.
+    choices: HashMap<Addr, (Policy, Choice)>,
+    figures: Figures,
     refusals: Refusals,
+}
+
+/// What was measured of nodes and instances.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Round trip by number of the peer.
+    pub rtts: HashMap<u32, Duration>,
+    /// Percent of the processors in use by number of the peer; 0 is this node.
+    pub busy: HashMap<u32, u8>,
+    /// Flows of this node by slot.
+    pub flows: HashMap<u32, u32>,
 }
 
 /// What is known of one service.
@@ -106,6 +124,8 @@ impl ServiceTable {
             semantics: Claims::default(),
             sequence: 0,
             projection: Projection::new(),
+            choices: HashMap::new(),
+            figures: Figures::default(),
             refusals: Refusals::default(),
         }
     }
@@ -224,6 +244,31 @@ impl ServiceTable {
     pub fn set_ours(&mut self, peer: u32, ours: bool) -> TableDelta {
         self.projection.set_ours(peer, ours);
         self.projection.take()
+    }
+
+    /// New figures: what is chosen by them is chosen anew.
+    pub fn weigh(&mut self, figures: Figures) -> TableDelta {
+        self.figures = figures;
+        let measured = |policy: &Policy| matches!(policy, Policy::Closest | Policy::Underutilised);
+        let addresses: BTreeSet<Addr> =
+            self.choices.iter().filter(|(_, (policy, _))| measured(policy)).map(|(address, _)| *address).collect();
+        for address in addresses {
+            self.serve(address, true);
+        }
+        self.projection.take()
+    }
+
+    /// Are there addresses behind which this policy chooses?
+    pub fn uses(&self, policy: Policy) -> bool {
+        self.choices.values().any(|(used, _)| *used == policy)
+    }
+
+    /// The peers whose round trip decides something.
+    pub fn raced(&self) -> BTreeSet<u32> {
+        let closest = self.choices.iter().filter(|(_, (policy, _))| *policy == Policy::Closest);
+        let entries = closest.filter_map(|(address, _)| self.entries.get(self.semantics.winner(*address)?));
+        let slots = entries.flat_map(|entry| entry.slots.values());
+        slots.map(|slot| self.projection.peer_of(*slot)).filter(|peer| *peer != 0).collect()
     }
 
     /// The whole projection, for a datapath that begins with empty tables. Services of an earlier run that nobody has claimed yet
@@ -360,7 +405,7 @@ impl ServiceTable {
             self.projection.vacate(&key);
         }
         for address in addresses {
-            self.serve(address);
+            self.serve(address, false);
         }
         for service in touched {
             if self.entries.get(&service).is_some_and(Entry::is_empty) {
@@ -428,24 +473,52 @@ impl ServiceTable {
         before.into_keys().collect()
     }
 
-    /// Writes or removes the row of one service address.
-    fn serve(&mut self, address: Addr) {
+    /// Writes or removes the row of one service address. `measured`: there are new figures.
+    fn serve(&mut self, address: Addr, measured: bool) {
         let Some(entry) = self.semantics.winner(address).and_then(|winner| self.entries.get(winner)) else {
+            self.choices.remove(&address);
             self.projection.unserve(address);
             return;
         };
         let instance = sides(&entry.rows).find(|(_, side)| side.instance == address).map(|(row, _)| row.number);
-        let (serving, candidates) = match instance {
-            Some(number) => (Serving::Instance, entry.candidates(address, Some(number))),
-            None => match entry.semantics.get(&address).or_else(|| entry.remembered.get(&address)) {
-                Some(Policy::Closest) => (Serving::Closest, entry.candidates(address, None)),
-                Some(Policy::RoundRobin) | None => (Serving::Any, entry.candidates(address, None)),
-            },
+        let served = if let Some(number) = instance {
+            self.choices.remove(&address);
+            self.projection.serve(address, POLICY_INSTANCE, entry.slots_of(address, number))
+        } else {
+            let policy = entry.policy(address).unwrap_or(Policy::RoundRobin);
+            let candidates = self.candidates(entry, address);
+            let (chosen_by, choice) = self.choices.entry(address).or_insert_with(|| (policy, Choice::default()));
+            if *chosen_by != policy {
+                (*chosen_by, *choice) = (policy, Choice::default());
+            }
+            let list = choice.list(policy, &candidates, measured);
+            self.projection.serve(address, list.pick, list.slots)
+                // A list in which each stands more than once may have no room where a plain one has.
+                || self.projection.serve(address, list.pick, candidates.iter().map(|one| one.slot).collect())
         };
-        if !self.projection.serve(address, serving, candidates) {
+        if !served {
             self.projection.unserve(address);
         }
         self.projection.drop_adopted_as(address);
+    }
+
+    /// Who may be chosen behind an address, in the order of their numbers.
+    fn candidates(&self, entry: &Entry, address: Addr) -> Vec<Candidate> {
+        let weights: HashMap<u32, u32> = entry.rows.iter().map(|row| (row.number, row.weight)).collect();
+        let fits = entry.slots.iter().filter(|(key, _)| key.is_v4 == address.is_v4());
+        let candidate = |(key, slot): (&SlotKey, &u32)| {
+            let peer = self.projection.peer_of(*slot);
+            Candidate {
+                number: key.instance.number,
+                slot: *slot,
+                peer,
+                weight: weights.get(&key.instance.number).copied().unwrap_or(TableRow::DEFAULT_WEIGHT),
+                rtt: self.figures.rtts.get(&peer).copied(),
+                flows: self.figures.flows.get(slot).copied().unwrap_or(0),
+                busy: self.figures.busy.get(&peer).copied(),
+            }
+        };
+        fits.map(candidate).collect()
     }
 }
 
@@ -454,10 +527,14 @@ impl Entry {
         self.rows.is_empty() && self.semantics.is_empty() && self.remembered.is_empty()
     }
 
-    /// Slots of the address's family: of all instances, or of one.
-    fn candidates(&self, address: Addr, number: Option<u32>) -> Vec<u32> {
-        let fits =
-            |key: &SlotKey| key.is_v4 == address.is_v4() && number.is_none_or(|number| number == key.instance.number);
+    /// The policy of an address that means the service.
+    fn policy(&self, address: Addr) -> Option<Policy> {
+        self.semantics.get(&address).or_else(|| self.remembered.get(&address)).copied()
+    }
+
+    /// The instance's slot of the address's family.
+    fn slots_of(&self, address: Addr, number: u32) -> Vec<u32> {
+        let fits = |key: &SlotKey| key.is_v4 == address.is_v4() && key.instance.number == number;
         self.slots.iter().filter(|(key, _)| fits(key)).map(|(_, slot)| *slot).collect()
     }
 }

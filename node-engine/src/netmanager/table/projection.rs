@@ -3,9 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use netmanager_common::abi::{
-    Config, Endpoint, PEER_OURS, POLICY_ANY, POLICY_CLOSEST, POLICY_INSTANCE, Peer, Service, Slot,
-};
+use netmanager_common::abi::{Config, Endpoint, PEER_OURS, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
 
@@ -44,24 +42,6 @@ pub(super) struct Placement {
 pub struct PeerKey {
     pub host: Addr,
     pub port: u16,
-}
-
-/// How an address is served.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Serving {
-    Instance,
-    Any,
-    Closest,
-}
-
-impl Serving {
-    const fn policy(self) -> u32 {
-        match self {
-            Self::Instance => POLICY_INSTANCE,
-            Self::Any => POLICY_ANY,
-            Self::Closest => POLICY_CLOSEST,
-        }
-    }
 }
 
 /// The way to a peer: our address on it, and the interface.
@@ -172,10 +152,9 @@ impl Projection {
         self.vacate_occupant(&Occupant::Known(key.clone()));
     }
 
-    /// Serves an address with these slots. False where a table is full.
-    pub(super) fn serve(&mut self, address: Addr, serving: Serving, candidates: Vec<u32>) -> bool {
+    /// Serves an address with these slots, of which the law picks by `policy`. False where a table is full.
+    pub(super) fn serve(&mut self, address: Addr, policy: u32, candidates: Vec<u32>) -> bool {
         let old = self.services.get(&address);
-        let policy = serving.policy();
         if old.is_some_and(|old| old.row.policy == policy && old.candidates.as_ref() == Some(&candidates)) {
             return true;
         }
@@ -276,6 +255,11 @@ impl Projection {
     /// Slots with an instance in them.
     pub(super) fn live_slots(&self) -> impl Iterator<Item = (u32, Slot)> {
         (0..).zip(&self.slots).filter(|(_, slot)| slot.live()).map(|(number, slot)| (number, *slot))
+    }
+
+    /// Number of the peer on which the slot's instance is; 0 for this node.
+    pub(super) fn peer_of(&self, slot: u32) -> u32 {
+        self.slot(slot).peer
     }
 
     pub(super) fn counts(&self) -> Counts {

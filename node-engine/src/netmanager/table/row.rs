@@ -36,6 +36,7 @@ pub(super) struct Row {
     pub(super) number: u32,
     pub(super) host: Addr,
     pub(super) port: u16,
+    pub(super) weight: u32,
     /// One for each family, v4 first.
     pub(super) sides: Vec<Side>,
 }
@@ -94,7 +95,13 @@ pub(super) fn sift(answer: &TableAnswer, nets: &ServiceNets) -> Sifted {
             }
         }
         if !sides.is_empty() {
-            sifted.rows.push(Row { number: row.number, host: host.into(), port: row.host_port, sides });
+            sifted.rows.push(Row {
+                number: row.number,
+                host: host.into(),
+                port: row.host_port,
+                weight: row.weight,
+                sides,
+            });
         }
     }
     // An address that means one instance means that, whatever else is said of it.
@@ -143,6 +150,7 @@ mod tests {
             instance: FamilyPair { v4: Some([10, 30, 0, 0].into()), v6: Some("fdff::".parse().unwrap()) },
             host: [192, 0, 2, 1].into(),
             host_port: 50103,
+            weight: 1,
             services: vec![SemanticAddress { policy: Policy::RoundRobin, address: [10, 30, 0, 9].into() }],
         }
     }

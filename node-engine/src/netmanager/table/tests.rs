@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use netmanager_common::abi::{PEER_OURS, POLICY_ANY, POLICY_CLOSEST, POLICY_INSTANCE, Service, Slot};
+use netmanager_common::abi::{PEER_OURS, POLICY_INSTANCE, POLICY_TURN, Service, Slot};
 use proptest::prelude::*;
 
 use super::*;
@@ -19,7 +19,7 @@ fn remote_instances_are_projected_in_both_families() {
     let delta = lab.update(&answer("web", &[row(0, 2), row(1, 3)]));
     assert_eq!((delta.peers.len(), delta.slots.len(), delta.services.len()), (2, 4, 6));
     let any = lab.service("10.30.9.0");
-    assert_eq!((any.policy, any.count), (POLICY_ANY, 2));
+    assert_eq!((any.policy, any.count), (POLICY_TURN, 2));
     assert_eq!(lab.candidates("10.30.9.0"), ["10.18.2.2", "10.18.3.3"]);
     assert_eq!(lab.candidates("fdff:2000::9:0"), ["fc00::2:2", "fc00::3:3"]);
     let one = lab.service("10.30.0.3");
@@ -169,8 +169,8 @@ fn policies_become_numbers() {
     let mut lab = Lab::new();
     let closest = SemanticAddress { policy: Policy::Closest, address: ip("fdff:1000::1") };
     lab.update(&answer("web", &[TableRow { services: vec![rr("10.30.9.0"), closest], ..row(0, 2) }]));
-    assert_eq!(lab.service("10.30.9.0").policy, POLICY_ANY);
-    assert_eq!(lab.service("fdff:1000::1").policy, POLICY_CLOSEST);
+    assert_eq!(lab.service("10.30.9.0").policy, POLICY_TURN);
+    assert_eq!(lab.service("fdff:1000::1").policy, POLICY_TURN);
     assert_eq!(lab.candidates("fdff:1000::1"), ["fc00::2:2"]);
 }
 
@@ -283,6 +283,7 @@ fn full_table_is_counted_and_heals() {
             instance: FamilyPair { v4: Some([10, 30, high, low].into()), v6: None },
             host: [198, 18, high, low].into(),
             host_port: 1,
+            weight: 1,
             services: vec![],
         };
         lab.update(&answer(&format!("s{host}"), &[row]));
@@ -298,6 +299,7 @@ fn full_table_is_counted_and_heals() {
         instance: FamilyPair { v4: Some([10, 30, 16, 0].into()), v6: None },
         host: [198, 18, 16, 0].into(),
         host_port: 1,
+        weight: 1,
         services: vec![],
     };
     lab.update(&answer("s4096", &[row]));
@@ -384,6 +386,7 @@ fn any_row() -> impl Strategy<Value = TableRow> {
             },
             host: [192, 0, 2, host].into(),
             host_port: 50103,
+            weight: 1,
             services: vec![
                 rr(&format!("10.30.0.{}", service + 2)),
                 SemanticAddress {
@@ -737,6 +740,7 @@ fn row(number: u32, host: u8) -> TableRow {
         },
         host: [192, 0, 2, host].into(),
         host_port: 50103,
+        weight: 1,
         services: vec![rr("10.30.9.0"), rr("fdff:2000::9:0")],
     }
 }

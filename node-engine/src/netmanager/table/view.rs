@@ -91,7 +91,7 @@ impl ServiceTable {
             let service = self.semantics.winner(row.service);
             FlowView {
                 client: self.leased.get(&row.source).cloned(),
-                policy: service.and_then(|name| self.entries.get(name)).map_or("", |entry| entry.policy(row.service)),
+                policy: service.and_then(|name| self.entries.get(name)).map_or("", |entry| entry.label(row.service)),
                 service: service.cloned(),
                 chosen: slot.and_then(|_| holders.get(&row.slot).cloned()),
                 node: slot.and_then(|slot| peers.get(&slot.peer)).map(|host| (*host).into()),
@@ -136,9 +136,8 @@ impl Entry {
         semantics.iter().map(|(address, policy)| (policy.label(), *address))
     }
 
-    fn policy(&self, address: Addr) -> &'static str {
-        let semantic = self.semantics.get(&address).or_else(|| self.remembered.get(&address));
-        semantic.map_or(INSTANCE, |policy: &Policy| policy.label())
+    fn label(&self, address: Addr) -> &'static str {
+        self.policy(address).map_or(INSTANCE, Policy::label)
     }
 
     fn instances(&self, service: &ServiceName) -> impl Iterator<Item = InstanceId> {

@@ -5,6 +5,7 @@ use std::fmt;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use netmanager_common::MAX_SERVICES;
 use netmanager_common::abi::{
     CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
 };
@@ -21,7 +22,7 @@ use crate::netmanager::datapath::tables::Random;
 use crate::netmanager::datapath::{DatapathError, Snapshot};
 
 /// The maps that outlive the process, by their names in the object.
-pub(super) const PINNED: [&str; 12] = [
+pub(super) const PINNED: [&str; 14] = [
     "CONFIG",
     "SERVICES",
     "CANDIDATES",
@@ -33,6 +34,8 @@ pub(super) const PINNED: [&str; 12] = [
     "OPENED",
     "ALLOWED",
     "NEIGHBOURS",
+    "TURNS",
+    "CHOSEN",
     "COUNTERS",
 ];
 
@@ -45,6 +48,8 @@ pub(super) struct BpfTables {
     peers: Array<MapData, Peer>,
     endpoints: HashMap<MapData, Addr, Endpoint>,
     flows: HashMap<MapData, FlowKey, Flow>,
+    turns: Array<MapData, u32>,
+    chosen: Array<MapData, u64>,
     accounts: Accounts,
     random: Random,
 }
@@ -61,6 +66,8 @@ impl BpfTables {
             peers: open(pins, "PEERS")?,
             endpoints: open(pins, "ENDPOINTS")?,
             flows: open(pins, "FLOWS")?,
+            turns: open(pins, "TURNS")?,
+            chosen: open(pins, "CHOSEN")?,
             accounts: Accounts::open(pins)?,
             random: Random::default(),
         })
@@ -129,6 +136,18 @@ impl Tables for BpfTables {
     fn pick(&mut self) -> u32 {
         self.random.next()
     }
+
+    /// The kernel's programs may take the same turn at this moment: then two flows go to the same instance.
+    fn turn(&mut self, service: u32) -> u32 {
+        let index = service % MAX_SERVICES;
+        let turn = self.turns.get(&index, 0).unwrap_or(0);
+        let _ = self.turns.set(index, turn.wrapping_add(1), 0);
+        turn
+    }
+
+    fn chosen(&mut self, slot: u32) {
+        let _ = self.chosen.set(slot, self.choices(slot) + 1, 0);
+    }
 }
 
 impl Projection for BpfTables {
@@ -136,7 +155,12 @@ impl Projection for BpfTables {
         match write {
             Write::Config(row) => written("CONFIG", self.config.set(0, row, 0)),
             Write::Peer(index, row) => written("PEERS", self.peers.set(*index, row, 0)),
-            Write::Slot(index, row) => written("SLOTS", self.slots.set(*index, row, 0)),
+            Write::Slot(index, row) => {
+                if self.slots.get(index, 0).is_ok_and(|old| old.generation != row.generation) {
+                    let _ = self.chosen.set(*index, 0, 0);
+                }
+                written("SLOTS", self.slots.set(*index, row, 0))
+            }
             Write::Endpoint(key, row) => {
                 self.accounts.admit(row.account)?;
                 written("ENDPOINTS", self.endpoints.insert(key, row, 0))
@@ -147,6 +171,10 @@ impl Projection for BpfTables {
             Write::ServiceGone(key) => written("SERVICES", gone(self.services.remove(key))),
             Write::EndpointGone(key) => written("ENDPOINTS", gone(self.endpoints.remove(key))),
         }
+    }
+
+    fn choices(&self, slot: u32) -> u64 {
+        self.chosen.get(&slot, 0).unwrap_or(0)
     }
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {

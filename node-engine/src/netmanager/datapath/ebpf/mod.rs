@@ -157,6 +157,10 @@ impl Datapath for Ebpf {
         read.map_err(|error| DatapathError::Step { step: "read flows", reason: error.to_string() })?
     }
 
+    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+        self.proxied.choices(slots).await
+    }
+
     /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.
     fn counters(&self) -> Vec<(String, u64)> {
         let mut counters = self.proxied.counters();
