@@ -16,9 +16,12 @@ pub struct Config {
     /// This node's address towards its peers: the only outer destination that the kernel program takes in.
     pub node: Addr,
     /// Source MAC of frames given to instances: the bridge's.
-    pub gateway_mac: [u8; 6],
+    pub gateway_mac: Mac,
     /// UDP port of the tunnel, network order.
     pub tunnel_port: [u8; 2],
+    /// UDP port of framed packets, network order; 0: none are taken.
+    pub framed_port: [u8; 2],
+    pub _pad: [u8; 2],
     /// Where the slow path reads: the TUN device's ifindex, 0 if there is none.
     pub slow_ifindex: u32,
     /// Bits of `CONFIG_*`.
@@ -98,7 +101,8 @@ pub struct Peer {
     pub ifindex: u32,
     /// Its tunnel port, network order.
     pub port: [u8; 2],
-    pub _pad: [u8; 2],
+    /// Its port for framed packets, network order; 0: it takes bare ones only.
+    pub framed_port: [u8; 2],
     /// Bits of `PEER_*`.
     pub flags: u32,
 }
@@ -118,15 +122,20 @@ pub struct Neighbour {
 impl Neighbour {
     #[inline(always)]
     pub fn found(&self) -> bool {
-        self.macs.destination != [0; 6]
+        self.macs.destination != Mac::default()
     }
 }
+
+/// A link address, aligned so that the kernel's programs copy it by words.
+#[repr(C, align(2))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Macs {
-    pub destination: [u8; 6],
-    pub source: [u8; 6],
+    pub destination: Mac,
+    pub source: Mac,
 }
 
 /// The peer has said hello: it is one of ours, and takes more than TCP and UDP.
@@ -158,8 +167,8 @@ pub struct FlowKey {
     pub source_port: [u8; 2],
     /// Network order; an echo reply's identifier, 0 of a request.
     pub destination_port: [u8; 2],
-    pub protocol: u8,
-    pub _pad: [u8; 3],
+    /// The IP protocol's number, native order: a whole word, as clearing three bytes costs the kernel's programs a loop.
+    pub protocol: u32,
 }
 
 /// All that the next packet of a flow needs. Void once the slot's generation or the configuration's epoch differs; then what it notes
@@ -176,7 +185,7 @@ pub struct Flow {
     pub port: u32,
     /// Where they are delivered, and the receiver's MAC; 0: not here.
     pub ifindex: u32,
-    pub mac: [u8; 6],
+    pub mac: Mac,
     /// On whose account the row is: the endpoint's that opened the flow.
     pub account: u16,
     /// The source address that the receiver sees; [`Addr::NONE`]: the one that the packet has.
@@ -217,5 +226,5 @@ macro_rules! layouts {
 }
 
 layouts! {
-    Addr = 16, Config = 100, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52,
+    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52,
 }

@@ -16,8 +16,9 @@ impl Addr {
 
     #[inline(always)]
     pub const fn v4(bytes: [u8; 4]) -> Self {
-        let [a, b, c, d] = bytes;
-        Self([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d])
+        let mut mapped = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0];
+        mapped.split_at_mut(12).1.copy_from_slice(&bytes);
+        Self(mapped)
     }
 
     #[inline(always)]
@@ -28,7 +29,28 @@ impl Addr {
     /// The last four bytes: the IPv4 address where this is a mapped one.
     #[inline(always)]
     pub const fn v4_bytes(&self) -> [u8; 4] {
-        [self.0[12], self.0[13], self.0[14], self.0[15]]
+        let [.., a, b, c, d] = self.0;
+        [a, b, c, d]
+    }
+
+    /// Of four 32-bit words, each as it lies in memory.
+    #[inline(always)]
+    pub const fn from_words([a, b, c, d]: [u32; 4]) -> Self {
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (a.to_ne_bytes(), b.to_ne_bytes());
+        let ([c0, c1, c2, c3], [d0, d1, d2, d3]) = (c.to_ne_bytes(), d.to_ne_bytes());
+        Self([a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3])
+    }
+
+    /// The four 32-bit words, each as it lies in memory.
+    #[inline(always)]
+    pub const fn words(&self) -> [u32; 4] {
+        let [a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3] = self.0;
+        [
+            u32::from_ne_bytes([a0, a1, a2, a3]),
+            u32::from_ne_bytes([b0, b1, b2, b3]),
+            u32::from_ne_bytes([c0, c1, c2, c3]),
+            u32::from_ne_bytes([d0, d1, d2, d3]),
+        ]
     }
 
     #[inline(always)]

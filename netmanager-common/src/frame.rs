@@ -1,8 +1,9 @@
 //! Where the bytes of a packet are. The law reads and writes headers through [`Frame`]; each shell implements it over what it
 //! has: a socket buffer in the kernel, a byte slice in user space.
 
-use crate::addr::Addr;
-use crate::checksum;
+use crate::abi::{Mac, Macs};
+use crate::checksum::Change;
+use crate::{FRAMED_CONTROL, FRAMED_VNI, FRAMING_LEN};
 
 /// A packet, seen from its IP header. Whatever lies before it (Ethernet, an outer tunnel header) is the shell's business.
 pub trait Frame {
@@ -11,22 +12,25 @@ pub trait Frame {
     /// Borrows the frame mutably, so that no header outlives a call that may move the packet.
     fn at<T: Header>(&mut self, offset: usize) -> Option<&mut T>;
 
-    /// Mends the transport checksum field at `offset` after `old` became `new` in the pseudo-header (RFC 1624 for a
-    /// complete checksum). `udp`: the field is UDP's, where 0 means "none" and stays.
+    /// Mends the transport checksum field at `offset` after a change of the pseudo-header. `udp`: the field is UDP's, where 0 means "none" and stays.
     ///
     /// The shell does it because only the shell knows whether the checksum is complete or partial (to be completed by a device).
-    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()>;
+    fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()>;
 }
 
 /// A header as it lies on the wire.
 ///
+/// In the kernel's programs headers count as aligned to words, or each of their bytes would take a register and a load of its own. They
+/// are on machines that need it: the kernel puts IP headers there (`NET_IP_ALIGN`); the others read words anywhere.
+///
 /// # Safety
-/// Implementors are `repr(C)` or `repr(transparent)`, consist of `u8` arrays only (alignment 1, no padding), and accept
+/// Implementors are `repr(C)` or `repr(transparent)`, consist of `u8` arrays only (alignment 1 in user space, no padding), and accept
 /// any bytes.
 pub unsafe trait Header: Copy {}
 
 /// RFC 791, without options.
 #[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
 #[derive(Clone, Copy, Debug)]
 pub struct Ipv4 {
     pub version_ihl: u8,
@@ -44,6 +48,7 @@ pub struct Ipv4 {
 
 /// RFC 8200, without extension headers.
 #[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
 #[derive(Clone, Copy, Debug)]
 pub struct Ipv6 {
     pub version_class_flow: [u8; 4],
@@ -56,6 +61,7 @@ pub struct Ipv6 {
 
 /// RFC 9293, without options.
 #[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
 #[derive(Clone, Copy, Debug)]
 pub struct Tcp {
     pub source: [u8; 2],
@@ -76,6 +82,7 @@ pub const TCP_ACK: u8 = 16;
 
 /// RFC 768.
 #[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
 #[derive(Clone, Copy, Debug)]
 pub struct Udp {
     pub source: [u8; 2],
@@ -86,6 +93,7 @@ pub struct Udp {
 
 /// ICMP and ICMPv6 echo.
 #[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
 #[derive(Clone, Copy, Debug)]
 pub struct Echo {
     pub kind: u8,
@@ -98,7 +106,9 @@ pub struct Echo {
 macro_rules! headers {
     ($($name:ty = $size:literal),* $(,)?) => {
         $(
-            const _: () = assert!(size_of::<$name>() == $size && align_of::<$name>() == 1);
+            const _: () = assert!(size_of::<$name>() == $size);
+            #[cfg(not(target_arch = "bpf"))]
+            const _: () = assert!(align_of::<$name>() == 1);
             // SAFETY: repr(C) or an array, bytes only: alignment 1 and no padding, asserted above; any bytes are valid.
             unsafe impl Header for $name {}
         )*
@@ -106,6 +116,35 @@ macro_rules! headers {
 }
 
 headers! { Ipv4 = 20, Ipv6 = 40, Tcp = 20, Udp = 8, Echo = 8, [u8; 1] = 1, [u8; 2] = 2 }
+
+/// RFC 7348. An Ethernet header follows.
+#[repr(C)]
+#[cfg_attr(target_arch = "bpf", repr(align(4)))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vxlan {
+    pub flags: [u8; 4],
+    pub vni: [u8; 4],
+}
+
+impl Vxlan {
+    /// What every framed packet of ours has.
+    pub const OURS: Self = {
+        let [_, a, b, c] = FRAMED_VNI.to_be_bytes();
+        Self { flags: [8, 0, 0, 0], vni: [a, b, c, 0] }
+    };
+}
+
+/// The link addresses in framing are nobody's: the receiver writes its own.
+pub const FRAMED_MACS: Macs =
+    Macs { destination: Mac([2, 0x6e, 0x65, 0, 0, 2]), source: Mac([2, 0x6e, 0x65, 0, 0, 1]) };
+
+/// What stands before a control datagram in framing.
+pub const fn control_framing() -> [u8; FRAMING_LEN] {
+    let Vxlan { flags: [a, b, c, d], vni: [e, f, g, h] } = Vxlan::OURS;
+    let (Mac([i, j, k, l, m, n]), Mac([o, p, q, r, s, t])) = (FRAMED_MACS.destination, FRAMED_MACS.source);
+    let [u, v] = FRAMED_CONTROL;
+    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v]
+}
 
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
@@ -135,19 +174,19 @@ impl Frame for SliceFrame<'_> {
         Some(unsafe { &mut *bytes.as_mut_ptr().cast::<T>() })
     }
 
-    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
-        mend(self.at(offset)?, udp, old, new);
+    fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()> {
+        mend(self.at(offset)?, udp, change);
         Some(())
     }
 }
 
-/// A complete transport checksum after `old` became `new`. `udp`: 0 means "none" and stays.
+/// A complete transport checksum after a change. `udp`: 0 means "none" and stays.
 #[inline(always)]
-pub fn mend<const N: usize>(field: &mut [u8; 2], udp: bool, old: &[u8; N], new: &[u8; N]) {
+pub fn mend(field: &mut [u8; 2], udp: bool, change: Change) {
     if udp && *field == [0, 0] {
         return;
     }
-    *field = checksum::update(*field, old, new);
+    *field = change.apply(*field);
     if udp && *field == [0, 0] {
         *field = [0xff, 0xff];
     }
@@ -158,20 +197,4 @@ pub fn mend<const N: usize>(field: &mut [u8; 2], udp: bool, old: &[u8; N], new: 
 pub enum Family {
     V4,
     V6,
-}
-
-/// Source and destination as they lie side by side in an IPv4 header.
-#[inline(always)]
-pub(crate) fn pair_v4(source: &Addr, destination: &Addr) -> [u8; 8] {
-    let ([a, b, c, d], [e, f, g, h]) = (source.v4_bytes(), destination.v4_bytes());
-    [a, b, c, d, e, f, g, h]
-}
-
-/// Source and destination as they lie side by side in an IPv6 header.
-#[inline(always)]
-pub(crate) fn pair_v6(source: &Addr, destination: &Addr) -> [u8; 32] {
-    let mut pair = [0; 32];
-    pair[..16].copy_from_slice(&source.0);
-    pair[16..].copy_from_slice(&destination.0);
-    pair
 }

@@ -21,6 +21,20 @@ pub const ABI_VERSION: u32 = 2;
 /// UDP port of the tunnel where nothing else is configured.
 pub const TUNNEL_PORT: u16 = 50103;
 
+/// UDP port on which a node of ours takes framed packets (VXLAN, RFC 7348), where its tunnel port is this one: the next.
+///
+/// `None`: there is no port after the last.
+pub const fn framed_port(tunnel_port: u16) -> Option<u16> {
+    tunnel_port.checked_add(1)
+}
+
+/// What a framed packet has between UDP and its own IP header: VXLAN and Ethernet.
+pub const FRAMING_LEN: usize = 8 + 14;
+/// The network identifier of all framed packets.
+pub const FRAMED_VNI: u32 = 0x6e_65_01;
+/// The Ethernet type of control datagrams in framing: IEEE's first for local experiments.
+pub const FRAMED_CONTROL: [u8; 2] = [0x88, 0xb5];
+
 /// Outer IPv4 and UDP header around a bare inner packet.
 pub const OUTER_LEN_V4: usize = 28;
 /// Outer IPv6 and UDP header around a bare inner packet.

@@ -8,13 +8,11 @@ use core::ops::Deref;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_HOST, FLOW_REPLY, FLOW_SEEN,
-    Flow, FlowKey, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
+    Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
-use crate::checksum;
-use crate::frame::{
-    Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, Tcp, UDP, Udp, pair_v4, pair_v6,
-};
+use crate::checksum::Change;
+use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, Tcp, UDP, Udp};
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
 
@@ -36,7 +34,7 @@ pub trait Tables {
     /// Notes that a packet of the flow has been seen, and whether it closes the flow.
     fn touch(&mut self, key: &FlowKey, flow: &Self::Row<Flow>, closes: bool);
     /// Remembers a flow, seen now; false where its account has no room. `new`: there is no row under this key.
-    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool;
+    fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool;
     /// A random number.
     fn pick(&mut self) -> u32;
     /// How often this was asked of the service before: whose turn it is.
@@ -72,56 +70,100 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
     }
     let transport = match Transport::read(frame, &ip)? {
         Ok(transport) => transport,
-        Err(miss) => return refuse_strangers(tables, &ip, port).map(|()| Verdict::Slow(miss)),
+        Err(miss) => {
+            return refuse_strangers(tables, &Addr::from_words(ip.source), port).map(|()| Verdict::Slow(miss));
+        }
     };
     let key = transport.key(&ip);
     let known = tables.flow(&key);
-    if let Some(flow) = &known
-        && flow.epoch == config.epoch
-        && (port == 0 || flow.port == port)
-        && let Some(slot) = tables.slot(flow.slot)
-        && slot.generation == flow.generation
-        && (slot.peer != 0 || flow.ifindex != 0)
-    {
-        tables.touch(&key, flow, transport.closes);
-        return carry(frame, tables, &ip, &transport, port, &slot, flow);
-    }
+    let mut fresh;
+    let flow: &Flow = match &known {
+        Some(flow) if flow.epoch == config.epoch && (port == 0 || flow.port == port) && sends(tables, flow) => {
+            tables.touch(&key, flow, transport.closes);
+            flow
+        }
+        _ => {
+            fresh = Fresh::default();
+            send_first(tables, &key, port, &mut fresh);
+            match fresh.outcome {
+                Outcome::Ready => &fresh.flow,
+                Outcome::Slow(miss) => return Ok(Verdict::Slow(miss)),
+                Outcome::Dropped(reason) => return Err(reason),
+            }
+        }
+    };
+    let slot = tables.slot(flow.slot).ok_or(DropReason::NoInstance)?;
+    carry(frame, tables, &key, &Place::of(&ip), port, &slot, flow)
+}
 
-    let sender = tables.endpoint(&ip.source).filter(|sender| port == 0 || sender.ifindex == port);
+/// What a packet without a valid row leads to. Not in line with the rest: only the first packet of a flow comes here, and what it needs
+/// on the stack is the kernel's to have twice.
+#[derive(Default)]
+struct Fresh {
+    flow: Flow,
+    outcome: Outcome,
+}
+
+#[derive(Clone, Copy, Default)]
+enum Outcome {
+    #[default]
+    Ready,
+    Slow(Miss),
+    Dropped(DropReason),
+}
+
+/// Is the instance still there, and, where it is here, is it known where?
+#[inline(always)]
+fn sends(tables: &mut impl Tables, flow: &Flow) -> bool {
+    tables
+        .slot(flow.slot)
+        .is_some_and(|slot| slot.generation == flow.generation && (slot.peer != 0 || flow.ifindex != 0))
+}
+
+#[inline(never)]
+fn send_first<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, fresh: &mut Fresh) {
+    fresh.outcome = match open(tables, key, port, &mut fresh.flow) {
+        Ok(None) => Outcome::Ready,
+        Ok(Some(miss)) => Outcome::Slow(miss),
+        Err(reason) => Outcome::Dropped(reason),
+    };
+}
+
+/// Finds out, and remembers, where the flow of an instance here goes.
+#[inline(always)]
+fn open<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, flow: &mut Flow) -> Result<Option<Miss>, DropReason> {
+    let sender = tables.endpoint(&key.source).filter(|sender| port == 0 || sender.ifindex == port);
     let sender = sender.ok_or(DropReason::Spoofed)?;
     if sender.instance.is_none() {
-        return Ok(Verdict::Slow(Miss::Endpoint));
+        return Ok(Some(Miss::Endpoint));
     }
+    let known = tables.flow(key);
     if known.as_ref().is_some_and(|flow| flow.kind == FLOW_HOST) {
-        return Ok(Verdict::Slow(Miss::Host));
+        return Ok(Some(Miss::Host));
     }
-    let Some(service) = tables.service(&ip.destination) else { return Ok(Verdict::Slow(Miss::Service)) };
-    let (mut flow, slot) = target(tables, &service, &sender, known.as_deref())?;
-    flow.epoch = config.epoch;
+    let Some(service) = tables.service(&key.destination) else { return Ok(Some(Miss::Service)) };
+    let slot = target(tables, &service, &sender, known.as_deref(), flow)?;
+    flow.epoch = tables.config().map_or(0, |config| config.epoch);
     flow.port = sender.ifindex;
     flow.account = sender.account;
     if slot.peer == 0 {
         let receiver = tables.endpoint(&slot.namespace).ok_or(DropReason::NoInstance)?;
-        (flow.ifindex, flow.mac) = (receiver.ifindex, receiver.mac);
-    }
-    if transport.is_echo() && slot.peer != 0 {
+        (flow.ifindex, flow.mac) = (receiver.ifindex, Mac(receiver.mac));
+    } else if key.protocol != u32::from(TCP) && key.protocol != u32::from(UDP) {
         let peer = tables.peer(slot.peer).ok_or(DropReason::NoInstance)?;
         if peer.flags & PEER_OURS == 0 {
             return Err(DropReason::PeerProtocol);
         }
     }
-    let fits = match flow.kind {
-        FLOW_CHOSEN => learn_reply(tables, &key, &sender, &flow, &slot) && tables.learn(&key, &flow, known.is_none()),
-        // It only spares the next packet some look-ups.
-        _ => {
-            tables.learn(&key, &flow, known.is_none());
-            true
-        }
+    let new = known.is_none();
+    // What is cached only spares the next packet some look-ups.
+    let fits = if flow.kind == FLOW_CHOSEN {
+        learn_reply(tables, key, &sender, flow, &slot) && tables.learn(key, flow, new)
+    } else {
+        tables.learn(key, flow, new);
+        true
     };
-    if !fits {
-        return Err(DropReason::TableFull);
-    }
-    carry(frame, tables, &ip, &transport, port, &slot, &flow)
+    if fits { Ok(None) } else { Err(DropReason::TableFull) }
 }
 
 /// Rewrites the packet of a flow and says where it goes.
@@ -129,20 +171,20 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
 fn carry(
     frame: &mut impl Frame,
     tables: &mut impl Tables,
-    ip: &Ip,
-    transport: &Transport,
+    key: &FlowKey,
+    place: &Place,
     port: u32,
     slot: &Slot,
     flow: &Flow,
 ) -> Result<Verdict, DropReason> {
     if slot.peer == 0 {
-        let verdict = Verdict::Local { ifindex: flow.ifindex, mac: flow.mac };
-        return rewrite(frame, ip, transport, &flow.source, &slot.namespace).map(|()| verdict);
+        rewrite(frame, key, place, &flow.source, &slot.namespace)?;
+        return Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac });
     }
     if port != 0 && tables.peer(slot.peer).is_none_or(|peer| !peer.host.is_v4()) {
         return Ok(Verdict::Slow(Miss::Underlay));
     }
-    rewrite(frame, ip, transport, &flow.source, &slot.namespace)?;
+    rewrite(frame, key, place, &flow.source, &slot.namespace)?;
     Ok(Verdict::Send { peer: slot.peer })
 }
 
@@ -157,65 +199,87 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
     let transport = match Transport::read(frame, &ip)? {
         Ok(transport) => transport,
         Err(miss) => {
-            let receiver = tables.endpoint(&ip.destination);
+            let receiver = tables.endpoint(&Addr::from_words(ip.destination));
             return receiver.map(|_| Verdict::Slow(miss)).ok_or(DropReason::NotOurs);
         }
     };
-    let relaxed = config.flags & CONFIG_RELAX_SOURCE != 0;
     let key = transport.key(&ip);
+    let relaxed = config.flags & CONFIG_RELAX_SOURCE != 0;
     let known = tables.flow(&key);
-    if let Some(flow) = &known
-        && flow.epoch == config.epoch
-        && flow.port == 0
-        && let Some(slot) = tables.slot(flow.slot)
-        && slot.generation == flow.generation
-        && (relaxed || sits_at(tables, &slot, outer))
-    {
-        tables.touch(&key, flow, transport.closes);
-        if !flow.source.is_none() {
-            rewrite(frame, &ip, &transport, &flow.source, &ip.destination)?;
+    let mut fresh;
+    let flow: &Flow = match &known {
+        Some(flow) if flow.epoch == config.epoch && flow.port == 0 && arrives(tables, flow, relaxed, outer) => {
+            tables.touch(&key, flow, transport.closes);
+            flow
         }
-        return Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac });
+        _ => {
+            fresh = Fresh::default();
+            take_first(tables, &key, outer, &mut fresh);
+            match fresh.outcome {
+                Outcome::Ready => &fresh.flow,
+                Outcome::Slow(miss) => return Ok(Verdict::Slow(miss)),
+                Outcome::Dropped(reason) => return Err(reason),
+            }
+        }
+    };
+    if !flow.source.is_none() {
+        rewrite(frame, &key, &Place::of(&ip), &flow.source, &key.destination)?;
     }
+    Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac })
+}
 
-    let receiver = tables.endpoint(&ip.destination).ok_or(DropReason::NotOurs)?;
-    let sender = tables.service(&ip.source);
-    if !relaxed {
-        let Some(sender) = &sender else { return Ok(Verdict::Slow(Miss::Source)) };
+/// Is the sender still there, on the node that sends in its name?
+#[inline(always)]
+fn arrives(tables: &mut impl Tables, flow: &Flow, relaxed: bool, outer: &Addr) -> bool {
+    let Some(slot) = tables.slot(flow.slot) else { return false };
+    slot.generation == flow.generation && (relaxed || sits_at(tables, &slot, outer))
+}
+
+#[inline(never)]
+fn take_first<T: Tables>(tables: &mut T, key: &FlowKey, outer: &Addr, fresh: &mut Fresh) {
+    fresh.outcome = match admit(tables, key, outer, &mut fresh.flow) {
+        Ok(None) => Outcome::Ready,
+        Ok(Some(miss)) => Outcome::Slow(miss),
+        Err(reason) => Outcome::Dropped(reason),
+    };
+}
+
+/// Finds out, and remembers, whom a flow through the tunnel is for, and whether it may come from `outer`.
+#[inline(always)]
+fn admit<T: Tables>(tables: &mut T, key: &FlowKey, outer: &Addr, flow: &mut Flow) -> Result<Option<Miss>, DropReason> {
+    let receiver = tables.endpoint(&key.destination).ok_or(DropReason::NotOurs)?;
+    let Some(config) = tables.config() else { return Err(DropReason::NotOurs) };
+    let sender = tables.service(&key.source);
+    if config.flags & CONFIG_RELAX_SOURCE == 0 {
+        let Some(sender) = &sender else { return Ok(Some(Miss::Source)) };
         if !belongs(tables, sender, outer) {
             return Err(DropReason::ForeignSource);
         }
     }
+    let known = tables.flow(key);
     if known.as_ref().is_some_and(|flow| flow.kind == FLOW_HOST) {
-        return Ok(Verdict::Slow(Miss::Host));
+        return Ok(Some(Miss::Host));
     }
-    let mut flow = Flow {
-        epoch: config.epoch,
-        ifindex: receiver.ifindex,
-        mac: receiver.mac,
-        account: receiver.account,
-        ..Flow::default()
-    };
+    flow.epoch = config.epoch;
+    (flow.ifindex, flow.mac) = (receiver.ifindex, Mac(receiver.mac));
+    flow.account = receiver.account;
+    let new = known.is_none();
     // A chosen instance whose own address the cluster did not tell may answer from any.
-    let noted = match &known {
-        Some(known) => Some((known.kind, known.source, known.state)),
-        None => tables.flow(&FlowKey { source: Addr::NONE, ..key }).map(|flow| (flow.kind, flow.source, flow.state)),
-    };
-    if let Some((FLOW_REPLY, service, state)) = noted {
-        (flow.kind, flow.source, flow.state) = (FLOW_REPLY, service, state | FLOW_SEEN);
+    let noted = known.or_else(|| tables.flow(&FlowKey { source: Addr::NONE, ..*key }));
+    if let Some(noted) = noted
+        && noted.kind == FLOW_REPLY
+    {
+        (flow.kind, flow.source, flow.state) = (FLOW_REPLY, noted.source, noted.state | FLOW_SEEN);
     }
     if let Some(sender) = sender
+        && sender.policy == POLICY_INSTANCE
         && let Some(slot) = tables.slot(sender.first)
         && slot.live()
-        && sender.policy == POLICY_INSTANCE
     {
         (flow.slot, flow.generation) = (sender.first, slot.generation);
-        tables.learn(&key, &flow, known.is_none());
+        tables.learn(key, flow, new);
     }
-    if !flow.source.is_none() {
-        rewrite(frame, &ip, &transport, &flow.source, &ip.destination)?;
-    }
-    Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac })
+    Ok(None)
 }
 
 /// The instance that a packet to `service` goes to, and what its flow notes of it: the one that the flow has, else a new choice.
@@ -225,30 +289,34 @@ fn target<T: Tables>(
     service: &Service,
     sender: &Endpoint,
     known: Option<&Flow>,
-) -> Result<(Flow, T::Row<Slot>), DropReason> {
+    flow: &mut Flow,
+) -> Result<T::Row<Slot>, DropReason> {
+    flow.source = sender.instance;
     if let Some(known) = known
         && let Some(slot) = tables.slot(known.slot)
         && slot.generation == known.generation
         && slot.live()
     {
-        let source = if known.kind == FLOW_REPLY { known.source } else { sender.instance };
-        let Flow { slot: number, generation, kind, state, .. } = *known;
-        return Ok((Flow { slot: number, generation, source, kind, state, ..Flow::default() }, slot));
+        (flow.slot, flow.generation, flow.kind, flow.state) = (known.slot, known.generation, known.kind, known.state);
+        if known.kind == FLOW_REPLY {
+            flow.source = known.source;
+        }
+        return Ok(slot);
     }
     if service.count == 0 {
         return Err(DropReason::NoInstance);
     }
-    let (number, kind) = if service.policy == POLICY_INSTANCE {
-        (service.first, FLOW_CACHED)
+    if service.policy == POLICY_INSTANCE {
+        (flow.slot, flow.kind) = (service.first, FLOW_CACHED);
     } else {
-        (choose(tables, service, &sender.instance), FLOW_CHOSEN)
-    };
-    let slot = tables.slot(number).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
-    if kind == FLOW_CHOSEN {
-        tables.chosen(number);
+        (flow.slot, flow.kind) = (choose(tables, service, &sender.instance), FLOW_CHOSEN);
     }
-    let generation = slot.generation;
-    Ok((Flow { slot: number, generation, source: sender.instance, kind, ..Flow::default() }, slot))
+    let slot = tables.slot(flow.slot).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
+    if flow.kind == FLOW_CHOSEN {
+        tables.chosen(flow.slot);
+    }
+    flow.generation = slot.generation;
+    Ok(slot)
 }
 
 /// The slot that a new flow of `client` to the service gets.
@@ -284,7 +352,7 @@ fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow:
         kind: FLOW_REPLY,
         state: 0,
         ifindex: flow.port,
-        mac: sender.mac,
+        mac: Mac(sender.mac),
         port: 0,
         ..*flow
     };
@@ -296,13 +364,13 @@ fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow:
         (row.slot, row.generation) = (own.first, client.generation);
     }
     let new = tables.flow(&reply).is_none();
-    tables.learn(&reply, &row, new)
+    tables.learn(&reply, &mut row, new)
 }
 
 /// What is not for the slow path either: a source that is not the port's.
 #[inline(always)]
-fn refuse_strangers(tables: &mut impl Tables, ip: &Ip, port: u32) -> Result<(), DropReason> {
-    let sender = tables.endpoint(&ip.source).filter(|sender| port == 0 || sender.ifindex == port);
+fn refuse_strangers(tables: &mut impl Tables, source: &Addr, port: u32) -> Result<(), DropReason> {
+    let sender = tables.endpoint(source).filter(|sender| port == 0 || sender.ifindex == port);
     sender.map(drop).ok_or(DropReason::Spoofed)
 }
 
@@ -322,19 +390,22 @@ fn sits_at(tables: &mut impl Tables, slot: &Slot, outer: &Addr) -> bool {
 
 /// Is the address one of those that mean a service?
 #[inline(always)]
-fn is_service(config: &Config, address: &Addr) -> bool {
-    let [service_v4, v4_mask, service_v6, v6_mask] =
-        [config.service_v4, config.service_v4_mask, config.service_v6, config.service_v6_mask]
-            .map(|part| u128::from_ne_bytes(part.0));
-    let address = u128::from_ne_bytes(address.0);
-    address & v4_mask == service_v4 || address & v6_mask == service_v6
+fn is_service(config: &Config, address: &[u32; 4]) -> bool {
+    within(address, &config.service_v4.words(), &config.service_v4_mask.words())
+        || within(address, &config.service_v6.words(), &config.service_v6_mask.words())
 }
 
-/// What the law needs of an IP header.
+#[inline(always)]
+const fn within(address: &[u32; 4], network: &[u32; 4], mask: &[u32; 4]) -> bool {
+    let ([a, b, c, d], [k, l, m, n], [w, x, y, z]) = (*address, *network, *mask);
+    (a & w ^ k) | (b & x ^ l) | (c & y ^ m) | (d & z ^ n) == 0
+}
+
+/// What the law needs of an IP header. Addresses by the word: the kernel's programs keep it in registers, and have few.
 struct Ip {
     family: Family,
-    source: Addr,
-    destination: Addr,
+    source: [u32; 4],
+    destination: [u32; 4],
     protocol: u8,
     /// Where the transport header begins.
     transport: usize,
@@ -356,15 +427,16 @@ impl Ip {
 
     #[inline(always)]
     fn read_v4(frame: &mut impl Frame) -> Result<Self, DropReason> {
-        let header = *frame.at::<Ipv4>(0).ok_or(DropReason::Malformed)?;
+        let header = frame.at::<Ipv4>(0).ok_or(DropReason::Malformed)?;
         let transport = usize::from(header.version_ihl & 0x0f) * 4;
         if transport < size_of::<Ipv4>() || usize::from(u16::from_be_bytes(header.total_len)) < transport {
             return Err(DropReason::Malformed);
         }
+        let mapped = |address| [0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes(address)];
         Ok(Self {
             family: Family::V4,
-            source: Addr::v4(header.source),
-            destination: Addr::v4(header.destination),
+            source: mapped(header.source),
+            destination: mapped(header.destination),
             protocol: header.protocol,
             transport,
             // more fragments, or an offset; "don't fragment" is no fragment
@@ -375,11 +447,11 @@ impl Ip {
 
     #[inline(always)]
     fn read_v6(frame: &mut impl Frame) -> Result<Self, DropReason> {
-        let header = *frame.at::<Ipv6>(0).ok_or(DropReason::Malformed)?;
+        let header = frame.at::<Ipv6>(0).ok_or(DropReason::Malformed)?;
         Ok(Self {
             family: Family::V6,
-            source: Addr::v6(header.source),
-            destination: Addr::v6(header.destination),
+            source: Addr(header.source).words(),
+            destination: Addr(header.destination).words(),
             protocol: header.next_header,
             transport: size_of::<Ipv6>(),
             fragment: header.next_header == 44,
@@ -390,7 +462,6 @@ impl Ip {
 
 /// What the law needs of a transport header.
 struct Transport {
-    protocol: u8,
     /// The sender's port; the identifier of an echo request, 0 of a reply.
     source: [u8; 2],
     /// The receiver's port; the identifier of an echo reply, 0 of a request.
@@ -408,11 +479,11 @@ impl Transport {
         match (ip.family, ip.protocol) {
             (_, TCP) => {
                 let Tcp { source, destination, flags, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
-                Ok(Ok(Self { protocol: TCP, source, destination, closes: flags & (TCP_FIN | TCP_RST) != 0 }))
+                Ok(Ok(Self { source, destination, closes: flags & (TCP_FIN | TCP_RST) != 0 }))
             }
             (_, UDP) => {
                 let Udp { source, destination, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
-                Ok(Ok(Self { protocol: UDP, source, destination, closes: false }))
+                Ok(Ok(Self { source, destination, closes: false }))
             }
             (Family::V4, ICMP) | (Family::V6, ICMPV6) => Self::read_echo(frame, ip).map(Ok),
             // Hop-by-hop, routing, ESP, AH, destination options, mobility: something may follow that is ours.
@@ -430,64 +501,65 @@ impl Transport {
             (Family::V4, 0) | (Family::V6, 129) => (none, echo.id),
             _ => return Err(DropReason::Protocol),
         };
-        Ok(Self { protocol: ip.protocol, source, destination, closes: false })
+        Ok(Self { source, destination, closes: false })
     }
 
     #[inline(always)]
     fn key(&self, ip: &Ip) -> FlowKey {
         FlowKey {
-            source: ip.source,
-            destination: ip.destination,
+            source: Addr::from_words(ip.source),
+            destination: Addr::from_words(ip.destination),
             source_port: self.source,
             destination_port: self.destination,
-            protocol: self.protocol,
-            _pad: [0; 3],
-        }
-    }
-
-    #[inline(always)]
-    fn is_echo(&self) -> bool {
-        !matches!(self.protocol, TCP | UDP)
-    }
-
-    /// Where the checksum that covers the pseudo-header lies; `None` for ICMP, whose checksum does not.
-    #[inline(always)]
-    fn checksum_offset(&self) -> Option<usize> {
-        match self.protocol {
-            TCP => Some(16),
-            UDP => Some(6),
-            ICMPV6 => Some(2),
-            _ => None,
+            protocol: ip.protocol.into(),
         }
     }
 }
 
-/// Puts new addresses into the packet and mends its checksums.
-#[inline(always)]
+/// What has to be mended in a packet.
+struct Place {
+    family: Family,
+    /// Where the checksum that covers the pseudo-header lies; 0: there is none (ICMP's does not).
+    l4_checksum: usize,
+    ip_checksum: [u8; 2],
+}
+
+impl Place {
+    #[inline(always)]
+    fn of(ip: &Ip) -> Self {
+        let covered = match ip.protocol {
+            TCP => 16,
+            UDP => 6,
+            ICMPV6 => 2,
+            _ => 0,
+        };
+        let l4_checksum = if covered == 0 { 0 } else { ip.transport + covered };
+        Self { family: ip.family, l4_checksum, ip_checksum: ip.checksum }
+    }
+}
+
+/// Puts new addresses into the packet and mends its checksums. Not in line in the kernel's programs: it has a stack of its own there.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+#[cfg_attr(not(target_arch = "bpf"), inline(always))]
 fn rewrite(
     frame: &mut impl Frame,
-    ip: &Ip,
-    transport: &Transport,
+    key: &FlowKey,
+    place: &Place,
     source: &Addr,
     destination: &Addr,
 ) -> Result<(), DropReason> {
-    let udp = transport.protocol == UDP;
-    match ip.family {
+    let change = Change::of_addresses(place.family, [&key.source, &key.destination], [source, destination]);
+    if place.l4_checksum != 0 {
+        frame.fix_l4(place.l4_checksum, key.protocol == u32::from(UDP), change).ok_or(DropReason::Malformed)?;
+    }
+    match place.family {
         Family::V4 => {
-            let (old, new) = (pair_v4(&ip.source, &ip.destination), pair_v4(source, destination));
-            if let Some(offset) = transport.checksum_offset() {
-                frame.fix_l4(ip.transport + offset, udp, &old, &new).ok_or(DropReason::Malformed)?;
-            }
             let header = frame.at::<Ipv4>(0).ok_or(DropReason::Malformed)?;
-            header.checksum = checksum::update(ip.checksum, &old, &new);
+            header.checksum = change.apply(place.ip_checksum);
             header.source = source.v4_bytes();
             header.destination = destination.v4_bytes();
         }
         Family::V6 => {
-            let (old, new) = (pair_v6(&ip.source, &ip.destination), pair_v6(source, destination));
-            if let Some(offset) = transport.checksum_offset() {
-                frame.fix_l4(ip.transport + offset, udp, &old, &new).ok_or(DropReason::Malformed)?;
-            }
             let header = frame.at::<Ipv6>(0).ok_or(DropReason::Malformed)?;
             header.source = source.0;
             header.destination = destination.0;

@@ -9,8 +9,8 @@ use std::vec;
 use std::vec::Vec;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, PEER_OURS, POLICY_ANY,
-    POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS,
+    POLICY_ANY, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
@@ -80,12 +80,13 @@ impl Tables for World {
         }
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+    fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool {
         if new && self.room.is_some_and(|room| self.flows.len() >= room) {
             return false;
         }
         assert_eq!(new, !self.flows.contains_key(key));
-        self.flows.insert(*key, Flow { seen: self.now, ..*flow });
+        flow.seen = self.now;
+        self.flows.insert(*key, *flow);
         true
     }
 
@@ -156,9 +157,9 @@ pub const HERE: Addr = Addr::v4([192, 0, 2, 11]);
 pub const OURS: Addr = Addr::v4([192, 0, 2, 12]);
 pub const UPSTREAM: Addr = Addr::v4([192, 0, 2, 13]);
 
-pub const WEB_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
-pub const CLIENT_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
-pub const GATEWAY_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+pub const WEB_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
+pub const CLIENT_MAC: Mac = Mac([2, 0, 0, 0, 0, 3]);
+pub const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
 impl World {
     /// Two instances here, three on three peers, services over them, in both families.
@@ -172,6 +173,8 @@ impl World {
                 node: HERE,
                 gateway_mac: GATEWAY_MAC,
                 tunnel_port: crate::TUNNEL_PORT.to_be_bytes(),
+                framed_port: (crate::TUNNEL_PORT + 1).to_be_bytes(),
+                _pad: [0; 2],
                 slow_ifindex: 0,
                 flags: 0,
                 epoch: 3,
@@ -191,8 +194,8 @@ impl World {
 
     fn populate(&mut self, v6: bool) {
         let endpoint = |instance: Addr, ifindex, mac| Endpoint { instance, ifindex, mac, account: 0 };
-        self.endpoints.insert(WEB.of(v6), endpoint(WEB_INSTANCE.of(v6), PORT, WEB_MAC));
-        self.endpoints.insert(CLIENT.of(v6), endpoint(CLIENT_INSTANCE.of(v6), PORT, CLIENT_MAC));
+        self.endpoints.insert(WEB.of(v6), endpoint(WEB_INSTANCE.of(v6), PORT, WEB_MAC.0));
+        self.endpoints.insert(CLIENT.of(v6), endpoint(CLIENT_INSTANCE.of(v6), PORT, CLIENT_MAC.0));
         self.endpoints.insert(NEWBORN.of(v6), endpoint(Addr::NONE, PORT, [2, 0, 0, 0, 0, 4]));
         self.endpoints.insert(NEIGHBOUR.of(v6), endpoint(WEB_INSTANCE.of(v6), PORT + 98, [2, 0, 0, 0, 0, 5]));
 

@@ -1,12 +1,14 @@
 //! What becomes of a frame, and why one is dropped.
 
+use crate::abi::Mac;
+
 /// What the shell has to do with a frame that the law has looked at (and, for `Send` and `Local`, rewritten).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Carry the packet to this peer (index into `PEERS`).
     Send { peer: u32 },
     /// Give the packet to the instance behind this port.
-    Local { ifindex: u32, mac: [u8; 6] },
+    Local { ifindex: u32, mac: Mac },
     /// The law lacks something; the slow path may get it and ask again.
     Slow(Miss),
     /// None of the overlay's business: the kernel's ordinary path.

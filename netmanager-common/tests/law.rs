@@ -1,6 +1,6 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{Endpoint, Slot};
+use netmanager_common::abi::{Endpoint, Mac, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
@@ -311,7 +311,7 @@ fn what_a_flow_has_noted_is_read_again_in_a_new_epoch() {
         );
         let mut answer = reply;
         let verdict = judge(&mut world, Direction::Inbound(UPSTREAM), &mut answer);
-        assert_eq!(verdict, Ok(Verdict::Local { ifindex: 9, mac: [2; 6] }));
+        assert_eq!(verdict, Ok(Verdict::Local { ifindex: 9, mac: Mac([2; 6]) }));
         assert_eq!(addresses(&answer).0, DB_SERVICE.of(v6), "and its service address");
 
         world.endpoints.remove(&CLIENT.of(v6));

@@ -11,19 +11,21 @@ mod neighbour;
 mod skb;
 mod tunnel;
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC};
+use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};
 use aya_ebpf::macros::classifier;
 use aya_ebpf::programs::TcContext;
+use netmanager_common::FRAMED_CONTROL;
+use netmanager_common::abi::{Config, Mac, Macs};
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::{Ipv6, UDP, Udp};
+use netmanager_common::frame::{Ipv6, UDP, Udp, Vxlan};
 use netmanager_common::pipeline::{Tables, inbound, outbound};
 use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_SLOW, DropReason, Verdict};
 
 use crate::maps::{Maps, count};
 use crate::neighbour::next_hop;
 use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
-use crate::tunnel::{Ethernet, Outer, pop, push};
+use crate::tunnel::{BARE_LEN, Ethernet, FRAMED_ETHERNET, FRAMED_LEN, Outer, pop, push, unframe};
 
 /// Not ours: the next program, or the kernel's ordinary path.
 const PASS: i32 = TC_ACT_UNSPEC;
@@ -37,7 +39,7 @@ pub fn tc_veth_ingress(context: TcContext) -> i32 {
     }
     let mut frame = SkbFrame::<ETH_LEN>::new(&context, protocol == ETH_P_IPV6);
     match outbound(&mut frame, &mut Maps, ifindex(&context)) {
-        Ok(Verdict::Send { peer }) => send(&context, peer),
+        Ok(Verdict::Send { peer }) => send(context.skb.skb, peer, protocol),
         Ok(Verdict::Local { ifindex, mac }) => {
             count(COUNT_LOCAL);
             deliver(&context, ifindex, mac, protocol, true)
@@ -48,31 +50,62 @@ pub fn tc_veth_ingress(context: TcContext) -> i32 {
     }
 }
 
-/// What peers send to this node.
+/// What peers send to this node bare.
 #[classifier]
 pub fn tc_uplink_ingress(context: TcContext) -> i32 {
-    const INNER: usize = size_of::<Outer>();
-
-    if protocol(&context) != ETH_P_IP {
-        return PASS;
+    match destination(&context) {
+        Some((port, config)) if port == config.tunnel_port => take_in::<BARE_LEN>(&context),
+        _ => PASS,
     }
-    let frame = SkbFrame::<INNER>::new(&context, false);
-    let Some(outer) = header_at::<Outer>(&context, 0) else { return PASS };
-    let Some(config) = Maps.config() else { return PASS };
-    let tunnel = outer.ip.version_ihl == 0x45
+}
+
+/// What peers send to this node framed. A program of its own: both would not fit on one stack.
+#[classifier]
+pub fn tc_framed_ingress(context: TcContext) -> i32 {
+    match destination(&context) {
+        Some((port, config)) if port == config.framed_port && port != [0, 0] => {}
+        _ => return PASS,
+    }
+    let whole = header_at::<Vxlan>(&context, BARE_LEN).is_some_and(|vxlan| *vxlan == Vxlan::OURS);
+    let Some(framed) = header_at::<Ethernet>(&context, FRAMED_ETHERNET).filter(|_| whole) else {
+        return dropped(DropReason::Malformed);
+    };
+    let action = if framed.protocol == FRAMED_CONTROL { PASS } else { take_in::<FRAMED_LEN>(&context) };
+    if action == PASS { socket(context.skb.skb) } else { action }
+}
+
+/// What comes out of the device that only makes the kernel join framed packets: nobody has addressed the host there.
+#[classifier]
+pub fn tc_framing_ingress(_: TcContext) -> i32 {
+    dropped(DropReason::NotOurs)
+}
+
+/// The port of a whole UDP datagram to this node.
+#[inline(always)]
+fn destination(context: &TcContext) -> Option<([u8; 2], &'static Config)> {
+    if protocol(context) != ETH_P_IP {
+        return None;
+    }
+    let outer = header_at::<Outer>(context, ETH_LEN)?;
+    let config = Maps.config()?;
+    let ours = outer.ip.version_ihl == 0x45
         && outer.ip.protocol == UDP
         && outer.ip.fragment[0] & 0x3f == 0
         && outer.ip.fragment[1] == 0
-        && outer.udp.destination == config.tunnel_port
         && outer.ip.destination == config.node.v4_bytes();
-    if !tunnel {
-        return PASS;
-    }
+    ours.then_some((outer.udp.destination, config))
+}
+
+/// Takes in the packet that begins after `INNER` bytes.
+#[inline(always)]
+fn take_in<const INNER: usize>(context: &TcContext) -> i32 {
+    let Some(outer) = header_at::<Outer>(context, ETH_LEN) else { return PASS };
     let source = Addr::v4(outer.ip.source);
     let datagram_len = u16::from_be_bytes(outer.udp.len);
     // `tunnel::push` writes none, a socket always does.
-    let mut frame = frame.complete(outer.udp.checksum != [0, 0]);
-    let (inner_protocol, inner_len) = match header_at::<[u8; 6]>(&context, INNER) {
+    let complete = outer.udp.checksum != [0, 0];
+    let mut frame = SkbFrame::<INNER>::new(context, false).complete(complete);
+    let (inner_protocol, inner_len) = match header_at::<[u8; 6]>(context, INNER) {
         Some([first, _, a, b, ..]) if *first >> 4 == 4 => (ETH_P_IP, u16::from_be_bytes([*a, *b])),
         Some([first, _, _, _, a, b]) if *first >> 4 == 6 => {
             (ETH_P_IPV6, u16::from_be_bytes([*a, *b]).wrapping_add(size_of::<Ipv6>() as u16))
@@ -81,16 +114,18 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
         _ => return PASS,
     };
     // Several datagrams in one buffer, as a sender's UDP_SEGMENT or a card's UDP GRO leaves them: the socket takes them apart. Lengths
-    // wrap together where the super-packet of one connection is as large as can be.
-    if datagram_len != inner_len.wrapping_add(size_of::<Udp>() as u16) {
+    // wrap together where the super-packet of one connection is as large as can be. The kernel leaves the outer length of what it has
+    // joined as it was, and so does a card's.
+    let whole = datagram_len == inner_len.wrapping_add((INNER - BARE_LEN + size_of::<Udp>()) as u16);
+    if !whole && INNER == BARE_LEN {
         count(COUNT_SLOW);
         return PASS;
     }
     match inbound(&mut frame, &mut Maps, &source) {
         Ok(Verdict::Local { ifindex, mac }) => {
             count(COUNT_RECEIVED);
-            match pop(&context, inner_protocol == ETH_P_IPV6) {
-                Ok(known) => deliver(&context, ifindex, mac, inner_protocol, known),
+            match pop(context, INNER - ETH_LEN, inner_protocol == ETH_P_IPV6) {
+                Ok(known) => deliver(context, ifindex, mac, inner_protocol, known),
                 Err(_) => dropped(DropReason::Tunnel),
             }
         }
@@ -104,11 +139,23 @@ pub fn tc_uplink_ingress(context: TcContext) -> i32 {
     }
 }
 
-#[inline(always)]
-fn send(context: &TcContext, number: u32) -> i32 {
+/// A framed datagram, for the socket that takes bare ones.
+#[inline(never)]
+fn socket(skb: *mut __sk_buff) -> i32 {
+    let Some(config) = Maps.config() else { return PASS };
+    match unframe(&TcContext::new(skb), config.tunnel_port) {
+        Ok(()) => PASS,
+        Err(_) => dropped(DropReason::Tunnel),
+    }
+}
+
+/// Not in line with the law, so that it has the stack to itself.
+#[inline(never)]
+fn send(skb: *mut __sk_buff, number: u32, protocol: [u8; 2]) -> i32 {
+    let context = &TcContext::new(skb);
     let Some(peer) = Maps.peer(number) else { return dropped(DropReason::NoInstance) };
     let macs = next_hop(context, number, peer);
-    if push(context, peer, macs).is_err() {
+    if push(context, peer, macs, protocol).is_err() {
         return dropped(DropReason::Tunnel);
     }
     count(COUNT_SENT);
@@ -123,10 +170,10 @@ fn send(context: &TcContext, number: u32) -> i32 {
 
 /// Straight into the instance's namespace. `known`: the buffer's protocol is right, so it need not pass the device again.
 #[inline(always)]
-fn deliver(context: &TcContext, ifindex: u32, mac: [u8; 6], protocol: [u8; 2], known: bool) -> i32 {
+fn deliver(context: &TcContext, ifindex: u32, mac: Mac, protocol: [u8; 2], known: bool) -> i32 {
     let Some(config) = Maps.config() else { return dropped(DropReason::NotOurs) };
     let Some(ethernet) = header_at::<Ethernet>(context, 0) else { return dropped(DropReason::Malformed) };
-    *ethernet = Ethernet { destination: mac, source: config.gateway_mac, protocol };
+    *ethernet = Ethernet { macs: Macs { destination: mac, source: config.gateway_mac }, protocol };
     if known {
         // SAFETY: plain numbers.
         unsafe { bpf_redirect_peer(ifindex, 0) as i32 }

@@ -118,11 +118,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+    fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool {
         if new && !open(flow) {
             return false;
         }
-        FLOWS.insert(key, Flow { seen: now(), ..*flow }, 0).is_ok()
+        flow.seen = now();
+        // By reference, or a copy would need its room on the stack.
+        let row: &Flow = flow;
+        FLOWS.insert(key, row, 0).is_ok()
     }
 
     #[inline(always)]

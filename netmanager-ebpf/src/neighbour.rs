@@ -1,14 +1,15 @@
 //! The link address of the next hop to a peer: asked of the kernel's routes and neighbours now and then, in between remembered.
 
 use aya_ebpf::bindings::{
-    BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup as FibLookup, bpf_fib_lookup__bindgen_ty_3 as FibSource,
+    __sk_buff, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup as FibLookup, bpf_fib_lookup__bindgen_ty_3 as FibSource,
     bpf_fib_lookup__bindgen_ty_4 as FibDestination,
 };
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_jiffies64};
 use aya_ebpf::programs::TcContext;
-use netmanager_common::abi::{Macs, Neighbour, Peer};
+use netmanager_common::abi::{Mac, Macs, Neighbour, Peer};
+use netmanager_common::pipeline::Tables as _;
 
-use crate::maps::neighbour;
+use crate::maps::{Maps, neighbour};
 
 const AF_INET: u8 = 2;
 /// Jiffies for which an answer is trusted: a quarter of a second up to two and a half, by the kernel's clock rate.
@@ -26,18 +27,17 @@ pub fn next_hop(context: &TcContext, number: u32, peer: &Peer) -> Option<Macs> {
     if known.host == peer.host.v4_bytes() && (known.until.wrapping_sub(now) as i32) > 0 {
         return known.found().then_some(known.macs);
     }
-    let fresh = Neighbour {
-        host: peer.host.v4_bytes(),
-        until: now.wrapping_add(TRUST),
-        macs: ask(context, peer).unwrap_or_default(),
-    };
+    let mut fresh = Neighbour { host: peer.host.v4_bytes(), until: now.wrapping_add(TRUST), macs: Macs::default() };
+    ask(context.skb.skb, number, &mut fresh.macs);
     // SAFETY: as above.
     unsafe { *row = fresh };
     None
 }
 
-#[inline(always)]
-fn ask(context: &TcContext, peer: &Peer) -> Option<Macs> {
+/// A function of its own: its parameter block would not fit on the stack with all the rest.
+#[inline(never)]
+fn ask(skb: *mut __sk_buff, number: u32, answer: &mut Macs) {
+    let Some(peer) = Maps.peer(number) else { return };
     // SAFETY: integers, arrays and unions of them: all zero is a value.
     let mut question: FibLookup = unsafe { core::mem::zeroed() };
     question.family = AF_INET;
@@ -45,10 +45,11 @@ fn ask(context: &TcContext, peer: &Peer) -> Option<Macs> {
     question.__bindgen_anon_3 = FibSource { ipv4_src: u32::from_ne_bytes(peer.source.v4_bytes()) };
     question.__bindgen_anon_4 = FibDestination { ipv4_dst: u32::from_ne_bytes(peer.host.v4_bytes()) };
     // SAFETY: a valid context, and a parameter block of the length that is given.
-    let answer = unsafe {
+    let found = unsafe {
         let len = size_of::<FibLookup>() as i32;
-        bpf_fib_lookup(context.skb.skb.cast(), &raw mut question, len, BPF_FIB_LOOKUP_OUTPUT)
+        bpf_fib_lookup(skb.cast(), &raw mut question, len, BPF_FIB_LOOKUP_OUTPUT)
     };
-    let usable = answer == 0 && question.ifindex == peer.ifindex;
-    usable.then_some(Macs { destination: question.dmac, source: question.smac })
+    if found == 0 && question.ifindex == peer.ifindex {
+        *answer = Macs { destination: Mac(question.dmac), source: Mac(question.smac) };
+    }
 }

@@ -1,8 +1,9 @@
 //! A packet in a socket buffer, as the law sees it. With `tunnel.rs`, the only file with packet pointers.
 
 use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
-use aya_ebpf::helpers::{bpf_csum_diff, bpf_l4_csum_replace};
+use aya_ebpf::helpers::bpf_l4_csum_replace;
 use aya_ebpf::programs::TcContext;
+use netmanager_common::checksum::Change;
 use netmanager_common::frame::{Frame, Header, mend};
 
 pub const ETH_LEN: usize = 14;
@@ -49,20 +50,17 @@ impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
     }
 
     #[inline(always)]
-    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
+    fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()> {
         if self.complete {
             let field: &mut [u8; 2] = header_at(self.context, BASE + offset)?;
-            mend(field, udp, old, new);
+            mend(field, udp, change);
             return Some(());
         }
         let flags = u64::from(BPF_F_PSEUDO_HDR) | if udp { u64::from(BPF_F_MARK_MANGLED_0) } else { 0 };
-        // SAFETY: both arrays are N bytes on the stack, N a multiple of 4.
-        let difference = unsafe {
-            bpf_csum_diff(old.as_ptr().cast_mut().cast(), N as u32, new.as_ptr().cast_mut().cast(), N as u32, 0)
-        };
         // SAFETY: a valid context; the helper checks the offset against the packet.
-        let result =
-            unsafe { bpf_l4_csum_replace(self.context.skb.skb, (BASE + offset) as u32, 0, difference as u64, flags) };
+        let result = unsafe {
+            bpf_l4_csum_replace(self.context.skb.skb, (BASE + offset) as u32, 0, change.wsum().into(), flags)
+        };
         (result == 0).then_some(())
     }
 }

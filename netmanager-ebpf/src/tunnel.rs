@@ -1,4 +1,5 @@
-//! Puts the outer IPv4 and UDP header on a packet and takes it off: bare IP in UDP, as the reference system speaks it.
+//! Puts the outer headers on a packet and takes them off: bare IP in UDP, as the reference system speaks it, or framed as VXLAN for
+//! nodes of ours, whose kernels can then join the packets of a stream before anybody looks at them.
 
 use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
@@ -6,51 +7,72 @@ use aya_ebpf::bindings::{
 };
 use aya_ebpf::helpers::bpf_get_hash_recalc;
 use aya_ebpf::programs::TcContext;
-use netmanager_common::OUTER_LEN_V4;
 use netmanager_common::abi::{Macs, Peer};
 use netmanager_common::checksum;
-use netmanager_common::frame::{Ipv4, UDP, Udp};
+use netmanager_common::frame::{FRAMED_MACS, Ipv4, UDP, Udp, Vxlan};
+use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4};
 
 use crate::skb::{ETH_LEN, ETH_P_IP, header_at};
 
-#[repr(C)]
+#[repr(C, align(2))]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    pub destination: [u8; 6],
-    pub source: [u8; 6],
+    pub macs: Macs,
     pub protocol: [u8; 2],
 }
 
-/// Everything before the inner packet on the wire.
+/// What is between the Ethernet header and a bare inner packet.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Outer {
-    pub ethernet: Ethernet,
     pub ip: Ipv4,
     pub udp: Udp,
 }
+
+/// Where a bare inner packet begins.
+pub const BARE_LEN: usize = ETH_LEN + size_of::<Outer>();
+
+/// Where the Ethernet header in framing is, and the packet after it.
+pub const FRAMED_ETHERNET: usize = BARE_LEN + size_of::<Vxlan>();
+pub const FRAMED_LEN: usize = FRAMED_ETHERNET + ETH_LEN;
+const _: () = assert!(FRAMED_LEN - BARE_LEN == FRAMING_LEN);
+
+/// `BPF_F_ADJ_ROOM_ENCAP_L2(14)` and what says that it is Ethernet; kernels before 5.14 do not know the latter.
+const ENCAP_L2: u64 = 14 << 56;
+const ENCAP_L2_ETH: u64 = 1 << 6;
 
 /// The packet could not be resized.
 pub struct Unfit;
 
 /// Wraps the packet for `peer`. Without `macs` they are left to the neighbour table.
 #[inline(always)]
-pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>) -> Result<(), Unfit> {
+pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8; 2]) -> Result<(), Unfit> {
+    let framed = peer.framed_port != [0, 0];
     // SAFETY: a valid context.
     let hash = unsafe { bpf_get_hash_recalc(context.skb.skb) };
     let inner_len = context.len() as usize - ETH_LEN;
-    let flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
-    context.skb.adjust_room(OUTER_LEN_V4 as i32, BPF_ADJ_ROOM_MAC, u64::from(flags)).map_err(|_| Unfit)?;
+    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
+    let (room, flags, port) = if framed {
+        (OUTER_LEN_V4 + FRAMING_LEN, flags | ENCAP_L2 | ENCAP_L2_ETH, peer.framed_port)
+    } else {
+        (OUTER_LEN_V4, flags, peer.port)
+    };
+    context.skb.adjust_room(room as i32, BPF_ADJ_ROOM_MAC, flags).map_err(|_| Unfit)?;
 
-    let outer: &mut Outer = header_at(context, 0).ok_or(Unfit)?;
-    outer.ethernet.protocol = ETH_P_IP;
-    if let Some(macs) = macs {
-        (outer.ethernet.destination, outer.ethernet.source) = (macs.destination, macs.source);
+    if framed {
+        *header_at(context, BARE_LEN).ok_or(Unfit)? = Vxlan::OURS;
+        *header_at(context, FRAMED_ETHERNET).ok_or(Unfit)? = Ethernet { macs: FRAMED_MACS, protocol };
     }
+    let ethernet: &mut Ethernet = header_at(context, 0).ok_or(Unfit)?;
+    ethernet.protocol = ETH_P_IP;
+    if let Some(macs) = macs {
+        ethernet.macs = macs;
+    }
+    let outer: &mut Outer = header_at(context, ETH_LEN).ok_or(Unfit)?;
     outer.ip = Ipv4 {
         version_ihl: 0x45,
         tos: 0,
-        total_len: ((inner_len + OUTER_LEN_V4) as u16).to_be_bytes(),
+        total_len: ((inner_len + room) as u16).to_be_bytes(),
         id: [0; 2],
         fragment: [0x40, 0],
         ttl: 64,
@@ -63,18 +85,33 @@ pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>) -> Result<(), 
     outer.udp = Udp {
         // The upper quarter of the ports, by flow: so that receivers and links spread flows, not packets.
         source: (0xc000 | (hash as u16 & 0x3fff)).to_be_bytes(),
-        destination: peer.port,
-        len: ((inner_len + size_of::<Udp>()) as u16).to_be_bytes(),
+        destination: port,
+        len: ((inner_len + room - size_of::<Ipv4>()) as u16).to_be_bytes(),
         checksum: [0; 2],
     };
     Ok(())
 }
 
-/// Unwraps the packet. `v6`: the inner packet is IPv6. True where the buffer now knows its own protocol; kernels before 6.3
+/// Takes the framing out of a datagram and leaves the rest to the tunnel's socket, which gets it as if it had come bare.
+#[inline(always)]
+pub fn unframe(context: &TcContext, tunnel_port: [u8; 2]) -> Result<(), Unfit> {
+    let mut outer = *header_at::<Outer>(context, ETH_LEN).ok_or(Unfit)?;
+    let len = u16::from_be_bytes(outer.udp.len).wrapping_sub(FRAMING_LEN as u16);
+    let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
+    context.skb.adjust_room(-(FRAMING_LEN as i32), BPF_ADJ_ROOM_MAC, flags).map_err(|_| Unfit)?;
+    outer.udp = Udp { destination: tunnel_port, len: len.to_be_bytes(), checksum: [0; 2], ..outer.udp };
+    outer.ip.total_len = len.wrapping_add(size_of::<Ipv4>() as u16).to_be_bytes();
+    outer.ip.checksum = [0; 2];
+    outer.ip.checksum = header_checksum(&outer.ip);
+    *header_at(context, ETH_LEN).ok_or(Unfit)? = outer;
+    Ok(())
+}
+
+/// Unwraps the packet, `len` bytes of headers. `v6`: the inner packet is IPv6. True where the buffer now knows its own protocol; kernels before 6.3
 /// cannot be told that it changed, and then only a real transmission sets it right.
 #[inline(always)]
-pub fn pop(context: &TcContext, v6: bool) -> Result<bool, Unfit> {
-    let len = -(OUTER_LEN_V4 as i32);
+pub fn pop(context: &TcContext, len: usize, v6: bool) -> Result<bool, Unfit> {
+    let len = -(len as i32);
     if !v6 {
         let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO);
         return context.skb.adjust_room(len, BPF_ADJ_ROOM_MAC, flags).map(|()| true).map_err(|_| Unfit);

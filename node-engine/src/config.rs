@@ -65,6 +65,8 @@ pub struct NetworkConfig {
     pub bpffs: PathBuf,
     /// Accept tunnel packets whose outer source is not the known address of the inner source's node (NAT in between).
     pub relax_source: bool,
+    /// Frame packets between nodes of ours (as VXLAN, on the port after the tunnel's), so that the receiving kernel can join them.
+    pub framing: bool,
 }
 
 impl Default for NetworkConfig {
@@ -80,6 +82,7 @@ impl Default for NetworkConfig {
             service_v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16),
             bpffs: "/sys/fs/bpf".into(),
             relax_source: false,
+            framing: true,
         }
     }
 }

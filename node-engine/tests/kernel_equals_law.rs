@@ -35,6 +35,19 @@ fn every_case_is_decided_as_the_law_says() {
     }
 }
 
+/// What loading costs a node at its start, and how near the kernel's limit of a million is.
+#[test]
+#[ignore = "needs root"]
+fn programs_are_cheap_to_verify() {
+    let kernel = Kernel::load(&World::sample());
+    for (name, program) in kernel.ebpf.programs() {
+        let info = program.info().expect("the program is loaded");
+        let (verified, jited) = (info.verified_instruction_count().unwrap_or(0), info.size_jitted());
+        println!("{name}: {verified} instructions verified, {jited} bytes of machine code");
+        assert!(verified < 150_000, "{name}: {verified}");
+    }
+}
+
 #[test]
 #[ignore = "needs root"]
 fn random_frames_are_decided_as_the_law_says() {
@@ -128,7 +141,7 @@ fn expectation(world: &World, verdict: Result<Verdict, DropReason>, after: &[u8]
         Err(_) => (DROPPED, Vec::new()),
         Ok(Verdict::Pass | Verdict::Slow(_)) => (PASS, arrived.to_vec()),
         Ok(Verdict::Local { mac, .. }) => {
-            let mut frame = [mac, GATEWAY_MAC].concat();
+            let mut frame = [mac.0, GATEWAY_MAC.0].concat();
             frame.extend(ethertype(after));
             frame.extend(after);
             (REDIRECTED, frame)
@@ -186,7 +199,7 @@ impl Kernel {
         let pick = u64::from(world.pick) + 1;
         let mut ebpf =
             EbpfLoader::new().override_global("FIXED_PICK", &pick, true).load(&object).expect("the object loads");
-        for name in ["tc_veth_ingress", "tc_uplink_ingress"] {
+        for name in ["tc_veth_ingress", "tc_uplink_ingress", "tc_framed_ingress", "tc_framing_ingress"] {
             let program: &mut SchedClassifier =
                 ebpf.program_mut(name).expect("the program is there").try_into().expect("a classifier");
             program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));

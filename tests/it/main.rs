@@ -25,6 +25,7 @@ mod bad_input;
 mod balance;
 mod deploy;
 mod edges;
+mod framing;
 mod generations;
 mod ground;
 mod miss;

@@ -143,6 +143,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         set: |draft, text| truth(text).map(|relax| draft.config.network.relax_source = relax),
     },
     Setting {
+        key: "network.framing",
+        environment: &["NODE_ENGINE_FRAMING"],
+        set: |draft, text| truth(text).map(|framing| draft.config.network.framing = framing),
+    },
+    Setting {
         key: "runtime.docker_host",
         environment: &["NODE_ENGINE_DOCKER_HOST"],
         set: |draft, text| docker_host(text).map(|host| draft.config.runtime.docker_host = Some(host)),

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use futures_util::FutureExt;
+use netmanager_common::framed_port;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior};
@@ -20,6 +21,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use super::connect::{Made, Step};
 use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
 use super::datapath::{self, Datapath, DatapathError, Event as DatapathEvent, FlowRow, TableDelta, Underlay};
+use super::framing;
 use super::lease::Leases;
 use super::link::{Bridge, LinkError, Links, Route, Veth};
 use super::naming::{self, Asked, Gateway, Naming};
@@ -84,6 +86,7 @@ struct Actor {
     datapath: Arc<dyn Datapath>,
     reason: String,
     uplink: Route,
+    framed_port: Option<u16>,
     began: Instant,
     outbox: Outbox,
     work: JoinSet<Answer>,
@@ -137,10 +140,13 @@ pub(super) async fn start(
     let lease_file = setup.run_dir.join("leases");
     let remains = remains(&lease_file, &links, chosen.datapath.as_ref()).await?;
     links.adopt(&known_veths(&remains));
+    let port = framed_port(config.tunnel_port).filter(|_| config.framing);
+    let framed_port = framing::begin(&links, chosen.datapath.as_ref(), port, uplink.source).await;
     let settings = Settings {
         nets: ServiceNets { v4: config.service_v4, v6: config.service_v6 },
         tunnel_port: config.tunnel_port,
         relax_source: config.relax_source,
+        framed_port,
         address: config.public_ip.unwrap_or(uplink.source),
         uplink: way(&uplink),
         subnet: setup.subnet.clone(),
@@ -152,6 +158,7 @@ pub(super) async fn start(
         uplink = uplink.interface,
         address = %settings.address,
         mtu,
+        framed_port,
         "the overlay carries"
     );
     let (core, effects) = Core::new(settings, remains);
@@ -163,6 +170,7 @@ pub(super) async fn start(
         datapath: chosen.datapath,
         reason: chosen.reason,
         uplink,
+        framed_port,
         began: Instant::now(),
         outbox: Outbox::default(),
         work: JoinSet::new(),
@@ -222,7 +230,15 @@ async fn remains(file: &std::path::Path, links: &Links, datapath: &dyn Datapath)
 }
 
 /// Puts back whatever is missing, and says which veths are there.
-async fn upkeep(links: Arc<Links>, subnet: Subnet) -> Result<(Bridge, Vec<(InstanceId, u32)>), String> {
+async fn upkeep(
+    links: Arc<Links>,
+    datapath: Arc<dyn Datapath>,
+    framed_port: Option<u16>,
+    subnet: Subnet,
+) -> Result<(Bridge, Vec<(InstanceId, u32)>), String> {
+    if let Some(port) = framed_port {
+        framing::keep(&links, datapath.as_ref(), port).await?;
+    }
     let work = async {
         let bridge = links.ensure_bridge(subnet).await?;
         links.ensure_tun_routes(TUN_V4, TUN_V6).await?;
@@ -431,7 +447,7 @@ impl Actor {
                 let work = async move { links.publish(subnet, &ports).await.map_err(|error| error.to_string()) };
                 self.spawn(work, Event::Published);
             }
-            Effect::Upkeep(subnet) => self.spawn(upkeep(links, subnet), Event::Kept),
+            Effect::Upkeep(subnet) => self.spawn(upkeep(links, datapath, self.framed_port, subnet), Event::Kept),
             Effect::FindUplink => self.look_for_uplink(),
             Effect::FindWays(hosts) => {
                 let work = async move {

@@ -10,12 +10,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, PEER_OURS};
+use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, Mac, PEER_OURS, Peer};
 use netmanager_common::addr::Addr;
 
 use super::connect::{Made, Member, Step};
 use super::datapath::{Event as DatapathEvent, Port, Snapshot, TableDelta};
-use super::hello::{Greetings, Outcome as Greeting};
+use super::hello::{Greetings, Known, Outcome as Greeting};
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
@@ -123,6 +123,8 @@ pub(super) struct Settings {
     pub(super) nets: ServiceNets,
     pub(super) tunnel_port: u16,
     pub(super) relax_source: bool,
+    /// Where the datapath takes framed packets; `None`: it takes and sends none.
+    pub(super) framed_port: Option<u16>,
     /// This node's address towards its peers, and the way there.
     pub(super) address: IpAddr,
     pub(super) uplink: Way,
@@ -193,7 +195,7 @@ impl Core {
             members: BTreeMap::new(),
             table: ServiceTable::new(settings.nets, host),
             interests: Interests::new(),
-            greetings: Greetings::new(settings.seed),
+            greetings: Greetings::new(settings.seed, settings.framed_port),
             held: BTreeSet::new(),
             bridge: None,
             upkeep: None,
@@ -278,13 +280,9 @@ impl Core {
         let Remains { leases, veths, snapshot } = remains;
         let delta = self.table.adopt(&snapshot);
         self.project(delta, out);
-        let adopted: Vec<(u32, Addr, u16, bool)> = self
-            .table
-            .peers()
-            .map(|(number, peer)| (number, peer.host, u16::from_be_bytes(peer.port), peer.flags & PEER_OURS != 0))
-            .collect();
-        for (number, host, port, ours) in adopted {
-            self.meet(number, host, port, ours, out);
+        let adopted: Vec<(u32, Peer)> = self.table.peers().map(|(number, peer)| (number, *peer)).collect();
+        for (number, peer) in adopted {
+            self.meet(number, &peer, out);
         }
         let delta = self.table.set_uplink(self.settings.uplink);
         self.project(delta, out);
@@ -569,8 +567,10 @@ impl Core {
             service_v6_mask: Addr::v6((u128::MAX.checked_shl(128 - u32::from(v6.1)).unwrap_or(0)).to_be_bytes()),
             // Behind a NAT peers know another address than the one their packets arrive at.
             node: self.settings.uplink.source,
-            gateway_mac,
+            gateway_mac: Mac(gateway_mac),
             tunnel_port: self.settings.tunnel_port.to_be_bytes(),
+            framed_port: self.settings.framed_port.unwrap_or(0).to_be_bytes(),
+            _pad: [0; 2],
             slow_ifindex: 0,
             flags: if self.settings.relax_source { CONFIG_RELAX_SOURCE } else { 0 },
             // The table's to count.
@@ -607,7 +607,7 @@ impl Core {
             if peer.host.is_none() {
                 self.greetings.forget(number);
             } else {
-                self.meet(number, peer.host, u16::from_be_bytes(peer.port), peer.flags & PEER_OURS != 0, out);
+                self.meet(number, &peer, out);
             }
         }
         self.greet_who_is_due(out);
@@ -617,10 +617,15 @@ impl Core {
         }
     }
 
-    fn meet(&mut self, number: u32, host: Addr, port: u16, ours: bool, out: &mut Vec<Effect>) {
-        self.greetings.learn(number, SocketAddr::new(host.into(), port), ours, self.now);
-        if self.ways.insert(host) {
-            out.push(Effect::FindWays(vec![host.into()]));
+    fn meet(&mut self, number: u32, peer: &Peer, out: &mut Vec<Effect>) {
+        let known = Known {
+            ours: peer.flags & PEER_OURS != 0,
+            framed_port: Some(u16::from_be_bytes(peer.framed_port)).filter(|port| *port != 0),
+        };
+        let to = SocketAddr::new(peer.host.into(), u16::from_be_bytes(peer.port));
+        self.greetings.learn(number, to, known, self.now);
+        if self.ways.insert(peer.host) {
+            out.push(Effect::FindWays(vec![peer.host.into()]));
         }
     }
 
@@ -635,6 +640,10 @@ impl Core {
                 Greeting::Send { to, payload } => out.push(Effect::SendControl(to, payload)),
                 Greeting::Ours { peer, ours } => {
                     let delta = self.table.set_ours(peer, ours);
+                    self.project(delta, out);
+                }
+                Greeting::Framed { peer, port } => {
+                    let delta = self.table.set_framed(peer, port);
                     self.project(delta, out);
                 }
             }

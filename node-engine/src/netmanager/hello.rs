@@ -12,12 +12,20 @@
 //! | 4–7 | capabilities of the sender, bits of `CAPABILITY_*` |
 //! | 8–15 | token: chosen by who says hello, repeated in the answer |
 //! | 16– | options: type, length of the value, value; unknown types are skipped |
+//!
+//! | option | value |
+//! |---|---|
+//! | 1 | the port on which the sender takes framed packets, 2 bytes; 0: on none |
+//!
+//! A peer that offers a port gets framed packets once a hello in framing to that port was answered, so that a filter on the way costs
+//! nothing but a hello now and then; and bare ones again when such hellos remain without an answer.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::control_framing;
 
 /// Takes more than TCP and UDP.
 pub const CAPABILITY_ANY_PROTOCOL: u32 = 1;
@@ -37,6 +45,15 @@ const PERIOD: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(500);
 /// A peer that has not answered for so long is not known to be ours any more.
 const SILENCE: Duration = Duration::from_secs(3 * 60);
+
+/// The option with the port for framed packets.
+const OPTION_FRAMED: u8 = 1;
+/// A framed hello is repeated so long after the last that was answered,
+const FRAMED_PERIOD: Duration = Duration::from_secs(10);
+/// and so long after one that was not yet.
+const FRAMED_RETRY: Duration = Duration::from_millis(500);
+/// After so many without an answer packets travel bare.
+const FRAMED_TRIES: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -72,6 +89,18 @@ pub enum DecodeError {
 impl Hello {
     fn new(kind: Kind, token: u64) -> Self {
         Self { kind, capabilities: CAPABILITIES, token, options: Vec::new() }
+    }
+
+    /// Says on which port its sender takes framed packets.
+    fn offering(mut self, framed_port: Option<u16>) -> Self {
+        self.options.push((OPTION_FRAMED, framed_port.unwrap_or(0).to_be_bytes().to_vec()));
+        self
+    }
+
+    /// The port on which the sender takes framed packets.
+    fn framed_port(&self) -> Option<u16> {
+        let (_, value) = self.options.iter().find(|(option, _)| *option == OPTION_FRAMED)?;
+        <[u8; 2]>::try_from(&value[..]).ok().map(u16::from_be_bytes).filter(|port| *port != 0)
     }
 
     /// The datagram. Options longer than a byte can say are left out.
@@ -133,6 +162,8 @@ impl Hello {
 #[derive(Clone, Debug)]
 pub struct Greetings {
     secret: u64,
+    /// On which port this node takes framed packets. `None`: on none, and it sends none.
+    framed_port: Option<u16>,
     peers: BTreeMap<u32, Greeting>,
 }
 
@@ -148,6 +179,59 @@ struct Greeting {
     next: Duration,
     /// When silence began: the last answer, or the first hello.
     heard: Duration,
+    framing: Framing,
+}
+
+/// What is known of a peer's framing.
+#[derive(Clone, Debug)]
+struct Framing {
+    /// In framed hellos.
+    token: u64,
+    /// The port it has offered.
+    offered: Option<u16>,
+    /// A framed hello was answered: packets are sent framed.
+    agreed: bool,
+    /// Framed hellos since the last answer to one.
+    unanswered: usize,
+    next: Duration,
+}
+
+impl Framing {
+    /// What is due: a hello in framing, or the end of framing. Only an IPv4 underlay has it.
+    fn tick(&mut self, peer: u32, to: SocketAddr, own: Option<u16>, now: Duration) -> Option<Outcome> {
+        let (Some(offered), Some(own), true) = (self.offered, own, to.is_ipv4()) else { return self.end(peer) };
+        if now < self.next {
+            return None;
+        }
+        if self.unanswered >= FRAMED_TRIES {
+            self.unanswered = 0;
+            self.next = now + PERIOD;
+            return self.end(peer);
+        }
+        self.unanswered += 1;
+        self.next = now + FRAMED_RETRY;
+        let mut payload = control_framing().to_vec();
+        payload.extend(Hello::new(Kind::Hello, self.token).offering(Some(own)).encode());
+        Some(Outcome::Send { to: SocketAddr::new(to.ip(), offered), payload })
+    }
+
+    fn end(&mut self, peer: u32) -> Option<Outcome> {
+        std::mem::take(&mut self.agreed).then_some(Outcome::Framed { peer, port: None })
+    }
+
+    /// The peer has offered this, or nothing.
+    fn offer(&mut self, port: Option<u16>, now: Duration) {
+        if port != self.offered {
+            (self.offered, self.unanswered, self.next) = (port, 0, now);
+        }
+    }
+
+    /// A framed hello was answered.
+    fn answered(&mut self, peer: u32, now: Duration) -> Option<Outcome> {
+        (self.unanswered, self.next) = (0, now + FRAMED_PERIOD);
+        let news = self.offered.is_some() && !std::mem::replace(&mut self.agreed, self.offered.is_some());
+        news.then_some(Outcome::Framed { peer, port: self.offered })
+    }
 }
 
 /// What a greeting leads to.
@@ -162,23 +246,46 @@ pub enum Outcome {
         peer: u32,
         ours: bool,
     },
+    /// Packets to the peer are framed from now on, to this port; or bare.
+    Framed {
+        peer: u32,
+        port: Option<u16>,
+    },
+}
+
+/// What an earlier run knew of a peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    pub ours: bool,
+    pub framed_port: Option<u16>,
 }
 
 impl Greetings {
-    /// `secret` makes the tokens hard to guess; it is a random number of this run.
-    pub fn new(secret: u64) -> Self {
-        Self { secret, peers: BTreeMap::new() }
+    /// `secret` makes the tokens hard to guess; it is a random number of this run. `framed_port`: where this node takes framed packets.
+    pub fn new(secret: u64, framed_port: Option<u16>) -> Self {
+        Self { secret, framed_port, peers: BTreeMap::new() }
     }
 
-    /// A peer has this number and tunnel address. `ours` is what an earlier run knew of it. The first hello is due now.
-    pub fn learn(&mut self, peer: u32, to: SocketAddr, ours: bool, now: Duration) {
+    /// A peer has this number and tunnel address, and an earlier run knew this of it. The first hello is due now.
+    pub fn learn(&mut self, peer: u32, to: SocketAddr, known: Known, now: Duration) {
         if self.peers.get(&peer).is_some_and(|known| known.to == to) {
             return;
         }
-        self.secret = self.secret.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let token = scramble(self.secret);
-        let greeting = Greeting { to, token, ours, returned: None, unanswered: 0, next: now, heard: now };
+        let framing = Framing {
+            token: self.token(),
+            offered: known.framed_port,
+            agreed: known.framed_port.is_some(),
+            unanswered: 0,
+            next: now,
+        };
+        let (token, ours) = (self.token(), known.ours);
+        let greeting = Greeting { to, token, ours, returned: None, unanswered: 0, next: now, heard: now, framing };
         self.peers.insert(peer, greeting);
+    }
+
+    fn token(&mut self) -> u64 {
+        self.secret = self.secret.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        scramble(self.secret)
     }
 
     pub fn forget(&mut self, peer: u32) {
@@ -191,12 +298,14 @@ impl Greetings {
         for (&peer, greeting) in &mut self.peers {
             if greeting.ours && now.saturating_sub(greeting.heard) >= SILENCE {
                 greeting.ours = false;
+                greeting.framing.offer(None, now);
                 outcomes.push(Outcome::Ours { peer, ours: false });
             }
+            outcomes.extend(greeting.framing.tick(peer, greeting.to, self.framed_port, now));
             if greeting.next <= now {
                 greeting.next = now + RETRIES.get(greeting.unanswered).copied().unwrap_or(PERIOD);
                 greeting.unanswered += 1;
-                let payload = Hello::new(Kind::Hello, greeting.token).encode();
+                let payload = Hello::new(Kind::Hello, greeting.token).offering(self.framed_port).encode();
                 outcomes.push(Outcome::Send { to: greeting.to, payload });
             }
         }
@@ -211,22 +320,35 @@ impl Greetings {
         match hello.kind {
             Kind::Hello => {
                 let Some((_, greeting)) = known.next() else { return Vec::new() };
-                // Whoever says hello has just started, or has just heard of us: it will answer now.
-                if !greeting.ours && greeting.returned.is_none_or(|returned| now.saturating_sub(returned) >= PAUSE) {
+                // Whoever says hello has just started, or has just heard of us: it will answer now. And who offers something else
+                // than before is asked, as anybody may have said so in its name.
+                let news = !greeting.ours || hello.framed_port() != greeting.framing.offered;
+                if news && greeting.returned.is_none_or(|returned| now.saturating_sub(returned) >= PAUSE) {
                     greeting.returned = Some(now);
                     greeting.next = now;
                     greeting.unanswered = greeting.unanswered.min(1);
                 }
-                vec![Outcome::Send { to: from, payload: Hello::new(Kind::Answer, hello.token).encode() }]
+                let answer = Hello::new(Kind::Answer, hello.token);
+                let full = answer.clone().offering(self.framed_port).encode();
+                // No answer is longer than its question.
+                let answer = if full.len() <= payload.len() { full } else { answer.encode() };
+                vec![Outcome::Send { to: from, payload: answer }]
             }
             Kind::Answer => {
-                let Some((&peer, greeting)) = known.find(|(_, greeting)| greeting.token == hello.token) else {
+                let tokens = |greeting: &Greeting| [greeting.token, greeting.framing.token];
+                let Some((&peer, greeting)) = known.find(|(_, greeting)| tokens(greeting).contains(&hello.token))
+                else {
                     return Vec::new();
                 };
+                greeting.framing.offer(hello.framed_port(), now);
+                if hello.token == greeting.framing.token {
+                    return greeting.framing.answered(peer, now).into_iter().collect();
+                }
                 let news = !greeting.ours && hello.capabilities & CAPABILITY_ANY_PROTOCOL != 0;
                 greeting.ours |= news;
                 (greeting.unanswered, greeting.heard, greeting.next) = (0, now, now + PERIOD);
-                if news { vec![Outcome::Ours { peer, ours: true }] } else { Vec::new() }
+                let framing = greeting.framing.tick(peer, greeting.to, self.framed_port, now);
+                news.then_some(Outcome::Ours { peer, ours: true }).into_iter().chain(framing).collect()
             }
         }
     }
@@ -258,7 +380,7 @@ mod tests {
             .iter()
             .filter_map(|outcome| match outcome {
                 Outcome::Send { payload, .. } => Some(Hello::decode(payload).unwrap()),
-                Outcome::Ours { .. } => None,
+                Outcome::Ours { .. } | Outcome::Framed { .. } => None,
             })
             .collect()
     }
@@ -290,8 +412,8 @@ mod tests {
 
     #[test]
     fn peer_that_answers_is_ours_until_it_is_silent() {
-        let mut greetings = Greetings::new(1);
-        greetings.learn(4, peer(), false, at(0));
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
         let [hello] = &hellos(&greetings.tick(at(0)))[..] else { panic!("one hello") };
         let answer = Hello::new(Kind::Answer, hello.token).encode();
         assert_eq!(greetings.receive(peer(), &answer, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
@@ -308,27 +430,34 @@ mod tests {
 
     #[test]
     fn unanswered_hello_is_repeated_thrice_then_every_minute() {
-        let mut greetings = Greetings::new(1);
-        greetings.learn(4, peer(), false, at(0));
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
         let sent: Vec<u64> = (0..200).filter(|second| !greetings.tick(at(*second)).is_empty()).collect();
         assert_eq!(sent, [0, 1, 3, 7, 67, 127, 187]);
     }
 
     #[test]
     fn hello_is_answered_and_returned_by_who_had_given_up() {
-        let mut greetings = Greetings::new(1);
-        greetings.learn(4, peer(), false, at(0));
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
         (0..30).for_each(|second| drop(greetings.tick(at(second))));
         let from: SocketAddr = "[::ffff:192.0.2.2]:4000".parse().unwrap();
-        let outcomes = greetings.receive(from, &Hello::new(Kind::Hello, 77).encode(), at(30));
-        assert_eq!(outcomes, [Outcome::Send { to: from, payload: Hello::new(Kind::Answer, 77).encode() }]);
+        for options in [vec![], vec![(1, vec![0, 0])]] {
+            let hello = Hello { options, ..Hello::new(Kind::Hello, 77) };
+            let outcomes = greetings.receive(from, &hello.encode(), at(30));
+            let mut answer = Hello::new(Kind::Answer, 77);
+            if !hello.options.is_empty() {
+                answer = answer.offering(Some(50_104));
+            }
+            assert_eq!(outcomes, [Outcome::Send { to: from, payload: answer.encode() }], "no longer than the question");
+        }
         assert_eq!(hellos(&greetings.tick(at(30))).len(), 1);
     }
 
     #[test]
     fn hello_to_a_peer_that_knew_us_not_yet_is_said_again_when_it_does() {
-        let mut greetings = Greetings::new(1);
-        greetings.learn(4, peer(), false, at(0));
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
         assert_eq!(hellos(&greetings.tick(at(0))).len(), 1);
         let theirs = Hello::new(Kind::Hello, 77).encode();
         for (milliseconds, said) in [(10, 1), (20, 0), (509, 0), (510, 1), (511, 0)] {
@@ -338,10 +467,115 @@ mod tests {
         }
     }
 
+    /// What is said in framing, and where.
+    fn framed(outcomes: &[Outcome]) -> Vec<(SocketAddr, Hello)> {
+        let framed = |outcome: &Outcome| match outcome {
+            Outcome::Send { to, payload } => {
+                let hello = payload.strip_prefix(&control_framing()[..])?;
+                Some((*to, Hello::decode(hello).unwrap()))
+            }
+            _ => None,
+        };
+        outcomes.iter().filter_map(framed).collect()
+    }
+
+    /// A peer that has answered with an offer: the framed hello that follows, and the token of the bare ones.
+    fn offered(greetings: &mut Greetings) -> (Hello, u64) {
+        greetings.learn(4, peer(), Known::default(), at(0));
+        let token = hellos(&greetings.tick(at(0))).remove(0).token;
+        let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
+        let outcomes = greetings.receive(peer(), &answer, at(0));
+        let [(to, hello)] = &framed(&outcomes)[..] else { panic!("one framed hello: {outcomes:?}") };
+        assert_eq!((to.ip(), to.port(), hello.framed_port()), (peer().ip(), 4_789, Some(50_104)));
+        assert!(outcomes.contains(&Outcome::Ours { peer: 4, ours: true }));
+        (hello.clone(), token)
+    }
+
+    #[test]
+    fn peer_that_answers_in_framing_gets_framed_packets_until_it_does_no_more() {
+        let mut greetings = Greetings::new(1, Some(50_104));
+        let (hello, _) = offered(&mut greetings);
+        let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
+        assert_eq!(greetings.receive(peer(), &answer, at(0)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
+        assert_eq!(greetings.receive(peer(), &answer, at(0)), [], "no news twice");
+        for second in 1..50 {
+            let outcomes = greetings.tick(at(second));
+            assert_eq!(framed(&outcomes).len(), usize::from(second % 10 == 0), "{second}");
+            assert_eq!(outcomes.len(), framed(&outcomes).len());
+            if second % 10 == 0 {
+                assert_eq!(greetings.receive(peer(), &answer, at(second)), []);
+            }
+        }
+        let silent: Vec<Outcome> = (50..60).flat_map(|second| greetings.tick(at(second))).collect();
+        assert_eq!(framed(&silent).len(), FRAMED_TRIES);
+        assert!(silent.contains(&Outcome::Framed { peer: 4, port: None }), "a filter has come in between: {silent:?}");
+        assert_eq!(greetings.receive(peer(), &answer, at(70)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
+    }
+
+    #[test]
+    fn lost_framed_hellos_leave_packets_bare_and_are_tried_again() {
+        let mut greetings = Greetings::new(1, Some(50_104));
+        let (_, token) = offered(&mut greetings);
+        let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
+        let mut tries = 1;
+        for second in 1..200 {
+            let outcomes = greetings.tick(at(second));
+            assert!(!outcomes.iter().any(|outcome| matches!(outcome, Outcome::Framed { .. })), "{second}");
+            tries += framed(&outcomes).len();
+            if hellos_bare(&outcomes) {
+                greetings.receive(peer(), &answer, at(second));
+            }
+        }
+        assert!((12..=16).contains(&tries), "four a minute: {tries}");
+    }
+
+    fn hellos_bare(outcomes: &[Outcome]) -> bool {
+        outcomes.iter().any(|outcome| matches!(outcome, Outcome::Send { to, .. } if *to == peer()))
+    }
+
+    #[test]
+    fn peer_that_offers_no_more_gets_bare_packets_at_once() {
+        let mut greetings = Greetings::new(1, Some(50_104));
+        let (hello, token) = offered(&mut greetings);
+        let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
+        greetings.receive(peer(), &answer, at(0));
+
+        // It has come back without eBPF, says hello, and is asked whether that is true.
+        let theirs = Hello::new(Kind::Hello, 77).offering(None).encode();
+        let outcomes = greetings.receive(peer(), &theirs, at(5));
+        assert!(!outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "anybody may have said so");
+        assert!(hellos_bare(&greetings.tick(at(5))));
+        let answer = Hello::new(Kind::Answer, token).offering(None).encode();
+        assert_eq!(greetings.receive(peer(), &answer, at(5)), [Outcome::Framed { peer: 4, port: None }]);
+
+        // And with it again.
+        let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
+        let outcomes = greetings.receive(peer(), &answer, at(6));
+        assert_eq!(framed(&outcomes).len(), 1);
+    }
+
+    #[test]
+    fn who_takes_no_framed_packets_sends_none() {
+        let mut greetings = Greetings::new(1, None);
+        greetings.learn(4, peer(), Known { ours: true, framed_port: Some(4_789) }, at(0));
+        let outcomes = greetings.tick(at(0));
+        assert!(outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "what an earlier run has agreed on");
+        let token = hellos(&outcomes).remove(0).token;
+        let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
+        assert_eq!(greetings.receive(peer(), &answer, at(0)), []);
+
+        let v6: SocketAddr = "[2001:db8::2]:50103".parse().unwrap();
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, v6, Known::default(), at(0));
+        let token = hellos(&greetings.tick(at(0))).remove(0).token;
+        let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
+        assert_eq!(greetings.receive(v6, &answer, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
+    }
+
     #[test]
     fn strangers_and_forgers_get_nothing() {
-        let mut greetings = Greetings::new(1);
-        greetings.learn(4, peer(), false, at(0));
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
         let hello = hellos(&greetings.tick(at(0))).remove(0);
         let stranger: SocketAddr = "198.51.100.1:50103".parse().unwrap();
         assert_eq!(greetings.receive(stranger, &Hello::new(Kind::Hello, 1).encode(), at(1)), []);
@@ -368,8 +602,8 @@ mod tests {
             if magic {
                 bytes.splice(0..0, [0x9e, 0x6e, 1, 1]);
             }
-            let mut greetings = Greetings::new(1);
-            greetings.learn(4, peer(), false, at(0));
+            let mut greetings = Greetings::new(1, Some(50_104));
+            greetings.learn(4, peer(), Known::default(), at(0));
             for outcome in greetings.receive(peer(), &bytes, at(1)) {
                 if let Outcome::Send { payload, .. } = outcome {
                     prop_assert!(!payload.is_empty() && payload.len() <= bytes.len());

@@ -5,6 +5,7 @@ mod actor;
 mod connect;
 mod core;
 pub mod datapath;
+mod framing;
 pub mod hello;
 mod home;
 pub mod interest;
@@ -75,6 +76,7 @@ pub fn link_config(config: &NetworkConfig, run_dir: &Path, mtu: u32) -> link::Li
     link::LinkConfig {
         bridge: config.bridge.clone(),
         tun: config.tun.clone(),
+        framing: framing::DEVICE.into(),
         mtu,
         run_dir: run_dir.to_owned(),
         tunnel_port: config.tunnel_port,

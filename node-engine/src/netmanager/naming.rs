@@ -175,6 +175,7 @@ mod tests {
             nets: ServiceNets { v4: ([10, 30, 0, 0].into(), 16), v6: ("fdff::".parse().unwrap(), 16) },
             tunnel_port: 50_103,
             relax_source: false,
+            framed_port: None,
             address: [192, 0, 2, 1].into(),
             uplink: Way::default(),
             subnet: None,

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use netmanager_common::abi::PEER_OURS;
+use netmanager_common::abi::{PEER_OURS, Peer};
 
 use super::datapath::{self, FlowRow, Words};
 use crate::model::{InstanceId, ServiceName};
@@ -108,9 +108,9 @@ pub struct PeerView {
     pub slots: usize,
 }
 
-/// How packets to a peer with these flags are wrapped, in words.
-pub(super) fn framing(_flags: u32) -> &'static str {
-    "bare IP in UDP"
+/// How packets to a peer are wrapped, in words.
+pub(super) fn framing(peer: &Peer) -> &'static str {
+    if peer.framed_port == [0, 0] { "bare IP in UDP" } else { "VXLAN" }
 }
 
 pub(super) fn is_ours(flags: u32) -> bool {

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::process::Command;
@@ -11,8 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use netmanager_common::abi::{Config, Endpoint, Peer, Service, Slot};
+use netmanager_common::abi::{Config, Endpoint, Mac, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt};
 use node_engine::config::DatapathChoice;
 use node_engine::netmanager::datapath::{Chosen, Datapath, Event, Port, TableDelta, Underlay, choose, uninstall};
 use node_engine::netns::{self, Netns};
@@ -24,6 +26,7 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 const WIRE: &str = "wire";
 const BRIDGE: &str = "bridge";
 const TUN: &str = "tun";
+const FRAMING: &str = "framing";
 
 /// Policies of `netmanager_common::abi`, where the tests name them.
 pub use netmanager_common::abi::{POLICY_ANY, POLICY_INSTANCE};
@@ -149,6 +152,31 @@ impl Lab {
         delta
     }
 
+    /// Both nodes take framed packets and send them to each other.
+    pub async fn frame(&self) {
+        for node in &self.nodes {
+            let port = (TUNNEL_PORT + 1).to_string();
+            ip(&["-n", &node.name, "link", "add", FRAMING, "type", "vxlan", "external", "dstport", &port]);
+            let device = Port { name: FRAMING.into(), ifindex: link(&node.name, FRAMING).0 };
+            node.call(|datapath| async move { datapath.take_framed(&device).await })
+                .await
+                .expect("take framed packets");
+            ip(&["-n", &node.name, "link", "set", FRAMING, "up"]);
+        }
+        self.frame_peers().await;
+    }
+
+    /// As after every change of the peers' rows.
+    pub async fn frame_peers(&self) {
+        for (index, node) in self.nodes.iter().enumerate() {
+            let framed_port = (TUNNEL_PORT + 1).to_be_bytes();
+            let TableDelta { config, peers, .. } = self.base(index);
+            let config = config.map(|config| Config { framed_port, ..config });
+            let peers = peers.into_iter().map(|(number, peer)| (number, Peer { framed_port, ..peer })).collect();
+            node.apply(TableDelta { config, peers, ..TableDelta::default() }).await;
+        }
+    }
+
     /// Everything node `index` knows where the first instance of the second node is behind these services.
     pub fn full(&self, index: usize, services: [IpAddr; 2]) -> TableDelta {
         let mut full = self.base(index);
@@ -159,6 +187,33 @@ impl Lab {
             full.services.extend(service(address, id, 1, &[slot]).services);
         }
         full
+    }
+}
+
+/// What a node's wire brings, from now on, as far as the kernel keeps it.
+pub struct Sniffer(OwnedFd);
+
+impl Sniffer {
+    pub fn new(node: &Node) -> Self {
+        let open = || {
+            let flags = SockFlag::SOCK_NONBLOCK;
+            let sniffer = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthAll).expect("AF_PACKET");
+            setsockopt(&sniffer, sockopt::BindToDevice, &WIRE.into()).expect("bind to the wire");
+            sniffer
+        };
+        Self(node.netns().run(open).expect("enter the node's namespace"))
+    }
+
+    /// How many UDP datagrams over IPv4 have come for this port.
+    pub fn count(&self, port: u16) -> usize {
+        let mut frame = [0; 64];
+        let mut count = 0;
+        while let Ok(len) = recv(self.0.as_raw_fd(), &mut frame, MsgFlags::MSG_TRUNC) {
+            count += usize::from(
+                len > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == port.to_be_bytes(),
+            );
+        }
+        count
     }
 }
 
@@ -249,8 +304,10 @@ impl Node {
             service_v6: self.underlay.service_v6.0.into(),
             service_v6_mask: mask_v6.into(),
             node: self.address.into(),
-            gateway_mac: self.gateway_mac,
+            gateway_mac: Mac(self.gateway_mac),
             tunnel_port: TUNNEL_PORT.to_be_bytes(),
+            framed_port: [0; 2],
+            _pad: [0; 2],
             slow_ifindex: 0,
             flags: 0,
             epoch: 1,

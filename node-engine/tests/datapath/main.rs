@@ -14,13 +14,14 @@ use aya::programs::{SchedClassifier, TcAttachType};
 use netmanager_common::ABI_VERSION;
 use netmanager_common::abi::Endpoint;
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::control_framing;
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
 use nix::sys::time::{TimeVal, TimeValLike};
 use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
 use node_engine::netmanager::datapath::{DatapathError, Event, TableDelta, Underlay, choose, uninstall};
 use node_engine::netns::Netns;
 
-use self::lab::{Instance, Lab, Node, PATIENCE, TUNNEL_PORT, addr, blocking, service, until};
+use self::lab::{Instance, Lab, Node, PATIENCE, Sniffer, TUNNEL_PORT, addr, blocking, service, until};
 
 const SERVICES: [&str; 2] = ["10.30.50.2", "fdff:2000::1"];
 const PORT: u16 = 8080;
@@ -313,6 +314,50 @@ async fn a_restart_breaks_no_connection(choice: DatapathChoice) {
     }
 }
 
+/// What a bare packet does, a framed one does, too: both families, senders that are asked for first, control datagrams.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn framing_carries_what_bare_datagrams_do() {
+    let mut lab = Lab::new();
+    lab.start(Ebpf).await;
+    lab.frame().await;
+    let (client, server) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    let to = SocketAddr::new(SERVICES[0].parse().unwrap(), PORT);
+    lab.nodes[0].apply(service(to.ip(), 1, 1, &[1])).await;
+    {
+        let [server, client_socket] = [client_socket(server, PORT), client_socket(client, 0)];
+        client_socket.send_to(b"first", to).unwrap();
+        assert_eq!(lab.nodes[1].event().await, Event::UnknownService(client.instance[0].into()));
+        lab.nodes[1].apply(lab.instance_rows(1)).await;
+        let mut buffer = [0; 16];
+        let (len, from) = server.recv_from(&mut buffer).expect("the held packet was lost");
+        assert_eq!((&buffer[..len], from.ip()), (&b"first"[..], client.instance[0]));
+    }
+
+    fill(&lab).await;
+    lab.frame_peers().await;
+    for name in SERVICES {
+        let sniffers = [0, 1].map(|index| Sniffer::new(&lab.nodes[index]));
+        let to = SocketAddr::new(name.parse().unwrap(), PORT);
+        exchange(client, server, to).await;
+        for sniffer in sniffers {
+            assert!(sniffer.count(TUNNEL_PORT + 1) > 10);
+        }
+    }
+    let bare = Sniffer::new(&lab.nodes[1]);
+    exchange(client, server, to).await;
+    assert_eq!(bare.count(TUNNEL_PORT), 0, "nothing went bare");
+    let drops = lab.nodes[1].counters().await.into_iter().filter(|(name, _)| name.starts_with("drop_"));
+    assert_eq!(drops.filter(|(name, _)| name != "drop_not_service").collect::<Vec<_>>(), []);
+
+    let mut payload = control_framing().to_vec();
+    payload.extend(b"\x9e\x6eabc");
+    let to = SocketAddr::new(lab.nodes[1].address, TUNNEL_PORT + 1);
+    lab.nodes[0].call(move |datapath| async move { datapath.send_control(to, &payload).await }).await.unwrap();
+    let from = SocketAddr::new(lab.nodes[0].address, TUNNEL_PORT);
+    assert_eq!(lab.nodes[1].event().await, Event::Control { from, payload: b"\x9e\x6eabc".to_vec() });
+}
+
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root"]
 async fn detached_and_uninstalled_nothing_is_left() {
@@ -322,18 +367,18 @@ async fn detached_and_uninstalled_nothing_is_left() {
         let count = |name: &str| SchedClassifier::query_tcx(name, TcAttachType::Ingress).unwrap().1.len();
         node.netns().run(|| ["host1", "host2", "wire"].map(count)).unwrap()
     };
-    assert_eq!(attached(node), [1, 1, 1]);
+    assert_eq!(attached(node), [1, 1, 2], "bare and framed packets");
     node.attach_all().await;
-    assert_eq!(attached(node), [1, 1, 1], "attaching is repeatable");
+    assert_eq!(attached(node), [1, 1, 2], "attaching is repeatable");
     node.detach_all().await;
     node.detach_all().await;
     // The kernel frees an unpinned link a moment later.
-    until("detached programs are gone", || async { attached(node) == [0, 0, 1] }).await;
+    until("detached programs are gone", || async { attached(node) == [0, 0, 2] }).await;
     node.attach_all().await;
 
     lab.nodes[0].stop().await;
     let node = &lab.nodes[0];
-    assert_eq!(attached(node), [1, 1, 1], "programs outlive the daemon");
+    assert_eq!(attached(node), [1, 1, 2], "programs outlive the daemon");
     let pins = node.underlay.pin_dir.clone();
     assert!(pins.join(format!("v{ABI_VERSION}/maps/SERVICES")).exists());
     assert!(node.netns().run(|| uninstall(&pins)).unwrap().is_empty());

@@ -11,10 +11,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use node_engine::config::DatapathChoice;
 
 use load::{Case, Ends, measure};
-use overlay::Overlay;
+use overlay::{Kind, Overlay};
 use report::Report;
 use rig::{Rig, Wire};
 
@@ -86,7 +85,7 @@ pub fn run(plan: &Plan) -> Result<Report> {
 }
 
 fn modes(plan: &Plan, wire: Wire) -> Result<Vec<Mode>> {
-    const NAMES: [&str; 6] = ["direct", "routed", "vxlan", "vxlan+dnat", "ebpf", "tun"];
+    const NAMES: [&str; 7] = ["direct", "routed", "vxlan", "vxlan+dnat", "ebpf", "ebpf-bare", "tun"];
     let wanted = |name: &&str| plan.modes.is_empty() || plan.modes.iter().any(|mode| mode == name);
     let all = NAMES.into_iter().filter(wanted);
     all.map(|name| Mode::new(name, wire, plan.services).with_context(|| format!("cannot set up {name}"))).collect()
@@ -96,7 +95,7 @@ impl Mode {
     fn new(name: &'static str, wire: Wire, services: u32) -> Result<Self> {
         let mtu = if matches!(name, "direct" | "routed") { 1500 } else { 1450 };
         let rig = Rig::new(name, wire, mtu)?;
-        let overlay = |choice| Overlay::new(&rig, choice, services);
+        let overlay = |kind| Overlay::new(&rig, kind, services);
         let (target, overlay): (IpAddr, _) = match name {
             "direct" => (rig.direct(wire)?, None),
             "routed" => (rig.route()?, None),
@@ -106,8 +105,11 @@ impl Mode {
                 (rig.dnat(services)?, None)
             }
             ours => {
-                let choice = if ours == "tun" { DatapathChoice::Tun } else { DatapathChoice::Ebpf };
-                let overlay = overlay(choice)?;
+                let overlay = overlay(match ours {
+                    "tun" => Kind::Tun,
+                    "ebpf-bare" => Kind::Bare,
+                    _ => Kind::Framed,
+                })?;
                 (overlay.service(), Some(overlay))
             }
         };

@@ -8,9 +8,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use netmanager_common::TUNNEL_PORT;
-use netmanager_common::abi::{Config, Endpoint, PEER_OURS, POLICY_ANY, POLICY_INSTANCE, Peer, Service, Slot};
+use netmanager_common::abi::{Config, Endpoint, Mac, PEER_OURS, POLICY_ANY, POLICY_INSTANCE, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
+use netmanager_common::{TUNNEL_PORT, framed_port};
 use node_engine::config::DatapathChoice;
 use node_engine::netmanager::datapath::{self, Port, TableDelta, Underlay};
 use tokio::sync::oneshot;
@@ -18,10 +18,21 @@ use tokio::sync::oneshot;
 use super::rig::{BRIDGE, PORT, Rig, Side, UPLINK, ip};
 
 const TUN: &str = "tun0";
+const FRAMING: &str = "framing";
 /// Instance addresses of the two containers, and the address of the service that the second one is.
 const INSTANCES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 30, 0, 2), Ipv4Addr::new(10, 30, 0, 3)];
 const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 30, 50, 2);
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What kind of overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Programs in the kernel, packets framed: between nodes of ours.
+    Framed,
+    /// Programs in the kernel, bare packets: towards a node of the reference system.
+    Bare,
+    Tun,
+}
 
 /// Both nodes' datapaths, until dropped.
 #[derive(Debug)]
@@ -35,11 +46,11 @@ impl Overlay {
     ///
     /// # Errors
     /// Where the datapath does not start on this machine.
-    pub fn new(rig: &Rig, choice: DatapathChoice, services: u32) -> Result<Self> {
+    pub fn new(rig: &Rig, kind: Kind, services: u32) -> Result<Self> {
         let pins = std::env::temp_dir().join(format!("{}-pins", rig.sides[0].node));
         let mut overlay = Self { sides: Vec::new(), pins };
         for which in [0, 1] {
-            overlay.start(rig, which, choice, services)?;
+            overlay.start(rig, which, kind, services)?;
         }
         Ok(overlay)
     }
@@ -54,13 +65,13 @@ impl Overlay {
         INSTANCES[1].into()
     }
 
-    fn start(&mut self, rig: &Rig, which: usize, choice: DatapathChoice, services: u32) -> Result<()> {
+    fn start(&mut self, rig: &Rig, which: usize, kind: Kind, services: u32) -> Result<()> {
         let (side, other) = (rig.sides[which].clone(), rig.sides[1 - which].clone());
         let pins = self.pins.join(which.to_string());
         let (stop, stopped) = oneshot::channel();
         let (ready, started) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let result = run(&side, &other, which, choice, services, pins, stopped, &ready);
+            let result = run(&side, &other, which, kind, services, pins, stopped, &ready);
             if let Err(error) = result {
                 let _ = ready.send(Err(error));
             }
@@ -88,7 +99,7 @@ fn run(
     side: &Side,
     other: &Side,
     which: usize,
-    choice: DatapathChoice,
+    kind: Kind,
     services: u32,
     pins: PathBuf,
     stopped: oneshot::Receiver<()>,
@@ -99,11 +110,23 @@ fn run(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let underlay = underlay(side, pins)?;
+        let choice = if kind == Kind::Tun { DatapathChoice::Tun } else { DatapathChoice::Ebpf };
         let datapath = datapath::choose(choice, &underlay).await.map_err(|error| anyhow!("{error}"))?.datapath;
         let _ = ip(&["-n", &side.node, "link", "set", TUN, "up"]);
         let _ = ip(&["-n", &side.node, "route", "add", "10.30.0.0/16", "dev", TUN]);
         let port = Port { name: PORT.to_owned(), ifindex: ifindex(&side.node, PORT)? };
-        datapath.apply(&tables(side, other, which, services, &port)?).await.map_err(|error| anyhow!("{error}"))?;
+        let framed_port = framed_port(TUNNEL_PORT).filter(|_| kind == Kind::Framed);
+        if let Some(number) = framed_port {
+            let number = number.to_string();
+            ip(&["-n", &side.node, "link", "add", FRAMING, "type", "vxlan", "external", "dstport", &number])?;
+            let device = Port { name: FRAMING.to_owned(), ifindex: ifindex(&side.node, FRAMING)? };
+            datapath.take_framed(&device).await.map_err(|error| anyhow!("{error}"))?;
+            ip(&["-n", &side.node, "link", "set", FRAMING, "up"])?;
+        }
+        datapath
+            .apply(&tables(side, other, which, services, framed_port, &port)?)
+            .await
+            .map_err(|error| anyhow!("{error}"))?;
         datapath.attach(&port).await.map_err(|error| anyhow!("{error}"))?;
         let _ = ready.send(Ok(()));
         let _ = stopped.await;
@@ -128,17 +151,27 @@ fn underlay(side: &Side, pin_dir: PathBuf) -> Result<Underlay> {
 }
 
 /// The projection that a network manager would make: the local container, the remote one, and the services.
-fn tables(side: &Side, other: &Side, which: usize, services: u32, port: &Port) -> Result<TableDelta> {
+fn tables(
+    side: &Side,
+    other: &Side,
+    which: usize,
+    services: u32,
+    framed_port: Option<u16>,
+    port: &Port,
+) -> Result<TableDelta> {
     let address = |text: &str| -> Result<Addr> { Ok(Addr::from(text.parse::<IpAddr>()?)) };
     let (here, there) = (INSTANCES[which], INSTANCES[1 - which]);
+    let framed_port = framed_port.unwrap_or(0).to_be_bytes();
     let config = Config {
         service_v4: address("10.30.0.0")?,
         service_v4_mask: Addr((u128::MAX << 16).to_be_bytes()),
         service_v6: address("fdff::")?,
         service_v6_mask: Addr((u128::MAX << 112).to_be_bytes()),
         node: address(side.underlay)?,
-        gateway_mac: mac(&side.node, BRIDGE)?,
+        gateway_mac: Mac(mac(&side.node, BRIDGE)?),
         tunnel_port: TUNNEL_PORT.to_be_bytes(),
+        framed_port,
+        _pad: [0; 2],
         slow_ifindex: ifindex(&side.node, TUN).unwrap_or(0),
         flags: 0,
         epoch: 1,
@@ -148,8 +181,8 @@ fn tables(side: &Side, other: &Side, which: usize, services: u32, port: &Port) -
         source: address(side.underlay)?,
         ifindex: ifindex(&side.node, UPLINK)?,
         port: TUNNEL_PORT.to_be_bytes(),
+        framed_port,
         flags: PEER_OURS,
-        ..Peer::default()
     };
     let slot = |peer, side: &Side, instance: Ipv4Addr| -> Result<Slot> {
         Ok(Slot { generation: 1, peer, namespace: address(side.address)?, instance: instance.into() })

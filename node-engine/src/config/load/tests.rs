@@ -101,6 +101,7 @@ fn every_setting_is_read_from_the_file() {
         service_v6 = "fdfe::/16"
         bpffs = "/bpf"
         relax_source = true
+        framing = false
         [runtime]
         docker_host = "unix:///d.sock"
     "#;
@@ -116,6 +117,7 @@ fn every_setting_is_read_from_the_file() {
     assert_eq!(config.cluster.mqtt_tls.as_ref().unwrap().key, PathBuf::from("/c.key"));
     assert_ne!(config.network.bpffs, defaults.network.bpffs);
     assert_ne!(config.network.relax_source, defaults.network.relax_source);
+    assert_ne!(config.network.framing, defaults.network.framing);
     assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d.sock"));
 }
 

@@ -267,9 +267,10 @@ fn peer_that_answers_a_hello_is_ours() {
         _ => None,
     });
     let (from, hello) = hello.unwrap();
+    assert_eq!(hello.options, [(1, 50_104_u16.to_be_bytes().to_vec())]);
     let payload = Hello { kind: Kind::Answer, ..hello }.encode();
     let effects = lab.datapath(DatapathEvent::Control { from, payload: payload.clone() });
-    assert_eq!(effects, ["apply config peers"]);
+    assert_eq!(effects, ["apply config peers", "control 192.0.2.2:50104"], "it is asked whether framed packets arrive");
     assert_eq!(lab.peers()[0].1.flags, PEER_OURS);
     let stranger = "198.51.100.9:50103".parse().unwrap();
     assert_eq!(lab.datapath(DatapathEvent::Control { from: stranger, payload }), [] as [&str; 0]);
@@ -719,6 +720,7 @@ fn settings(kept: Option<&str>) -> Settings {
         nets: ServiceNets { v4: (Ipv4Addr::new(10, 30, 0, 0), 16), v6: ("fdff::".parse().unwrap(), 16) },
         tunnel_port: 50103,
         relax_source: false,
+        framed_port: Some(50104),
         address: "192.0.2.1".parse().unwrap(),
         uplink: Way { source: ip("192.0.2.1"), ifindex: 2 },
         subnet: kept.map(|node| (node.parse().unwrap(), subnet(0))),

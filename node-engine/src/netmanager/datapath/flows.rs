@@ -49,7 +49,7 @@ pub(super) fn expired(key: &FlowKey, flow: &Flow, now: u32, rows: &impl Rows) ->
         _ => {
             let other = pair(key, flow, rows).and_then(|key| rows.row(&key)).filter(|other| other.kind != flow.kind);
             let silence = other.map_or(silence, |other| silence.min(now.saturating_sub(other.seen)));
-            silence >= patience(key.protocol, flow, other.as_ref())
+            silence >= patience(key.protocol as u8, flow, other.as_ref())
         }
     }
 }
@@ -208,7 +208,7 @@ mod tests {
             (1, true, false, 30),
         ] {
             let mut flows = Flows::default();
-            let there = FlowKey { protocol, ..key(7) };
+            let there = FlowKey { protocol: protocol.into(), ..key(7) };
             let back = FlowKey {
                 source: SLOTS[1].instance,
                 destination: there.source,
@@ -241,8 +241,7 @@ mod tests {
             destination: Addr::v4([10, 30, 50, 1]),
             source_port: [c, d],
             destination_port: [0, 80],
-            protocol: UDP,
-            ..FlowKey::default()
+            protocol: UDP.into(),
         }
     }
 }

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use netmanager_common::abi::{FLOW_HOST, Flow, FlowKey, Slot};
 use netmanager_common::addr::Addr;
+use netmanager_common::checksum::Change;
 use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, TCP_FIN, TCP_RST, UDP};
 use netmanager_common::pipeline::Tables;
 
@@ -118,7 +119,7 @@ impl HostFlows {
             v6: !key.source.is_v4(),
             port: key.destination_port,
             service_port: key.source_port,
-            protocol: key.protocol,
+            protocol: key.protocol as u8,
         };
         let own = *self.back.get(&back)?;
         if let Some(flow) = self.flows.get_mut(&own) {
@@ -148,7 +149,7 @@ impl HostFlows {
     fn sweep(&mut self, now: u32) {
         let back = &mut self.back;
         self.flows.retain(|key, flow| {
-            let patience = match key.protocol {
+            let patience = match key.protocol as u8 {
                 _ if flow.closed => CLOSED_SILENCE,
                 TCP => TCP_SILENCE,
                 _ => OTHER_SILENCE,
@@ -176,7 +177,7 @@ pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, closes: bool) {
     match &present {
         Some(row) if row.kind == FLOW_HOST => tables.touch(&back, row, closes),
         _ => {
-            let row = Flow {
+            let mut row = Flow {
                 slot: flow.slot,
                 generation: flow.generation,
                 epoch: flow.epoch,
@@ -187,7 +188,7 @@ pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, closes: bool) {
                 kind: FLOW_HOST,
                 ..Flow::default()
             };
-            tables.learn(&back, &row, present.is_none());
+            tables.learn(&back, &mut row, present.is_none());
         }
     }
 }
@@ -200,18 +201,18 @@ fn answers(key: &FlowKey, flow: &Flow, slot: &Slot) -> FlowKey {
 }
 
 fn answer(key: &FlowKey, port: [u8; 2]) -> Back {
-    Back { v6: !key.source.is_v4(), port, service_port: key.destination_port, protocol: key.protocol }
+    Back { v6: !key.source.is_v4(), port, service_port: key.destination_port, protocol: key.protocol as u8 }
 }
 
 fn is_echo(key: &FlowKey) -> bool {
-    !matches!(key.protocol, TCP | UDP)
+    !matches!(key.protocol as u8, TCP | UDP)
 }
 
 /// Always the same for the same flow (FNV-1a).
 fn hash(key: &FlowKey) -> u16 {
     let bytes = key.source.0.iter().chain(&key.destination.0).chain(&key.source_port).chain(&key.destination_port);
     let hash = bytes
-        .chain([&key.protocol])
+        .chain([&(key.protocol as u8)])
         .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193));
     (hash >> 16) as u16 ^ hash as u16
 }
@@ -248,7 +249,7 @@ impl Read {
             (ICMP, 0) | (ICMPV6, 129) => (none, two(at + 4)?, false),
             _ => return None,
         };
-        let key = FlowKey { source, destination, source_port, destination_port, protocol, _pad: [0; 3] };
+        let key = FlowKey { source, destination, source_port, destination_port, protocol: protocol.into() };
         Some(Self { key, at, closes })
     }
 }
@@ -275,7 +276,7 @@ fn rewrite(
         let mut new = [0; 32];
         new[..16].copy_from_slice(&source.0);
         new[16..].copy_from_slice(&destination.0);
-        PacketFrame::new(packet, offload).fix_l4(field, udp, &old, &new)?;
+        PacketFrame::new(packet, offload).fix_l4(field, udp, Change::of(&old, &new))?;
         packet.get_mut(8..40)?.copy_from_slice(&new);
     } else {
         let old: [u8; 8] = packet.get(12..20)?.try_into().ok()?;
@@ -283,17 +284,17 @@ fn rewrite(
         new[..4].copy_from_slice(&source.v4_bytes());
         new[4..].copy_from_slice(&destination.v4_bytes());
         if pseudo {
-            PacketFrame::new(packet, offload).fix_l4(field, udp, &old, &new)?;
+            PacketFrame::new(packet, offload).fix_l4(field, udp, Change::of(&old, &new))?;
         }
         let header = packet.get_mut(10..12)?;
-        let checksum = netmanager_common::checksum::update([header[0], header[1]], &old, &new);
+        let checksum = Change::of(&old, &new).apply([header[0], header[1]]);
         header.copy_from_slice(&checksum);
         packet.get_mut(12..20)?.copy_from_slice(&new);
     }
     let old: [u8; 2] = packet.get(place..place + 2)?.try_into().ok()?;
     // The pseudo-header, all that a partial checksum holds, has no ports.
     if !offload.partial() {
-        PacketFrame::new(packet, offload).fix_l4(field, udp, &old, &port)?;
+        PacketFrame::new(packet, offload).fix_l4(field, udp, Change::of(&old, &port))?;
     }
     packet.get_mut(place..place + 2)?.copy_from_slice(&port);
     Some(())

@@ -66,6 +66,14 @@ pub trait Datapath: Send + Sync {
     /// then services, then what goes. Applying the same delta twice changes nothing.
     async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError>;
 
+    /// Takes in framed packets from now on. `device`: a VXLAN device on their port, still down, whose only use is that the kernel joins
+    /// them. Repeatable, also with another device.
+    async fn take_framed(&self, device: &Port) -> Result<(), DatapathError> {
+        let reason = format!("{} carries no framed packets", self.name());
+        let reason = format!("{}: {reason}", device.name);
+        Err(DatapathError::Unsupported { what: "take framed packets", reason })
+    }
+
     /// The next thing the datapath does not know or has heard; pends until there is one. Each address is reported once until it is
     /// resolved by `apply` or given up by `give_up`, however many packets wait for it.
     async fn event(&self) -> Event;
@@ -146,7 +154,7 @@ impl FlowRow {
             service: key.destination,
             source_port: u16::from_be_bytes(key.source_port),
             service_port: u16::from_be_bytes(key.destination_port),
-            protocol: key.protocol,
+            protocol: key.protocol as u8,
             slot: flow.slot,
             generation: flow.generation,
             idle: Some(std::time::Duration::from_secs(now.saturating_sub(flow.seen).into())),

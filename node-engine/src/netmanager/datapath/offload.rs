@@ -4,7 +4,7 @@
 //! A checksum is *partial* where its field holds only the sum of the pseudo-header, for a device to complete. The kernel leaves it so on
 //! every packet that has not met a wire yet; also on what comes through the tunnel from a node on the same machine.
 
-use netmanager_common::checksum::{fold, update};
+use netmanager_common::checksum::{Change, fold};
 use netmanager_common::frame::{Frame, Header, SliceFrame, TCP, UDP};
 
 /// Length of the header before each packet on the TUN device.
@@ -135,13 +135,13 @@ impl Frame for PacketFrame<'_> {
         self.slice.at(offset)
     }
 
-    fn fix_l4<const N: usize>(&mut self, offset: usize, udp: bool, old: &[u8; N], new: &[u8; N]) -> Option<()> {
+    fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()> {
         if !self.partial {
-            return self.slice.fix_l4(offset, udp, old, new);
+            return self.slice.fix_l4(offset, udp, change);
         }
         // The sum itself and not its complement.
         let field = self.slice.at::<[u8; 2]>(offset)?;
-        *field = update(field.map(|byte| !byte), old, new).map(|byte| !byte);
+        *field = change.apply(field.map(|byte| !byte)).map(|byte| !byte);
         Some(())
     }
 }
@@ -496,10 +496,10 @@ mod tests {
         let mut frame = PacketFrame::new(packet, offload);
         if v6 {
             let old = [0xfd; 32];
-            frame.fix_l4::<32>(at, false, &old, new[..].try_into().unwrap()).unwrap();
+            frame.fix_l4(at, false, Change::of::<32>(&old, new[..].try_into().unwrap())).unwrap();
         } else {
             let old = [10, 30, 0, 1, 10, 18, 0, 66];
-            frame.fix_l4::<8>(at, false, &old, new[..].try_into().unwrap()).unwrap();
+            frame.fix_l4(at, false, Change::of::<8>(&old, new[..].try_into().unwrap())).unwrap();
         }
         packet[range].copy_from_slice(&new);
         Offload::received(packet, MTU).partial()

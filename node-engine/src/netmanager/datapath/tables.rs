@@ -62,7 +62,7 @@ impl Tables for MemoryTables {
         self.flows.touch(key, closes, now());
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow, _: bool) -> bool {
+    fn learn(&mut self, key: &FlowKey, flow: &mut Flow, _: bool) -> bool {
         self.flows.learn(*key, *flow, now(), &self.slots)
     }
 

@@ -4,6 +4,7 @@
 
 mod bridge;
 mod changes;
+mod framing;
 mod guard;
 mod journal;
 mod kernel;
@@ -35,6 +36,8 @@ use kernel::Netlink;
 pub struct LinkConfig {
     pub bridge: String,
     pub tun: String,
+    /// The device that makes the kernel join framed packets.
+    pub framing: String,
     /// MTU of bridge and veths.
     pub mtu: u32,
     /// Where the journal of changes lies.
@@ -135,6 +138,21 @@ impl Links {
     /// Addresses of the TUN device and the routes of the service networks to it. The device must exist. Repeatable.
     pub async fn ensure_tun_routes(&self, v4: Ipv4Addr, v6: Ipv6Addr) -> Result<(), LinkError> {
         self.ensure_routes_to_tun(v4, v6).await
+    }
+
+    /// Makes the device for framed packets on this UDP port: name and index. It is down where it is new.
+    pub async fn ensure_framing(&self, port: u16) -> Result<(String, u32), LinkError> {
+        self.ensure_framing_link(port).await
+    }
+
+    /// Sets the device for framed packets up.
+    pub async fn raise_framing(&self) -> Result<(), LinkError> {
+        self.raise_framing_link().await
+    }
+
+    /// Removes the device for framed packets, if there is one of an earlier run.
+    pub async fn remove_framing(&self) -> Result<(), LinkError> {
+        self.remove_framing_link().await
     }
 
     /// veth from the bridge into the namespace, with both addresses, routes, loopback up. Repeatable: what is already connected to

@@ -43,6 +43,11 @@ pub(super) fn settle_own_interface(name: &str) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// For a device on which the host has nothing to say, not even who its neighbours are.
+pub(super) fn silence(name: &str) -> Result<(), LinkError> {
+    if has_ipv6() { set(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1") } else { Ok(()) }
+}
+
 /// Lets the bridge carry what the host's own loopback sends through a published port. The guard must be up before.
 pub(super) fn route_loopback(bridge: &str) -> Result<(), LinkError> {
     set(&format!("net/ipv4/conf/{bridge}/route_localnet"), "1")

@@ -271,6 +271,12 @@ impl ServiceTable {
         slots.map(|slot| self.projection.peer_of(*slot)).filter(|peer| *peer != 0).collect()
     }
 
+    /// The peer takes framed packets on this port, or none.
+    pub fn set_framed(&mut self, peer: u32, port: Option<u16>) -> TableDelta {
+        self.projection.set_framed(peer, port);
+        self.projection.take()
+    }
+
     /// The whole projection, for a datapath that begins with empty tables. Services of an earlier run that nobody has claimed yet
     /// are not in it: only the datapath knows their candidates.
     pub fn full(&self) -> TableDelta {

@@ -248,6 +248,13 @@ impl Projection {
         self.write_peer(number, Peer { flags, ..old });
     }
 
+    /// The peer's port for framed packets; `None`: it gets bare ones. An unknown number changes nothing.
+    pub(super) fn set_framed(&mut self, number: u32, port: Option<u16>) {
+        if let Some(old) = self.peers.get(&number).copied() {
+            self.write_peer(number, Peer { framed_port: port.unwrap_or(0).to_be_bytes(), ..old });
+        }
+    }
+
     pub(super) fn peers(&self) -> impl Iterator<Item = (u32, &Peer)> {
         self.peers.iter().map(|(number, peer)| (*number, peer))
     }

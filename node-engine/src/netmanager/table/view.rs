@@ -71,7 +71,7 @@ impl ServiceTable {
             address: SocketAddr::new(peer.host.into(), u16::from_be_bytes(peer.port)),
             source: peer.source.into(),
             ours: is_ours(peer.flags),
-            framing: framing(peer.flags),
+            framing: framing(peer),
             rtt: None,
             slots: slots.get(&number).copied().unwrap_or(0),
         };

@@ -16,26 +16,32 @@ use super::pins::Pins;
 use super::reason::{reason, unsupported};
 use crate::netmanager::datapath::{DatapathError, Port};
 
-/// Our filter among those of a clsact qdisc: a number of our own, so that a restart finds and replaces it.
+/// Our filters among those of a clsact qdisc: a number of our own, so that a restart finds and replaces them.
 const PRIORITY: u16 = 50_103;
-const HANDLE: TcHandle = TcHandle::new(0, 1);
 
 /// Where a program sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hook {
     /// The host end of an instance's veth.
     Veth,
+    /// At an uplink, for what comes bare.
     Uplink,
+    /// At an uplink, for what comes framed.
+    Framed,
+    /// The device that makes the kernel join framed packets.
+    Framing,
 }
 
 impl Hook {
-    const ALL: [Self; 2] = [Self::Veth, Self::Uplink];
+    const ALL: [Self; 4] = [Self::Veth, Self::Uplink, Self::Framed, Self::Framing];
 
     /// The program's name in the object.
     const fn program(self) -> &'static str {
         match self {
             Self::Veth => "tc_veth_ingress",
             Self::Uplink => "tc_uplink_ingress",
+            Self::Framed => "tc_framed_ingress",
+            Self::Framing => "tc_framing_ingress",
         }
     }
 
@@ -43,6 +49,27 @@ impl Hook {
         match self {
             Self::Veth => "veth_",
             Self::Uplink => "uplink_",
+            Self::Framed => "framed_",
+            Self::Framing => "framing_",
+        }
+    }
+
+    /// Its filter among ours: one interface may have several.
+    const fn handle(self) -> TcHandle {
+        TcHandle::new(
+            0,
+            match self {
+                Self::Veth | Self::Uplink | Self::Framing => 1,
+                Self::Framed => 2,
+            },
+        )
+    }
+
+    /// Is what sits at this interface of no more use?
+    fn is_stale(self, ifindex: u32, uplinks: &BTreeSet<u32>) -> bool {
+        match self {
+            Self::Veth | Self::Framing => if_indextoname(ifindex).is_err(),
+            Self::Uplink | Self::Framed => !uplinks.contains(&ifindex),
         }
     }
 
@@ -90,7 +117,7 @@ impl Hooks {
         if !replace_link(program, &self.pins, &pin) {
             let linked = new_link(program, port, &self.pins, &pin);
             if let Err(tcx) = linked {
-                filter(program, port).map_err(|clsact| DatapathError::Unsupported {
+                filter(program, hook.handle(), port).map_err(|clsact| DatapathError::Unsupported {
                     what: "attach program",
                     reason: format!("{}: TCX: {tcx}; clsact: {clsact}", port.name),
                 })?;
@@ -98,6 +125,12 @@ impl Hooks {
         }
         self.pins.retire_others(&pin);
         Ok(())
+    }
+
+    /// Puts the programs for what peers send on the interface.
+    pub(super) fn attach_uplink(&mut self, port: &Port) -> Result<(), DatapathError> {
+        self.attach(Hook::Uplink, port)?;
+        self.attach(Hook::Framed, port)
     }
 
     /// Takes the program off the interface.
@@ -117,10 +150,8 @@ impl Hooks {
     /// Removes the pins of interfaces that are gone, and of uplinks that are none any more.
     pub(super) fn sweep(&self, uplinks: &BTreeSet<u32>) {
         for pin in self.pins.links() {
-            let gone = |ifindex| if_indextoname(ifindex).is_err();
-            let stale = Hook::Veth.ifindex(&pin).is_some_and(gone)
-                || Hook::Uplink.ifindex(&pin).is_some_and(|ifindex| !uplinks.contains(&ifindex));
-            if stale {
+            let stale = |hook: Hook| hook.ifindex(&pin).is_some_and(|ifindex| hook.is_stale(ifindex, uplinks));
+            if Hook::ALL.into_iter().any(stale) {
                 let _ = fs::remove_file(self.pins.link(&pin));
             }
         }
@@ -167,16 +198,16 @@ fn new_link(program: &mut SchedClassifier, port: &Port, pins: &Pins, pin: &str) 
 }
 
 /// Puts the program into the clsact qdisc, which is made where it is missing.
-fn filter(program: &mut SchedClassifier, port: &Port) -> Result<(), String> {
+fn filter(program: &mut SchedClassifier, handle: TcHandle, port: &Port) -> Result<(), String> {
     match tc::qdisc_add_clsact(&port.name) {
         Err(error) if !exists(&error) => return Err(reason(&error)),
         _ => {}
     }
-    let options = NlOptions { priority: PRIORITY, handle: HANDLE, classid: None };
+    let options = NlOptions { priority: PRIORITY, handle, classid: None };
     let attached = program.attach_with_options(&port.name, TcAttachType::Ingress, TcAttachOptions::Netlink(options));
     let attached = match attached {
         Err(ProgramError::TcError(error)) if exists(&error) => {
-            let link = SchedClassifierLink::attached(&port.name, TcAttachType::Ingress, PRIORITY, HANDLE, None);
+            let link = SchedClassifierLink::attached(&port.name, TcAttachType::Ingress, PRIORITY, handle, None);
             program.attach_to_link(link.map_err(|error| error.to_string())?)
         }
         other => other,
@@ -243,7 +274,7 @@ mod tests {
                     loader.map_pin_path(map, pins.map(map));
                 }
                 let mut hooks = Hooks::load(loader.load(OBJECT).expect("an eBPF object"), pins).unwrap();
-                filter(classifier(&mut hooks.programs, Hook::Veth).unwrap(), &port).unwrap();
+                filter(classifier(&mut hooks.programs, Hook::Veth).unwrap(), Hook::Veth.handle(), &port).unwrap();
                 drop(hooks);
                 seen.push(filters());
             }
@@ -269,6 +300,7 @@ mod tests {
             assert_eq!(hook.ifindex(&hook.pin(17)), Some(17));
         }
         assert_eq!(Hook::Veth.ifindex("uplink_3"), None);
+        assert_eq!(Hook::Framed.ifindex("framing_3"), None);
         assert_eq!(Hook::Veth.ifindex("veth_x"), None);
     }
 }

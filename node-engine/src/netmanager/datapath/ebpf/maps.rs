@@ -126,11 +126,12 @@ impl Tables for BpfTables {
         }
     }
 
-    fn learn(&mut self, key: &FlowKey, flow: &Flow, new: bool) -> bool {
+    fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool {
         if new && !self.accounts.open_row(flow) {
             return false;
         }
-        self.flows.insert(key, Flow { seen: now(), ..*flow }, 0).is_ok()
+        flow.seen = now();
+        self.flows.insert(key, *flow, 0).is_ok()
     }
 
     fn pick(&mut self) -> u32 {

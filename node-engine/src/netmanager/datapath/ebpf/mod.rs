@@ -73,7 +73,7 @@ impl Ebpf {
         let flows = Arc::new(KernelFlows::open(&pins)?);
         let mut hooks = Hooks::load(programs, pins)?;
 
-        hooks.attach(Hook::Uplink, &Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
+        hooks.attach_uplink(&Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
         let uplinks = BTreeSet::from([underlay.uplink_ifindex]);
         hooks.sweep(&uplinks);
         // Last: whoever falls back to TUN needs device and port for itself.
@@ -119,12 +119,16 @@ impl Datapath for Ebpf {
             // One that has gone meanwhile has nothing to take in.
             if let Ok(name) = nix::net::if_::if_indextoname(*ifindex) {
                 let name = name.to_string_lossy().into_owned();
-                hooks.attach(Hook::Uplink, &Port { name, ifindex: *ifindex })?;
+                hooks.attach_uplink(&Port { name, ifindex: *ifindex })?;
             }
         }
         hooks.sweep(uplinks);
         present.clone_from(uplinks);
         Ok(())
+    }
+
+    async fn take_framed(&self, device: &Port) -> Result<(), DatapathError> {
+        self.hooks().attach(Hook::Framing, device)
     }
 
     async fn snapshot(&self) -> Result<Snapshot, DatapathError> {

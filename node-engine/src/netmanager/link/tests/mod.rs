@@ -198,6 +198,7 @@ impl Host {
 
     fn config(&self) -> LinkConfig {
         LinkConfig {
+            framing: "lk-framing".into(),
             bridge: BRIDGE.into(),
             tun: TUN.into(),
             mtu: 1450,
