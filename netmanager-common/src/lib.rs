@@ -9,6 +9,7 @@ pub mod abi;
 pub mod addr;
 pub mod checksum;
 pub mod frame;
+pub mod icmp;
 pub mod pipeline;
 pub mod policy;
 #[cfg(feature = "testing")]

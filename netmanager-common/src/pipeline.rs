@@ -13,6 +13,7 @@ use crate::abi::{
 use crate::addr::Addr;
 use crate::checksum::Change;
 use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, Tcp, UDP, Udp};
+use crate::icmp;
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
 
@@ -376,7 +377,7 @@ fn refuse_strangers(tables: &mut impl Tables, source: &Addr, port: u32) -> Resul
 
 /// May the node at `outer` send in the name of the instance behind `sender`?
 #[inline(always)]
-fn belongs(tables: &mut impl Tables, sender: &Service, outer: &Addr) -> bool {
+pub(crate) fn belongs(tables: &mut impl Tables, sender: &Service, outer: &Addr) -> bool {
     sender.policy == POLICY_INSTANCE
         && sender.count != 0
         && tables.slot(sender.first).is_some_and(|slot| slot.live() && sits_at(tables, &slot, outer))
@@ -390,7 +391,7 @@ fn sits_at(tables: &mut impl Tables, slot: &Slot, outer: &Addr) -> bool {
 
 /// Is the address one of those that mean a service?
 #[inline(always)]
-fn is_service(config: &Config, address: &[u32; 4]) -> bool {
+pub(crate) fn is_service(config: &Config, address: &[u32; 4]) -> bool {
     within(address, &config.service_v4.words(), &config.service_v4_mask.words())
         || within(address, &config.service_v6.words(), &config.service_v6_mask.words())
 }
@@ -485,7 +486,7 @@ impl Transport {
                 let Udp { source, destination, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
                 Ok(Ok(Self { source, destination, closes: false }))
             }
-            (Family::V4, ICMP) | (Family::V6, ICMPV6) => Self::read_echo(frame, ip).map(Ok),
+            (Family::V4, ICMP) | (Family::V6, ICMPV6) => Self::read_icmp(frame, ip),
             // Hop-by-hop, routing, ESP, AH, destination options, mobility: something may follow that is ours.
             (Family::V6, 0 | 43 | 50 | 51 | 60 | 135) => Ok(Err(Miss::Header)),
             _ => Err(DropReason::Protocol),
@@ -493,15 +494,16 @@ impl Transport {
     }
 
     #[inline(always)]
-    fn read_echo(frame: &mut impl Frame, ip: &Ip) -> Result<Self, DropReason> {
+    fn read_icmp(frame: &mut impl Frame, ip: &Ip) -> Result<Result<Self, Miss>, DropReason> {
         let echo = *frame.at::<Echo>(ip.transport).ok_or(DropReason::Malformed)?;
         let none = [0; 2];
         let (source, destination) = match (ip.family, echo.kind) {
             (Family::V4, 8) | (Family::V6, 128) => (echo.id, none),
             (Family::V4, 0) | (Family::V6, 129) => (none, echo.id),
+            (family, kind) if icmp::is_error(family, kind) => return Ok(Err(Miss::Error)),
             _ => return Err(DropReason::Protocol),
         };
-        Ok(Self { source, destination, closes: false })
+        Ok(Ok(Self { source, destination, closes: false }))
     }
 
     #[inline(always)]

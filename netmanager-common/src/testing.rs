@@ -246,6 +246,8 @@ pub enum Payload {
     UdpBare(u16, u16),
     EchoRequest(u16),
     EchoReply(u16),
+    /// An ICMP message of this type.
+    Message(u8),
     /// Any other protocol.
     Other(u8),
 }
@@ -257,7 +259,7 @@ pub fn packet(source: Addr, destination: Addr, payload: Payload) -> Vec<u8> {
     let protocol = match payload {
         Payload::Tcp(..) => TCP,
         Payload::Udp(..) | Payload::UdpBare(..) => UDP,
-        Payload::EchoRequest(_) | Payload::EchoReply(_) => {
+        Payload::EchoRequest(_) | Payload::EchoReply(_) | Payload::Message(_) => {
             if v6 {
                 ICMPV6
             } else {
@@ -295,6 +297,7 @@ fn transport(v6: bool, payload: Payload) -> Vec<u8> {
         }
         Payload::EchoRequest(id) => [[if v6 { 128 } else { 8 }, 0], [0, 0], id.to_be_bytes(), [0, 1]].concat(),
         Payload::EchoReply(id) => [[if v6 { 129 } else { 0 }, 0], [0, 0], id.to_be_bytes(), [0, 1]].concat(),
+        Payload::Message(kind) => vec![kind, 0, 0, 0, 0, 0, 0, 0],
         Payload::Other(_) => vec![0; 8],
     };
     bytes.extend(b"twenty bytes of data");
@@ -458,6 +461,21 @@ fn outbound_cases(v6: bool) -> Vec<Case> {
             Err(DropReason::Protocol),
             None,
         ),
+        case(
+            "what is not about a flow",
+            from_client(DB_SERVICE, Payload::Message(if v6 { 135 } else { 5 })),
+            0,
+            Err(DropReason::Protocol),
+            None,
+        ),
+        case("an error is user space's", from_client(DB_SERVICE, Payload::Message(3)), 0, slow(Miss::Error), None),
+        case(
+            "an error in another's name",
+            packet(NEIGHBOUR.of(v6), DB_SERVICE.of(v6), Payload::Message(3)),
+            0,
+            Err(DropReason::Spoofed),
+            None,
+        ),
         case("another instance's address", neighbour, 0, Err(DropReason::Spoofed), None),
         case("an address of nobody here", stranger, 0, Err(DropReason::Spoofed), None),
         case("a sender without instance address", newborn, 0, slow(Miss::Endpoint), None),
@@ -510,6 +528,8 @@ fn inbound_cases(v6: bool) -> Vec<Case> {
         case("a service address is no sender", OURS, DB_SERVICE, WEB, tcp, foreign, None),
         case("sender nobody knows", OURS, UNKNOWN_SERVICE, WEB, tcp, Ok(Verdict::Slow(Miss::Source)), None),
         case("to an instance that is not here", OURS, DB0_INSTANCE, DB1, tcp, Err(DropReason::NotOurs), None),
+        case("an error", OURS, DB0_INSTANCE, WEB, Payload::Message(3), Ok(Verdict::Slow(Miss::Error)), None),
+        case("an error for nobody here", OURS, DB0_INSTANCE, DB1, Payload::Message(3), Err(DropReason::NotOurs), None),
         case("other protocol", OURS, DB0_INSTANCE, WEB, Payload::Other(89), Err(DropReason::Protocol), None),
     ]
 }
@@ -614,6 +634,7 @@ impl Frames {
             6..=9 => Payload::Udp(source, destination),
             10 => Payload::UdpBare(source, destination),
             11 | 12 => Payload::EchoRequest(source),
+            13 if self.below(2) == 0 => Payload::Message(self.below(14) as u8),
             13 => Payload::EchoReply(source),
             14 => Payload::Other(self.of(&[0, 43, 44, 50, 51, 60, 135])),
             _ => Payload::Other(self.next() as u8),

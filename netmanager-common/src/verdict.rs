@@ -33,6 +33,8 @@ pub enum Miss {
     Underlay = 5,
     /// For the host itself, which has its flows in an instance's name.
     Host = 6,
+    /// An ICMP error: only user space reads the packet in it ([`crate::icmp`]).
+    Error = 7,
 }
 
 /// Why a frame is dropped. The discriminant is its index in the counters.
@@ -57,10 +59,12 @@ pub enum DropReason {
     TableFull = 7,
     /// The outer header could not be put on or taken off.
     Tunnel = 8,
+    /// An ICMP error about a packet of no flow.
+    NoFlow = 9,
 }
 
 impl DropReason {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Malformed,
         Self::Protocol,
         Self::Spoofed,
@@ -70,6 +74,7 @@ impl DropReason {
         Self::PeerProtocol,
         Self::TableFull,
         Self::Tunnel,
+        Self::NoFlow,
     ];
 
     /// Counter name, the same in `status` and in metrics.
@@ -84,6 +89,7 @@ impl DropReason {
             Self::PeerProtocol => "drop_peer_protocol",
             Self::TableFull => "drop_table_full",
             Self::Tunnel => "drop_tunnel",
+            Self::NoFlow => "drop_no_flow",
         }
     }
 }

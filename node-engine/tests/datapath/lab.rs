@@ -217,6 +217,24 @@ impl Sniffer {
     }
 }
 
+impl Sniffer {
+    /// Packets in datagrams for the tunnel's port, by whether they are fragments: whole ones, and fragments.
+    pub fn inner(&self) -> (usize, usize) {
+        let mut frame = [0; 128];
+        let (mut whole, mut fragments) = (0, 0);
+        while let Ok(len) = recv(self.0.as_raw_fd(), &mut frame, MsgFlags::MSG_TRUNC) {
+            let first = frame[20] & 0x1f == 0 && frame[21] == 0;
+            let ours = len > 90 && frame[12..14] == [8, 0] && frame[23] == 17 && first;
+            if ours && frame[36..38] == TUNNEL_PORT.to_be_bytes() {
+                let inner = &frame[42..];
+                let fragment = if inner[0] >> 4 == 4 { inner[6] & 0x3f != 0 || inner[7] != 0 } else { inner[6] == 44 };
+                *(if fragment { &mut fragments } else { &mut whole }) += 1;
+            }
+        }
+        (whole, fragments)
+    }
+}
+
 /// A service row over these slots.
 pub fn service(address: IpAddr, id: u32, epoch: u32, slots: &[u32]) -> TableDelta {
     let row = Service {

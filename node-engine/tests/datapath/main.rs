@@ -36,6 +36,8 @@ macro_rules! on_both {
     };
 }
 
+mod odd;
+
 on_both! {
     a_service_is_reached_across_nodes,
     a_service_is_reached_on_the_same_node,

@@ -15,7 +15,9 @@ pub(super) enum Count {
     Received,
     /// Held for an unknown address.
     Held,
-    /// Fragments; see [`netmanager_common::verdict::Miss::Fragment`].
+    /// Put together of fragments.
+    Joined,
+    /// Fragments that no packet came of.
     Fragment,
     /// Headers the law does not read.
     Header,
@@ -40,11 +42,12 @@ pub(super) enum Count {
 }
 
 impl Count {
-    pub(super) const ALL: [Self; 15] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::Sent,
         Self::Local,
         Self::Received,
         Self::Held,
+        Self::Joined,
         Self::Fragment,
         Self::Header,
         Self::NotService,
@@ -64,6 +67,7 @@ impl Count {
             Self::Local => "local",
             Self::Received => "received",
             Self::Held => "held",
+            Self::Joined => "joined",
             Self::Fragment => "drop_fragment",
             Self::Header => "drop_header",
             Self::NotService => "drop_not_service",

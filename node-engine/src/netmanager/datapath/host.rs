@@ -16,6 +16,7 @@ use netmanager_common::abi::{FLOW_HOST, Flow, FlowKey, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::checksum::Change;
 use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, TCP_FIN, TCP_RST, UDP};
+use netmanager_common::icmp;
 use netmanager_common::pipeline::Tables;
 
 use super::TableDelta;
@@ -128,6 +129,27 @@ impl HostFlows {
         }
         let port = if is_echo(&key) { at + 4 } else { at + 2 };
         rewrite(packet, offload, at, (&own.destination, &own.source), (port, own.source_port))
+    }
+
+    /// Makes an error for an instance one for the host, whose packet it is about. `None` where the host has sent no such packet.
+    pub(super) fn give_back_error(&self, packet: &mut [u8]) -> Option<()> {
+        let error = icmp::Message::read(packet).ok()?;
+        let FlowKey { source_port, destination_port, protocol, .. } = error.about;
+        let v6 = !error.source.is_v4();
+        let back = Back { v6, port: source_port, service_port: destination_port, protocol: protocol as u8 };
+        let own = self.back.get(&back)?;
+        error.rewrite(packet, &own.destination, &own.source);
+        error.put_port(packet, icmp::Port::Source, own.source_port);
+        Some(())
+    }
+
+    /// Makes an error of the host about what came back to it one of the instance's. `None` where it has no such flow.
+    pub(super) fn lend_error(&self, packet: &mut [u8]) -> Option<()> {
+        let error = icmp::Message::read(packet).ok()?;
+        let flow = self.flows.get(&error.mirrored())?;
+        error.rewrite(packet, &flow.namespace, &error.destination);
+        error.put_port(packet, icmp::Port::Destination, flow.port);
+        Some(())
     }
 
     fn borrow(&mut self, key: &FlowKey, now: u32) -> Option<Borrowed> {

@@ -12,9 +12,12 @@
 mod choose;
 mod counters;
 mod ebpf;
+mod errors;
 mod flows;
+mod fragments;
 mod held;
 mod host;
+mod join;
 mod memory;
 mod offload;
 mod projection;

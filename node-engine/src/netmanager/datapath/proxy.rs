@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use netmanager_common::addr::Addr;
+use netmanager_common::icmp;
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::verdict::{Miss, Verdict};
 use tokio::sync::{mpsc, oneshot};
@@ -16,6 +17,7 @@ use tun_rs::AsyncDevice;
 
 use super::counters::{Count, Counters};
 use super::flows::now;
+use super::fragments::{Fragments, is_fragment};
 use super::held::{Held, Outcome, Packet};
 use super::host::{self, HostFlows};
 use super::offload::{self, Offload, PacketFrame};
@@ -61,6 +63,7 @@ pub(super) struct Proxy<T> {
     pub(super) counters: Arc<Counters>,
     pub(super) events: mpsc::Sender<Event>,
     pub(super) held: Held<(Origin, Offload)>,
+    pub(super) fragments: Fragments,
     pub(super) host: HostFlows,
     /// The TUN device's.
     pub(super) mtu: usize,
@@ -84,7 +87,7 @@ impl<T: Projection> Proxy<T> {
         self.device.writable().await.map_err(|error| format!("TUN device: {error}"))?;
         self.socket.writable().await.map_err(|error| format!("tunnel socket: {error}"))?;
         loop {
-            let deadline = self.held.next_deadline();
+            let deadline = self.held.next_deadline().into_iter().chain(self.fragments.next_deadline()).min();
             tokio::select! {
                 request = requests.recv() => match request {
                     Some(request) => self.answer(request),
@@ -99,8 +102,9 @@ impl<T: Projection> Proxy<T> {
                     self.drain_socket(&mut buffer, &mut control);
                 }
                 () = sleep_until(deadline) => {
-                    let expired = self.held.expire(Instant::now());
-                    self.counters.add(Count::Expired, expired);
+                    let now = Instant::now();
+                    self.counters.add(Count::Expired, self.held.expire(now));
+                    self.counters.add(Count::Fragment, self.fragments.expire(now));
                 }
             }
         }
@@ -124,9 +128,15 @@ impl<T: Projection> Proxy<T> {
     }
 
     /// A packet from the TUN device: of an instance, or of the host itself.
-    fn take_in(&mut self, packet: &mut [u8], offload: Offload) {
+    pub(super) fn take_in(&mut self, packet: &mut [u8], offload: Offload) {
         if !source(packet).is_some_and(|source| self.host.is_own(&source)) {
             return self.carry(packet, Origin::Instance, offload);
+        }
+        if icmp::reports(packet) {
+            return self.carry_error(packet, Origin::Host);
+        }
+        if is_fragment(packet) {
+            return self.join(packet, Origin::Host);
         }
         match self.host.lend(packet, &offload, now()) {
             Some(()) => self.carry(packet, Origin::Host, offload),
@@ -213,7 +223,7 @@ impl<T: Projection> Proxy<T> {
     }
 
     /// Decides over a packet and does what was decided.
-    fn carry(&mut self, packet: &mut [u8], origin: Origin, offload: Offload) {
+    pub(super) fn carry(&mut self, packet: &mut [u8], origin: Origin, offload: Offload) {
         let lent = if matches!(origin, Origin::Host) { host::key(packet) } else { None };
         let mut frame = PacketFrame::new(packet, &offload);
         let verdict = match origin {
@@ -228,12 +238,13 @@ impl<T: Projection> Proxy<T> {
             Ok(Verdict::Local { .. }) => self.deliver(packet, origin, &offload),
             Ok(Verdict::Slow(Miss::Service)) => self.hold(destination(packet), packet, origin, offload),
             Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin, offload),
-            Ok(Verdict::Slow(Miss::Fragment)) => self.counters.add(Count::Fragment, 1),
+            Ok(Verdict::Slow(Miss::Fragment)) => self.join(packet, origin),
             Ok(Verdict::Slow(Miss::Header)) => self.counters.add(Count::Header, 1),
             Ok(Verdict::Slow(Miss::Host)) => match self.host.give_back(packet, &offload, now()) {
                 Some(()) => self.deliver(packet, origin, &offload),
                 None => self.counters.add(Count::Host, 1),
             },
+            Ok(Verdict::Slow(Miss::Error)) => self.carry_error(packet, origin),
             // Asked only of the kernel; from here every underlay is reached.
             Ok(Verdict::Slow(Miss::Underlay)) => self.counters.add(Count::Send, 1),
             Ok(Verdict::Pass) => self.counters.add(Count::NotService, 1),
@@ -241,7 +252,7 @@ impl<T: Projection> Proxy<T> {
         }
     }
 
-    fn send(&mut self, packet: &mut [u8], peer: u32, offload: &Offload) {
+    pub(super) fn send(&mut self, packet: &mut [u8], peer: u32, offload: &Offload) {
         let Some(peer) = self.tables.peer(peer) else {
             return self.counters.add(Count::Send, 1);
         };
@@ -260,16 +271,23 @@ impl<T: Projection> Proxy<T> {
     }
 
     /// Into the TUN device: the kernel knows the way to an instance on this node.
-    fn deliver(&mut self, packet: &[u8], origin: Origin, offload: &Offload) {
+    pub(super) fn deliver(&mut self, packet: &[u8], origin: Origin, offload: &Offload) {
         let delivered = match origin {
             Origin::Instance | Origin::Host => Count::Local,
             Origin::Node(_) => Count::Received,
         };
-        let written = self.device.try_send_vectored(&[IoSlice::new(&offload.encode()), IoSlice::new(packet)]).is_ok();
+        let written = self.write(packet, offload);
         self.counters.add(if written { delivered } else { Count::Write }, 1);
     }
 
-    fn hold(&mut self, address: Option<Addr>, packet: &[u8], origin: Origin, offload: Offload) {
+    pub(super) fn write(&mut self, packet: &[u8], offload: &Offload) -> bool {
+        if packet.len() > self.mtu && !offload.many() && packet.first().is_some_and(|first| first >> 4 == 6) {
+            return self.write_cut(packet, offload);
+        }
+        self.device.try_send_vectored(&[IoSlice::new(&offload.encode()), IoSlice::new(packet)]).is_ok()
+    }
+
+    pub(super) fn hold(&mut self, address: Option<Addr>, packet: &[u8], origin: Origin, offload: Offload) {
         let Some(address) = address else {
             return self.counters.add(Count::Garbage, 1);
         };
@@ -348,7 +366,7 @@ fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
     bytes.get_mut(..len).filter(|packet| !packet.is_empty())
 }
 
-fn source(packet: &[u8]) -> Option<Addr> {
+pub(super) fn source(packet: &[u8]) -> Option<Addr> {
     address(packet, 12, 8)
 }
 

@@ -10,6 +10,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
     SockaddrLike, SockaddrStorage, bind, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -67,6 +68,12 @@ impl TunnelSocket {
         // Beyond the limit of net.core only for the privileged; smaller buffers cost packets, not function.
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &BUFFER);
         let _ = setsockopt(&fd, sockopt::SndBufForce, &BUFFER);
+        // Whoever sends a packet in fragments gets it carried whole, and the underlay may cut it again; how much goes through at once is
+        // found out by datagrams that must not be cut.
+        set_ip_mtu_discover(&fd, Ipv4PathMtuDiscovery::DONT)?;
+        if family == AddressFamily::Inet6 {
+            set_ipv6_mtu_discover(&fd, Ipv6PathMtuDiscovery::DONT)?;
+        }
         if merged {
             // Linux 5.0; without it each read brings one datagram.
             let _ = setsockopt(&fd, sockopt::UdpGroSegment, &true);

@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tun_rs::{AsyncDevice, DeviceBuilder};
 
 use super::counters::Counters;
+use super::fragments::Fragments;
 use super::held::Held;
 use super::host::HostFlows;
 use super::projection::Projection;
@@ -121,6 +122,7 @@ impl Proxied {
             counters: counters.clone(),
             events,
             held: Held::default(),
+            fragments: Fragments::default(),
             host: HostFlows::new([Addr::v4(underlay.tun_v4.octets()), Addr::v6(underlay.tun_v6.octets())]),
             mtu: underlay.mtu as usize,
             segments: Vec::new(),

@@ -54,7 +54,7 @@ fn reason(reason: DropReason) -> Words {
         ),
         DropReason::Protocol => dropped(
             "a container sent a protocol that the overlay does not carry",
-            "use TCP, UDP or echo requests towards service addresses",
+            "use TCP, UDP, echo requests or ICMP errors towards service addresses",
         ),
         DropReason::Spoofed => dropped(
             "a container used a source address that is not its own",
@@ -82,6 +82,7 @@ fn reason(reason: DropReason) -> Words {
         DropReason::Tunnel => {
             dropped("the outer header could not be put on or taken off", "report it with the output of `uname -r`")
         }
+        DropReason::NoFlow => dropped("an ICMP error was about a packet that nobody here has sent", ""),
     }
 }
 
@@ -91,9 +92,11 @@ fn count(count: Count) -> Words {
         Count::Local => carried("carried between two instances of this node"),
         Count::Received => carried("delivered from another node"),
         Count::Held => carried("held until the cluster had said whose address it is"),
-        Count::Fragment => {
-            dropped("a fragment that the overlay does not put together", "let the application send smaller datagrams")
-        }
+        Count::Joined => carried("put together of fragments, to be carried as one"),
+        Count::Fragment => dropped(
+            "a fragment whose others did not come, or that came from a node of the reference system, whose fragments are damaged",
+            "a few are lost ones of a datagram; if there are many, let the application send smaller datagrams",
+        ),
         Count::Header => dropped("IPv6 extension headers that the overlay does not read", "do without them"),
         Count::NotService => dropped(
             "a packet came to the overlay's device and is for no service address",

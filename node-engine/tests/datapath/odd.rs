@@ -1,0 +1,169 @@
+//! Packets that are not the common ones: ICMP errors, fragments, options.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+
+use netmanager_common::abi::{PEER_OURS, Peer};
+use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
+use node_engine::netmanager::datapath::TableDelta;
+use node_engine::netns::Netns;
+use rustix::net::sockopt::{Ipv4PathMtuDiscovery, set_ip_mtu_discover};
+
+use super::lab::{Instance, Lab, PATIENCE, Sniffer, TUNNEL_PORT, blocking, service, until};
+use super::{PORT, SERVICES, ready};
+
+on_both! {
+    who_is_refused_is_told,
+    datagrams_of_any_size_arrive,
+    fragments_are_taken_from_nodes_of_ours,
+}
+
+/// Nobody listens: the client's socket says so at once, across nodes, on one node, and nobody tells an upstream peer.
+async fn who_is_refused_is_told(choice: DatapathChoice) {
+    let lab = ready(choice).await;
+    let client = &lab.nodes[0].instances[0];
+    let known = |family: usize| lab.nodes[1].instances[0].instance[family];
+    let to = |address: IpAddr| SocketAddr::new(address, PORT);
+    let services: [IpAddr; 2] = SERVICES.map(|name| name.parse().unwrap());
+
+    let socket = connected(client, to(services[0]));
+    socket.send(b"anybody").unwrap();
+    until("the server's node tells no upstream peer", || async {
+        lab.nodes[1].counter("drop_peer_protocol").await == 1
+    })
+    .await;
+
+    ours(&lab).await;
+    for (family, name) in services.into_iter().enumerate() {
+        for address in [name, known(family)] {
+            assert_eq!(refusal(client, to(address)), ErrorKind::ConnectionRefused, "{address} across nodes");
+        }
+    }
+    // A service on the client's own node.
+    for (family, (name, slot)) in services.into_iter().zip([6, 8]).enumerate() {
+        lab.nodes[0].apply(service(name, 1 + family as u32, 2, &[slot])).await;
+        assert_eq!(refusal(client, to(name)), ErrorKind::ConnectionRefused, "{name} on the same node");
+    }
+}
+
+/// What comes of a datagram to a port on which nobody listens.
+fn refusal(client: &Instance, to: SocketAddr) -> ErrorKind {
+    let socket = connected(client, to);
+    socket.send(b"anybody").unwrap();
+    socket.recv(&mut [0; 16]).expect_err("nobody listens there").kind()
+}
+
+fn connected(client: &Instance, to: SocketAddr) -> UdpSocket {
+    let own = client.namespace[usize::from(to.is_ipv6())];
+    let socket = client.run(|| UdpSocket::bind((own, 0))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.connect(to).unwrap();
+    socket
+}
+
+/// Longer than any link on the way, both ways, from afar, from a neighbour, and from the node itself; and whoever may listen on the wire,
+/// an upstream peer above all, sees whole packets only.
+async fn datagrams_of_any_size_arrive(choice: DatapathChoice) {
+    let lab = ready(choice).await;
+    let sniffers = [0, 1].map(|index| Sniffer::new(&lab.nodes[index]));
+    let (client, far) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    let services: [IpAddr; 2] = SERVICES.map(|name| name.parse().unwrap());
+    for address in services {
+        exchange_sizes(&client.netns, far, address).await;
+    }
+    for sniffer in sniffers {
+        let (whole, fragments) = sniffer.inner();
+        assert!(whole > SIZES.len() && fragments == 0, "{whole} whole packets, {fragments} fragments");
+    }
+    let joined = lab.nodes[0].counter("joined").await;
+    assert!(joined >= 8, "{joined}");
+
+    for (family, (name, slot)) in services.into_iter().zip([6, 8]).enumerate() {
+        lab.nodes[0].apply(service(name, 1 + family as u32, 2, &[slot])).await;
+        exchange_sizes(&client.netns, &lab.nodes[0].instances[1], name).await;
+        exchange_sizes(&lab.nodes[0].netns(), &lab.nodes[0].instances[1], name).await;
+    }
+    for node in &lab.nodes {
+        let drops = node.counters().await.into_iter().filter(|(name, _)| name.starts_with("drop_"));
+        assert_eq!(drops.filter(|(name, _)| name != "drop_not_service").collect::<Vec<_>>(), []);
+    }
+}
+
+const SIZES: [usize; 7] = [1_300, 1_422, 1_423, 1_500, 4_000, 9_000, 60_000];
+
+/// Datagrams of all sizes to the instance by this address, and back.
+async fn exchange_sizes(client: &Netns, server: &Instance, to: IpAddr) {
+    let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    let bind = |port| -> std::io::Result<UdpSocket> {
+        let socket = UdpSocket::bind((any, port))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        // As an application that knows nothing of path MTUs.
+        match any {
+            IpAddr::V4(_) => set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::DONT)?,
+            IpAddr::V6(_) => {}
+        }
+        Ok(socket)
+    };
+    let (server, client) = (server.run(|| bind(PORT)).unwrap(), client.run(|| bind(0)).unwrap().unwrap());
+    blocking(move || {
+        for (number, size) in SIZES.into_iter().enumerate() {
+            let sent: Vec<u8> = (0..size).map(|i| (i * 31 + i / 251 + number) as u8).collect();
+            let mut buffer = vec![0; 65_536];
+            client.send_to(&sent, (to, PORT))?;
+            let (len, from) = server.recv_from(&mut buffer).map_err(|error| at(size, "there", &error))?;
+            assert!(buffer[..len] == sent, "{size} bytes to {to} arrived as {len}");
+            server.send_to(&buffer[..len], from)?;
+            let (len, from) = client.recv_from(&mut buffer).map_err(|error| at(size, "back", &error))?;
+            assert!(buffer[..len] == sent, "{size} bytes from {to} came back as {len}");
+            assert_eq!(from, SocketAddr::new(to, PORT));
+        }
+        Ok(())
+    })
+    .await;
+}
+
+fn at(size: usize, way: &str, error: &std::io::Error) -> std::io::Error {
+    std::io::Error::new(error.kind(), format!("{size} bytes {way}: {error}"))
+}
+
+async fn fragments_are_taken_from_nodes_of_ours(choice: DatapathChoice) {
+    let lab = ready(choice).await;
+    let node = &lab.nodes[1];
+    let server = connectable(&node.instances[0]);
+    let sender = lab.nodes[0].netns().run(|| UdpSocket::bind((lab.nodes[0].address, 0))).unwrap().unwrap();
+    let whole = super::udp_packet([10, 30, 0, 1], [10, 18, 1, 2], PORT, &[7; 100]);
+    let send = |id: u8| {
+        for (data, field) in [(&whole[20..68], [0x20, 0]), (&whole[68..], [0, 6])] {
+            let mut fragment = [&whole[..20], data].concat();
+            fragment[2..4].copy_from_slice(&(20 + data.len() as u16).to_be_bytes());
+            (fragment[5], fragment[6], fragment[7]) = (id, field[0], field[1]);
+            fragment[10..12].fill(0);
+            let sum = !netmanager_common::checksum::fold(netmanager_common::checksum::sum(0, &fragment[..20]));
+            fragment[10..12].copy_from_slice(&sum.to_be_bytes());
+            sender.send_to(&fragment, (node.address, TUNNEL_PORT)).unwrap();
+        }
+    };
+    send(1);
+    until("those of an upstream peer are dropped", || async { node.counter("drop_fragment").await == 2 }).await;
+    ours(&lab).await;
+    send(2);
+    let mut buffer = [0; 256];
+    let (len, from) = server.recv_from(&mut buffer).expect("nothing arrived");
+    assert_eq!((&buffer[..len], from.ip()), (&[7; 100][..], lab.nodes[0].instances[0].instance[0]));
+    assert_eq!(node.counter("drop_fragment").await, 2);
+}
+
+fn connectable(instance: &Instance) -> UdpSocket {
+    let socket = instance.run(|| UdpSocket::bind((instance.namespace[0], PORT))).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// The nodes know each other as nodes of ours.
+async fn ours(lab: &Lab) {
+    for (index, node) in lab.nodes.iter().enumerate() {
+        let TableDelta { config, peers, .. } = lab.base(index);
+        let peers = peers.into_iter().map(|(number, peer)| (number, Peer { flags: PEER_OURS, ..peer })).collect();
+        node.apply(TableDelta { config, peers, ..TableDelta::default() }).await;
+    }
+}
