@@ -143,6 +143,14 @@ enum Command {
     },
     /// The version
     Version,
+    /// Stay with a command from before its start to its end: what the daemon runs for workloads of its own
+    #[command(hide = true)]
+    Supervise {
+        stage: String,
+        directory: PathBuf,
+        #[arg(default_value = "")]
+        own: String,
+    },
 }
 
 #[derive(Clone, Debug, Args)]
@@ -191,6 +199,8 @@ pub enum Task {
         purge: bool,
     },
     Version,
+    /// A stage of a workload's supervision, the instance's directory, and the namespaces that are its own.
+    Supervise(String, PathBuf, String),
 }
 
 /// How to be a cluster.
@@ -240,6 +250,7 @@ impl Cli {
             Some(Command::Uninstall { daemon: args, purge }) => {
                 return Ok(Task::Uninstall { sources: daemon.under(args).sources(), purge });
             }
+            Some(Command::Supervise { stage, directory, own }) => return Ok(Task::Supervise(stage, directory, own)),
             Some(command) => command,
         };
         if daemon.flags().iter().any(|flag| flag.key != "run_dir") {
@@ -257,7 +268,7 @@ impl Cli {
             Command::Nodes(output) => ask::Ask::Nodes { json: output.json },
             Command::Net(command) => ask::Ask::Net(command),
             Command::Version => return Ok(Task::Version),
-            Command::Run(_) | Command::Standalone(_) | Command::Uninstall { .. } => {
+            Command::Run(_) | Command::Standalone(_) | Command::Uninstall { .. } | Command::Supervise { .. } => {
                 unreachable!("returned above")
             }
         };

@@ -105,6 +105,18 @@ pub enum DatapathChoice {
 pub struct RuntimeConfig {
     /// `None`: the platform's default socket, or `DOCKER_HOST`.
     pub docker_host: Option<String>,
+    /// Run plain commands of this machine when the cluster says so.
+    pub process: bool,
+    /// User of such commands, `user` or `user:group`.
+    pub process_user: String,
+    /// Parent of the control groups that we make ourselves, such as `/node-engine`.
+    pub control_group: String,
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self { docker_host: None, process: false, process_user: "nobody".into(), control_group: "/node-engine".into() }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ mod node;
 mod notify;
 mod remove;
 mod route;
+mod runtimes;
 mod signals;
 mod tasks;
 mod view;

@@ -19,6 +19,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let log = cli.log();
     let task = cli.task().unwrap_or_else(|error| error.exit());
+    if let Task::Supervise(stage, directory, own) = &task {
+        return node_engine::runtime::supervised::run(stage, directory, own);
+    }
     match run(task, &log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -31,6 +34,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task, log: &LogChoice) -> anyhow::Result<()> {
     match task {
+        Task::Supervise(..) => unreachable!("returned above"),
         Task::Version => {
             println!("node-engine {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -32,6 +32,7 @@ mod miss;
 mod names;
 mod overlay;
 mod ports;
+mod process;
 mod restart;
 mod standalone;
 mod underlay;

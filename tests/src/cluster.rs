@@ -155,6 +155,23 @@ impl Cluster {
         output(&mut self.command(&words)?).map(drop)
     }
 
+    /// Deploys what a job document says, on this node.
+    pub fn deploy_document(&self, document: &serde_json::Value, on: &str) -> Result<()> {
+        let path = self.directory.join("document.json");
+        fs::write(&path, document.to_string()).context("cannot write the document")?;
+        output(self.command(&["deploy", "--on", on])?.arg(&path)).map(drop)
+    }
+
+    /// Waits until the instance has ended so; gives the detail.
+    pub fn ended(&self, service: &str, status: &str) -> Result<String> {
+        until(&format!("{service} is {status}"), Duration::from_secs(60), || {
+            let rows = self.instances()?;
+            let found = rows.iter().find(|row| row.short() == service && row.status == status);
+            found.map(|row| Some(row.detail.clone())).with_context(|| format!("there is {rows:?}"))
+        })
+        .with_context(|| self.log())
+    }
+
     /// Takes down `web`, or one instance of it: `web#0`.
     pub fn delete(&self, target: &str) -> Result<()> {
         output(&mut self.command(&["delete", target])?).map(drop)

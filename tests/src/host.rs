@@ -17,6 +17,7 @@ use crate::scratch::{Scratch, control_group};
 pub struct Host {
     name: String,
     directory: PathBuf,
+    group: String,
     /// `unshare`, the parent of the host's first process.
     shell: Child,
     /// The host's first process, as seen from outside.
@@ -34,12 +35,13 @@ impl Host {
     /// Boots a host and waits until it (and its dockerd) is ready.
     pub fn boot(scratch: &Scratch, name: &str, docker: Docker) -> Result<Self> {
         let directory = scratch.directory(name)?;
+        let group = control_group(scratch.name(), name);
         let mut shell = Command::new("unshare")
             .args(["--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--"])
             .arg(built("lab")?)
             .args(["host-init", name])
             .arg(&directory)
-            .arg(control_group(scratch.name(), name))
+            .arg(&group)
             .args((docker == Docker::Yes).then_some("--docker"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -48,7 +50,7 @@ impl Host {
             .context("cannot start unshare")?;
         let said = shell.stdout.take().context("the host's output is not piped")?;
         // Made first, so that it is ended and waited for whatever comes.
-        let mut host = Self { name: name.to_owned(), directory, shell, init: 0 };
+        let mut host = Self { name: name.to_owned(), directory, group, shell, init: 0 };
         for line in BufReader::new(said).lines() {
             let line = line.context("cannot read what the host says")?;
             match line.strip_prefix("pid ") {
@@ -67,6 +69,11 @@ impl Host {
     /// What is on the host's disk, seen from outside.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// The control group of everything on the host that is in one.
+    pub fn group(&self) -> &str {
+        &self.group
     }
 
     /// A process id whose namespaces are the host's.

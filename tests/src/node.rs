@@ -44,6 +44,7 @@ pub struct Node {
     datapath: Datapath,
     cluster: String,
     options: Vec<String>,
+    settings: Vec<(String, String)>,
     daemon: Option<Child>,
 }
 
@@ -83,7 +84,16 @@ impl Node {
     /// A node whose daemon does not run yet; `options` are further arguments of the daemon.
     pub fn new(host: Host, number: u8, datapath: Datapath, options: &[&str]) -> Self {
         let options = options.iter().map(|&option| option.to_owned()).collect();
-        Self { host, number, datapath, cluster: lan::CLUSTER.to_owned(), options, daemon: None }
+        // What the daemon makes itself goes with the host, as what its dockerd makes does.
+        let settings = vec![("NODE_ENGINE_CONTROL_GROUP".to_owned(), format!("/{}", host.group()))];
+        Self { host, number, datapath, cluster: lan::CLUSTER.to_owned(), options, settings, daemon: None }
+    }
+
+    /// Further settings of the daemon, as variables of its environment.
+    #[must_use]
+    pub fn with_settings(mut self, settings: &[(&str, &str)]) -> Self {
+        self.settings.extend(settings.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())));
+        self
     }
 
     /// The datapath that the next start of the daemon uses.
@@ -111,6 +121,7 @@ impl Node {
             .arg("--state-dir")
             .arg(self.host.directory().join("state"))
             .args(&self.options)
+            .envs(self.settings.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the daemon's log")?)
             .stderr(log)

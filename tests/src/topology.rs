@@ -20,13 +20,15 @@ pub struct Plan<'a> {
     pub broker: Broker,
     /// Further arguments of every node's daemon.
     pub options: &'a [&'a str],
+    /// Settings of every node's daemon, as variables of its environment.
+    pub settings: &'a [(&'a str, &'a str)],
     /// Further arguments of the cluster.
     pub cluster_options: &'a [&'a str],
 }
 
 impl Plan<'_> {
     pub fn new(nodes: u8, datapath: Datapath) -> Self {
-        Self { nodes, datapath, broker: Broker::Embedded, options: &[], cluster_options: &[] }
+        Self { nodes, datapath, broker: Broker::Embedded, options: &[], settings: &[], cluster_options: &[] }
     }
 }
 
@@ -75,7 +77,7 @@ impl Lab {
         for (host, number) in hosts.into_iter().zip(1..) {
             let host = host?;
             lan.plug(&host, number)?;
-            nodes.push(Node::new(host, number, plan.datapath, plan.options));
+            nodes.push(Node::new(host, number, plan.datapath, plan.options).with_settings(plan.settings));
         }
         Ok(Self { nodes, cluster, lan, scratch })
     }

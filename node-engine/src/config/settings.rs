@@ -31,7 +31,7 @@ impl Draft {
             node_name: host_name,
             announced_port: 3000,
             network: NetworkConfig::default(),
-            runtime: RuntimeConfig { docker_host: None },
+            runtime: RuntimeConfig::default(),
             on_exit: OnExit::Leave,
             state_dir: "/var/lib/node-engine".into(),
             run_dir: "/run/node-engine".into(),
@@ -151,6 +151,21 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "runtime.docker_host",
         environment: &["NODE_ENGINE_DOCKER_HOST"],
         set: |draft, text| docker_host(text).map(|host| draft.config.runtime.docker_host = Some(host)),
+    },
+    Setting {
+        key: "runtime.process",
+        environment: &["NODE_ENGINE_PROCESS"],
+        set: |draft, text| truth(text).map(|process| draft.config.runtime.process = process),
+    },
+    Setting {
+        key: "runtime.process_user",
+        environment: &["NODE_ENGINE_PROCESS_USER"],
+        set: |draft, text| user(text).map(|user| draft.config.runtime.process_user = user),
+    },
+    Setting {
+        key: "runtime.control_group",
+        environment: &["NODE_ENGINE_CONTROL_GROUP"],
+        set: |draft, text| control_group(text).map(|group| draft.config.runtime.control_group = group),
     },
 ];
 
@@ -300,4 +315,20 @@ fn docker_host(text: &str) -> Result<String, String> {
         return Ok(text.to_owned());
     }
     Err("is not a Docker host such as unix:///var/run/docker.sock".into())
+}
+
+fn user(text: &str) -> Result<String, String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let name = |text: &str| !text.is_empty() && text.len() <= 32 && text.bytes().all(plain);
+    let (user, group) = text.split_once(':').unwrap_or((text, "0"));
+    if name(user) && name(group) { Ok(text.to_owned()) } else { Err("is not USER or USER:GROUP".into()) }
+}
+
+fn control_group(text: &str) -> Result<String, String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
+    let component = |part: &str| !part.is_empty() && part != "." && part != ".." && part.bytes().all(plain);
+    match text.strip_prefix('/') {
+        Some(path) if path.split('/').all(component) => Ok(text.to_owned()),
+        _ => Err("is not the path of a control group such as /node-engine".into()),
+    }
 }

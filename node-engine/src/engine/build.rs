@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::node::NoNode;
 use super::notify::Notify;
+use super::runtimes::{self, Runtimes};
 use super::tasks::Tasks;
 use super::{GRACE, LAST_MOMENT, Parts, checks, operate, remove, serve, supervise};
 use crate::api::{Api, RunLock};
@@ -21,8 +22,6 @@ use crate::model::NodeFacts;
 use crate::names::Names;
 use crate::netmanager;
 use crate::netmanager::table::ServiceNets;
-use crate::runtime::Runtime;
-use crate::runtime::docker::DockerRuntime;
 use crate::standalone::{Standalone, StandaloneConfig};
 use crate::store::Store;
 use crate::telemetry;
@@ -102,8 +101,7 @@ async fn node(
 
     // Nothing has been made so far; from here on the network is.
     let (resolvers, resolving) = watch::channel(None);
-    let docker = DockerRuntime::new(config.runtime.docker_host.as_deref(), resolving)?;
-    let runtimes: Vec<Arc<dyn Runtime>> = vec![Arc::new(docker)];
+    let Runtimes { held: runtimes, announced } = runtimes::build(&config, resolving).await?;
     let (net, network) = netmanager::start(netmanager::Setup {
         config: config.network.clone(),
         cluster: address_of(&config.cluster).await,
@@ -124,9 +122,8 @@ async fn node(
     };
     tasks.spawn("resolver", names.run(drain.clone()));
 
-    let technologies = runtimes.iter().map(|runtime| runtime.technology()).collect();
     let facts =
-        NodeFacts { announced_port: Some(config.announced_port), ..telemetry::facts(&config.node_name, technologies) };
+        NodeFacts { announced_port: Some(config.announced_port), ..telemetry::facts(&config.node_name, announced) };
     let (pace, paced) = watch::channel(telemetry::pace(config.cluster.generation));
     let (usage, sampling) = telemetry::start(reports.clone(), paced, drain.clone()).await?;
     tasks.adopt("telemetry", sampling);

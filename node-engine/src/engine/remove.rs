@@ -11,12 +11,13 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::checks::CheckError;
+use super::runtimes;
 use crate::api::{RunLock, SocketError};
 use crate::config::Config;
 use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
-use crate::runtime::Runtime;
 use crate::runtime::docker::DockerRuntime;
+use crate::runtime::{Adopted, Runtime};
 
 /// How long an engine that runs workloads may take to say what it holds.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -45,7 +46,8 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
         other => other?,
     };
     let mut left = Vec::new();
-    workloads(config, &mut left).await;
+    containers(config, &mut left).await;
+    commands(config, &mut left).await;
     network(config, &mut left).await;
     directory("run directory", &config.run_dir, &mut left);
     drop(lock);
@@ -68,7 +70,7 @@ pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
     }
 }
 
-async fn workloads(config: &Config, left: &mut Vec<String>) {
+async fn containers(config: &Config, left: &mut Vec<String>) {
     let docker = match DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1) {
         Ok(docker) => docker,
         Err(error) => return left.push(format!("containers ({error})")),
@@ -81,14 +83,32 @@ async fn workloads(config: &Config, left: &mut Vec<String>) {
         Ok(Err(error)) => return left.push(format!("containers, if there are any ({error})")),
         Err(_) => return left.push(format!("containers, if there are any (Docker is silent for {ANSWER:?})")),
     };
-    for adopted in held {
-        println!("removing {}", adopted.instance);
-        if let Err(error) = docker.stop(&adopted.instance, GRACE).await {
-            left.push(format!("{} ({error})", adopted.instance));
-        }
-    }
+    stop(&docker, held, left).await;
     if let Err(error) = docker.remove_sandbox_image().await {
         left.push(format!("the sandbox image ({error})"));
+    }
+}
+
+/// What this binary looks after itself.
+async fn commands(config: &Config, left: &mut Vec<String>) {
+    let supervised = match runtimes::supervised(config) {
+        Ok(supervised) => supervised,
+        Err(error) => return left.push(format!("commands ({error})")),
+    };
+    for runtime in supervised {
+        match runtime.adopt().await {
+            Ok(held) => stop(&*runtime, held, left).await,
+            Err(error) => left.push(format!("what {} runs ({error})", runtime.technology())),
+        }
+    }
+}
+
+async fn stop(runtime: &dyn Runtime, held: Vec<Adopted>, left: &mut Vec<String>) {
+    for adopted in held {
+        println!("removing {}", adopted.instance);
+        if let Err(error) = runtime.stop(&adopted.instance, GRACE).await {
+            left.push(format!("{} ({error})", adopted.instance));
+        }
     }
 }
 

@@ -101,6 +101,8 @@ pub enum Technology {
     Container,
     Unikernel,
     Wasm,
+    /// A plain command of the node's own system.
+    Process,
     /// An OCI runtime or virtual machine monitor by its own name, as the cluster wrote it.
     Other(String),
 }
@@ -112,6 +114,7 @@ impl Technology {
             Self::Container => "docker",
             Self::Unikernel => "unikernel",
             Self::Wasm => "wasm",
+            Self::Process => "process",
             Self::Other(name) => name,
         }
     }
@@ -123,6 +126,7 @@ impl From<&str> for Technology {
             "container" | "docker" => Self::Container,
             "unikernel" | "mirage" => Self::Unikernel,
             "wasm" => Self::Wasm,
+            "process" => Self::Process,
             other => Self::Other(other.chars().take(64).collect()),
         }
     }
@@ -141,7 +145,7 @@ pub struct InstanceSpec {
     /// The cluster's `_id` of the job; empty where the cluster sent none.
     pub job: String,
     pub technology: Technology,
-    /// Image reference, or comma-separated URLs for unikernels.
+    /// Image reference; comma-separated URLs for unikernels; a program of the node, or nothing, for processes.
     pub image: String,
     /// Replaces the image's command when not empty.
     pub command: Vec<String>,
@@ -150,6 +154,10 @@ pub struct InstanceSpec {
     pub ports: Vec<PortMapping>,
     /// Pull platform such as `linux/arm64`.
     pub platform: Option<String>,
+    /// Name or number of the user the command runs as, `:group` behind it where it is not the user's own; `None`: the image's.
+    pub user: Option<String>,
+    /// Absolute; `None`: the image's.
+    pub directory: Option<String>,
     pub limits: Limits,
     /// Exit code 0 means completed, not dead.
     pub one_shot: bool,
@@ -157,6 +165,28 @@ pub struct InstanceSpec {
     /// The description in its wire form, opaque here. A runtime keeps it beside the workload (a container label),
     /// so that a restarted daemon can read back what it was asked for.
     pub document: Arc<str>,
+}
+
+impl InstanceSpec {
+    /// A description that asks for nothing in particular.
+    pub fn new(id: InstanceId, technology: Technology) -> Self {
+        Self {
+            id,
+            job: String::new(),
+            technology,
+            image: String::new(),
+            command: Vec::new(),
+            environment: Vec::new(),
+            ports: Vec::new(),
+            platform: None,
+            user: None,
+            directory: None,
+            limits: Limits::default(),
+            one_shot: false,
+            privileged: false,
+            document: "".into(),
+        }
+    }
 }
 
 /// Resources an instance may use; `None` is unlimited.

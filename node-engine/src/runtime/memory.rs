@@ -238,18 +238,9 @@ mod tests {
 
     fn spec() -> InstanceSpec {
         InstanceSpec {
-            id: "app.default.web.test.instance.0".parse().expect("a good id"),
-            job: String::new(),
-            technology: Technology::Container,
             image: "bb:1".into(),
-            command: Vec::new(),
-            environment: Vec::new(),
-            ports: Vec::new(),
-            platform: None,
-            limits: crate::model::Limits::default(),
-            one_shot: false,
-            privileged: false,
             document: "{}".into(),
+            ..InstanceSpec::new("app.default.web.test.instance.0".parse().expect("a good id"), Technology::Container)
         }
     }
 

@@ -3,15 +3,22 @@
 //!
 //! Everything a runtime makes carries the instance id and the description, so that a restarted daemon adopts it.
 
+mod cgroup;
 pub mod docker;
 pub mod memory;
+mod output;
 mod pause;
+pub mod process;
+pub mod supervised;
+mod surroundings;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+
+pub use surroundings::Resolvers;
 
 use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
 

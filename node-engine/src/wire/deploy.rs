@@ -40,6 +40,12 @@ pub enum DeployFault {
     Platform(String),
     #[error("{0} has a NUL character")]
     Nul(&'static str),
+    #[error("a process has neither image (a program of the node) nor cmd")]
+    Nothing,
+    #[error("user {0} is not of the form user or user:group")]
+    User(String),
+    #[error("working directory {0} is not an absolute path")]
+    Directory(String),
     #[error("environment entry {0} is not of the form NAME=value")]
     Environment(String),
     #[error("port mapping {text}: {reason} (expected host:container/tcp|udp, several joined by `;`)")]
@@ -93,15 +99,21 @@ fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, De
     if command.iter().any(|word| word.contains('\0')) {
         return Err(DeployFault::Nul("the command"));
     }
+    let image = image(members, &technology)?;
+    if image.is_empty() && command.is_empty() {
+        return Err(DeployFault::Nothing);
+    }
     let mut spec = InstanceSpec {
         id,
         job: job(members),
-        image: image(members, &technology)?,
+        image,
         technology,
         command,
         environment: environment(members)?,
         ports: ports(members)?,
         platform: platform(members)?,
+        user: user(members)?,
+        directory: directory(members)?,
         limits: limits(members)?,
         one_shot: members.flag("one_shot")?,
         privileged: members.flag("privileged")?,
@@ -179,7 +191,12 @@ fn image(members: &Members<'_>, technology: &Technology) -> Result<String, Deplo
     let image = if *technology == Technology::Unikernel && !offered.is_empty() {
         for_this_machine(&offered, &members.texts("arch")?)?
     } else {
-        members.said("image")?.ok_or(Malformed::Missing("image"))?
+        match members.said("image")? {
+            Some(image) => image,
+            // The command says it all.
+            None if *technology == Technology::Process => return Ok(String::new()),
+            None => return Err(Malformed::Missing("image").into()),
+        }
     };
     let bad = |letter: char| letter.is_control() || letter.is_whitespace();
     if image.is_empty() || image.len() > 4096 || image.contains(bad) {
@@ -295,6 +312,22 @@ fn platform(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
     Ok(Some(platform))
 }
 
+fn user(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
+    let Some(user) = members.said("user")? else { return Ok(None) };
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let name = |text: &str| !text.is_empty() && text.len() <= 32 && text.bytes().all(plain);
+    let (one, group) = user.split_once(':').unwrap_or((&user, "0"));
+    if name(one) && name(group) { Ok(Some(user)) } else { Err(DeployFault::User(excerpt(user.as_bytes()))) }
+}
+
+fn directory(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
+    let Some(path) = members.said("working_directory")? else { return Ok(None) };
+    if !path.starts_with('/') || path.len() > 4096 || path.contains(char::is_control) {
+        return Err(DeployFault::Directory(excerpt(path.as_bytes())));
+    }
+    Ok(Some(path))
+}
+
 /// Zero asks for nothing in particular. First-generation documents keep their wishes in `requirements`.
 fn limits(members: &Members<'_>) -> Result<Limits, DeployFault> {
     let wishes = if members.has("vcpus") || members.has("memory") { None } else { members.object("requirements").ok() };
@@ -336,6 +369,10 @@ pub struct Document {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    #[serde(rename = "working_directory", skip_serializing_if = "Option::is_none")]
+    pub directory: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
@@ -364,6 +401,8 @@ impl From<&InstanceSpec> for Document {
             environment: spec.environment.clone(),
             port: ports.join(";"),
             platform: spec.platform.clone(),
+            user: spec.user.clone(),
+            directory: spec.directory.clone(),
             vcpus: spec.limits.vcpus,
             memory: spec.limits.memory_mib,
             vgpus: spec.limits.vgpus,

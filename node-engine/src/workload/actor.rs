@@ -18,7 +18,7 @@ use super::core::{Core, Effect, Event, Failure, Found, FoundState, Output};
 use super::outbox::Outbox;
 use super::{Request, Setup, WorkloadError};
 use crate::config::OnExit;
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Limits, Report, Status, Technology};
+use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
 use crate::netmanager::{Attachment, NetError};
 use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
 
@@ -416,20 +416,7 @@ fn found(technology: &Technology, adopted: Adopted, parse: fn(&str) -> Option<In
 
 /// A description that says no more than what is to be removed.
 fn nameless(id: InstanceId, technology: Technology, document: Arc<str>) -> InstanceSpec {
-    InstanceSpec {
-        id,
-        job: String::new(),
-        technology,
-        image: String::new(),
-        command: Vec::new(),
-        environment: Vec::new(),
-        ports: Vec::new(),
-        platform: None,
-        limits: Limits::default(),
-        one_shot: false,
-        privileged: false,
-        document,
-    }
+    InstanceSpec { document, ..InstanceSpec::new(id, technology) }
 }
 
 async fn contained<T>(step: impl Future<Output = T>) -> Result<T, String> {

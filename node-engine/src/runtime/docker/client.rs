@@ -1,6 +1,7 @@
 //! Finding the Docker daemon and speaking a version of its API that both sides know. Nothing is done until the first call, and a
 //! daemon that comes back as another version is asked anew.
 
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use bollard::errors::Error;
@@ -33,6 +34,10 @@ impl Client {
             return Err(RuntimeError::Refused { what: "docker host", reason });
         }
         Ok(Self { socket: path.to_owned(), docker: Mutex::new(None) })
+    }
+
+    pub(super) fn socket(&self) -> &Path {
+        Path::new(&self.socket)
     }
 
     pub(super) async fn get(&self) -> Result<Docker, RuntimeError> {

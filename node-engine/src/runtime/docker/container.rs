@@ -2,7 +2,6 @@
 //! which joins it.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 
 use bollard::models::{
     ContainerCreateBody, DeviceMapping, DeviceRequest, HostConfig, HostConfigLogConfig, RestartPolicy,
@@ -11,7 +10,7 @@ use bollard::models::{
 
 use super::image::PAUSE;
 use crate::model::{InstanceId, InstanceSpec};
-use crate::runtime::pause;
+use crate::runtime::{pause, surroundings};
 
 pub(super) const LABEL_INSTANCE: &str = "node-engine.instance";
 pub(super) const LABEL_DOCUMENT: &str = "node-engine.document";
@@ -21,8 +20,6 @@ pub(super) const ROLE_WORKLOAD: &str = "workload";
 
 /// Docker accepts no smaller limit.
 const LEAST_MEMORY_MIB: u64 = 6;
-/// Where no name server of the host can be reached from a container.
-const FALLBACK_DNS: &str = "8.8.8.8";
 
 pub(super) fn workload_name(instance: &InstanceId) -> String {
     instance.to_string()
@@ -34,7 +31,7 @@ pub(super) fn sandbox_name(instance: &InstanceId) -> String {
 
 pub(super) fn sandbox(spec: &InstanceSpec, dns: Vec<String>) -> ContainerCreateBody {
     ContainerCreateBody {
-        hostname: Some(host_name(&spec.id)),
+        hostname: Some(surroundings::host_name(&spec.id)),
         image: Some(PAUSE.into()),
         entrypoint: Some(vec![pause::PATH.into()]),
         labels: Some(labels(spec, ROLE_SANDBOX)),
@@ -70,7 +67,9 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
     ContainerCreateBody {
         image: Some(spec.image.clone()),
         cmd: (!spec.command.is_empty()).then(|| spec.command.clone()),
-        env: Some(environment(spec)),
+        user: spec.user.clone(),
+        working_dir: spec.directory.clone(),
+        env: Some(surroundings::environment(spec)),
         labels: Some(labels(spec, ROLE_WORKLOAD)),
         host_config: Some(HostConfig {
             network_mode: Some(format!("container:{sandbox}")),
@@ -89,27 +88,6 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
         }),
         ..ContainerCreateBody::default()
     }
-}
-
-/// The name servers of a resolv.conf that a container can reach: not those on the host's loopback.
-pub(super) fn name_servers(resolv_conf: &str) -> Vec<String> {
-    let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok();
-    let reachable = |address: &IpAddr| !address.is_loopback() && !address.is_unspecified();
-    let servers: Vec<_> =
-        resolv_conf.lines().filter_map(server).filter(reachable).take(3).map(|address| address.to_string()).collect();
-    if servers.is_empty() { vec![FALLBACK_DNS.into()] } else { servers }
-}
-
-fn host_name(instance: &InstanceId) -> String {
-    format!("instance-{}", instance.number)
-}
-
-fn environment(spec: &InstanceSpec) -> Vec<String> {
-    let mut environment = spec.environment.clone();
-    if !environment.iter().any(|variable| variable.starts_with("HOSTNAME=")) {
-        environment.push(format!("HOSTNAME={}", host_name(&spec.id)));
-    }
-    environment
 }
 
 fn labels(spec: &InstanceSpec, role: &str) -> HashMap<String, String> {
@@ -132,19 +110,11 @@ pub(super) mod tests {
     use crate::model::{Limits, Technology};
 
     pub(in crate::runtime::docker) fn spec(number: u32) -> InstanceSpec {
+        let id = InstanceId { service: "app.default.web.test".parse().expect("a good name"), number };
         InstanceSpec {
-            id: InstanceId { service: "app.default.web.test".parse().expect("a good name"), number },
-            job: String::new(),
-            technology: Technology::Container,
             image: "bb:1".into(),
-            command: Vec::new(),
-            environment: Vec::new(),
-            ports: Vec::new(),
-            platform: None,
-            limits: Limits::default(),
-            one_shot: false,
-            privileged: false,
             document: "{\"a\":1}".into(),
+            ..InstanceSpec::new(id, Technology::Container)
         }
     }
 
@@ -175,23 +145,5 @@ pub(super) mod tests {
         let limits = Limits { memory_mib: Some(u64::MAX), ..Limits::default() };
         let host = workload(&InstanceSpec { limits, ..spec(0) }, "s", 4).host_config.expect("a host config");
         assert_eq!(host.memory, Some(i64::MAX));
-    }
-
-    #[test]
-    fn the_environment_may_set_its_own_host_name() {
-        let spec = InstanceSpec { environment: vec!["HOSTNAME=x".into(), "A=b".into()], ..spec(0) };
-        assert_eq!(environment(&spec), ["HOSTNAME=x", "A=b"]);
-    }
-
-    #[test]
-    fn containers_get_name_servers_they_can_reach() {
-        for (conf, expected) in [
-            ("nameserver 10.0.0.1\nsearch x\nnameserver fd00::1\n", vec!["10.0.0.1", "fd00::1"]),
-            ("# none\nnameserver 127.0.0.53\nnameserver ::1\n", vec!["8.8.8.8"]),
-            ("", vec!["8.8.8.8"]),
-            ("nameserver bad\nnameserver\t1.1.1.1\n", vec!["1.1.1.1"]),
-        ] {
-            assert_eq!(name_servers(conf), expected, "{conf:?}");
-        }
     }
 }

@@ -4,7 +4,6 @@
 //! (docs/adr/0006-sandbox-container.md). Both carry the instance and its description as labels; nothing else is kept, so a restarted
 //! daemon adopts what it finds. Containers without our labels are never touched, whatever their name.
 
-mod cgroup;
 mod client;
 mod container;
 mod image;
@@ -15,8 +14,7 @@ mod tests;
 mod watch;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -30,12 +28,11 @@ use tokio::sync::watch::Receiver;
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use self::cgroup::Cgroup;
 use self::client::{Client, not_found};
-use self::container::{
-    LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, name_servers, sandbox_name, workload_name,
-};
+use self::container::{LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, sandbox_name, workload_name};
 use self::running::Running;
+use super::cgroup::{self, Cgroup};
+use super::surroundings::{self, Resolvers};
 use super::{Adopted, AdoptedState, Exit, Runtime, RuntimeError, Sandbox};
 use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
 
@@ -44,8 +41,6 @@ const EXITS: usize = 256;
 /// A container that is being removed by someone else is waited for this long.
 const REMOVAL: Duration = Duration::from_secs(10);
 const REMOVAL_POLL: Duration = Duration::from_millis(100);
-/// So long a new instance waits to hear where the node answers names.
-const RESOLVER: Duration = Duration::from_secs(5);
 
 /// The Docker daemon of this machine.
 #[derive(Debug)]
@@ -68,9 +63,6 @@ struct Inner {
     resolvers: Receiver<Resolvers>,
 }
 
-/// Addresses at which workloads find a resolver of this node: `None` until that is known, empty where there is none.
-pub type Resolvers = Option<Vec<IpAddr>>;
-
 impl DockerRuntime {
     /// The daemon at `host` (`unix:///path`), else at `DOCKER_HOST`, else at the platform's socket. It need not be there yet. Must be
     /// called inside a tokio runtime.
@@ -89,6 +81,24 @@ impl DockerRuntime {
         let (exits, exited) = mpsc::channel(EXITS);
         let watch = tokio::spawn(watch::run(inner.clone(), exits));
         Ok(Self { inner, exits: tokio::sync::Mutex::new(exited), _watch: AbortOnDropHandle::new(watch) })
+    }
+
+    /// Whether a daemon answers now.
+    ///
+    /// # Errors
+    /// What is the matter, and what to do about it.
+    pub async fn ping(&self) -> Result<(), RuntimeError> {
+        let docker = self.inner.client.get().await?;
+        let answered = docker.ping().await;
+        answered.map(drop).map_err(|error| {
+            self.inner.client.forget();
+            self.inner.client.failed("ping", error)
+        })
+    }
+
+    /// There is a socket, whether or not somebody answers at it.
+    pub fn is_installed(&self) -> bool {
+        self.inner.client.socket().exists()
     }
 
     /// Removes the image that sandboxes are made from: the last thing of ours that Docker holds when every instance is stopped.
@@ -184,7 +194,8 @@ impl Inner {
         self.remove(&spec.id, Duration::ZERO, &guard).await?;
         let docker = self.client.get().await?;
         let sandbox = sandbox_name(&spec.id);
-        self.create(&docker, &sandbox, "", container::sandbox(spec, self.name_servers().await)).await?;
+        self.create(&docker, &sandbox, "", container::sandbox(spec, surroundings::name_servers(&self.resolvers).await))
+            .await?;
         let start = async {
             let started = docker.start_container(&sandbox, None).await;
             started.map_err(|error| self.client.failed("start the sandbox", error))?;
@@ -198,16 +209,6 @@ impl Inner {
         created?;
         let pid = pid?;
         Ok(netns(pid))
-    }
-
-    /// The node's own resolver; where there is none, the host's. A node that has just come up may still be on its way to one.
-    async fn name_servers(&self) -> Vec<String> {
-        let mut resolvers = self.resolvers.clone();
-        let known = tokio::time::timeout(RESOLVER, resolvers.wait_for(Option::is_some)).await;
-        match known.ok().and_then(Result::ok).and_then(|known| known.clone()) {
-            Some(own) if !own.is_empty() => own.iter().map(ToString::to_string).collect(),
-            _ => host_name_servers(),
-        }
     }
 
     async fn create(
@@ -400,11 +401,4 @@ fn running_pid(container: &ContainerInspectResponse) -> Option<i64> {
 
 fn netns(pid: i64) -> Sandbox {
     Sandbox { netns: format!("/proc/{pid}/ns/net").into() }
-}
-
-/// The host's real name servers: behind a local stub resolver, those that systemd-resolved knows.
-fn host_name_servers() -> Vec<String> {
-    let resolved = Path::new("/run/systemd/resolve/resolv.conf");
-    let conf = std::fs::read_to_string(resolved).or_else(|_| std::fs::read_to_string("/etc/resolv.conf"));
-    name_servers(&conf.unwrap_or_default())
 }

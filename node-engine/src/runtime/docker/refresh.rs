@@ -12,9 +12,8 @@ use futures_util::{StreamExt, TryStreamExt};
 use super::Inner;
 use super::running::Stale;
 use crate::runtime::RuntimeError;
+use crate::runtime::output::{TAIL, text};
 
-/// Of a log, this much is reported.
-const LOG_TAIL: usize = 1024;
 const AT_ONCE: usize = 8;
 
 /// Begins a pass over all running workloads unless one is under way.
@@ -63,21 +62,10 @@ async fn refresh(inner: &Inner, stale: Stale) -> Result<(), RuntimeError> {
     // A log that has not grown is not read again; where its file cannot be seen it is read every time.
     let length = log_path.and_then(|path| std::fs::metadata(path).ok()).map(|file| file.len());
     if length.is_none() || length != log_length {
-        let tail = log_tail(&docker, &container, LOG_TAIL).await.map_err(failed)?;
+        let tail = log_tail(&docker, &container, TAIL).await.map_err(failed)?;
         inner.running.set_log(&container, text(&tail), length);
     }
     Ok(())
-}
-
-/// At most `LOG_TAIL` bytes of valid text: a character cut in two at the front is dropped, other invalid bytes are replaced.
-fn text(tail: &[u8]) -> String {
-    let cut = tail.iter().take(3).take_while(|byte| **byte & 0xc0 == 0x80).count();
-    let mut text = String::from_utf8_lossy(&tail[cut..]).into_owned();
-    // Replacing may make it longer.
-    let surplus = text.len().saturating_sub(LOG_TAIL);
-    let from = (surplus..text.len()).find(|index| text.is_char_boundary(*index)).unwrap_or(0);
-    text.drain(..from);
-    text
 }
 
 /// The last bytes of a stream.
@@ -118,15 +106,5 @@ mod tests {
             }
             assert_eq!(Vec::from(ring.bytes), expected.as_bytes(), "{chunks:?}");
         }
-    }
-
-    #[test]
-    fn a_tail_is_valid_text_within_the_bound() {
-        assert_eq!(text(&"äb".as_bytes()[1..]), "b");
-        assert_eq!(text(b"a\xffb"), "a\u{fffd}b");
-        assert_eq!(text(b""), "");
-        let noise = [0xff; LOG_TAIL];
-        assert!(text(&noise).len() <= LOG_TAIL);
-        assert!(text("€".repeat(400).as_bytes()).len() <= LOG_TAIL);
     }
 }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::cgroup::{self, Cgroup, Sample};
 use crate::model::{InstanceId, InstanceUsage, Technology};
+use crate::runtime::cgroup::{self, Cgroup, Sample, cpu_percent, percent};
 
 /// A writable layer is measured this often at most: Docker walks through all of it.
 const DISK_EVERY: Duration = Duration::from_secs(60);
@@ -125,16 +125,6 @@ impl Running {
     }
 }
 
-fn cpu_percent((then, before): (Instant, Sample), (now, after): (Instant, Sample), cpus: u32) -> f64 {
-    let used = after.cpu_nanoseconds.saturating_sub(before.cpu_nanoseconds);
-    let available = now.duration_since(then).as_nanos() as f64 * f64::from(cpus);
-    percent(used as f64, available)
-}
-
-fn percent(part: f64, whole: f64) -> f64 {
-    if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -145,15 +135,6 @@ mod tests {
         running.expect("c", &instance);
         assert_eq!(running.take("c"), Some(instance));
         assert_eq!(running.take("c"), None);
-    }
-
-    #[test]
-    fn cpu_is_a_share_of_the_whole_machine() {
-        let (then, sample) = (Instant::now(), |cpu_nanoseconds| Sample { cpu_nanoseconds, memory_bytes: 0 });
-        let now = then + Duration::from_secs(2);
-        let percent = cpu_percent((then, sample(1_000_000_000)), (now, sample(2_000_000_000)), 4);
-        assert!((percent - 12.5).abs() < 1e-9, "{percent}");
-        assert_eq!(cpu_percent((then, sample(5)), (then, sample(9)), 4), 0.0);
     }
 
     #[test]

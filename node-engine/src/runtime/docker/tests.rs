@@ -48,7 +48,8 @@ async fn nothing_runs_before_start_and_nothing_is_left_after_stop() {
     });
     let log = log.await;
     assert!(log.starts_with("hello\ninstance-10\ninstance-10 b\n"), "{log}");
-    let servers: Vec<_> = host_name_servers().iter().map(|server| format!("nameserver {server}")).collect();
+    let servers: Vec<_> =
+        surroundings::host_name_servers().iter().map(|server| format!("nameserver {server}")).collect();
     for server in servers {
         assert!(log.contains(&server), "{server} in {log}");
     }

@@ -396,19 +396,13 @@ fn addresses() -> Addresses {
 }
 
 fn spec(number: u32) -> InstanceSpec {
+    let id = InstanceId { service: "app.default.web.test".parse().expect("a good name"), number };
     InstanceSpec {
-        id: InstanceId { service: "app.default.web.test".parse().expect("a good name"), number },
         job: "64b0000000000000000000aa".into(),
-        technology: Technology::Container,
         image: "a:1".into(),
-        command: Vec::new(),
-        environment: Vec::new(),
-        ports: Vec::new(),
-        platform: None,
         limits: Limits { memory_mib: Some(64), ..Limits::default() },
-        one_shot: false,
-        privileged: false,
         document: "now".into(),
+        ..InstanceSpec::new(id, Technology::Container)
     }
 }
 

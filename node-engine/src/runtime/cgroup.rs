@@ -1,9 +1,14 @@
-//! What a container uses, read from its cgroup: no daemon is asked, so it costs a few file reads and goes on while Docker is away.
-//! Both hierarchies are known, also side by side (cgroups(7), kernel documents cgroup-v1/memory, cgroup-v1/cpuacct and cgroup-v2).
+//! Control groups: what a workload uses, read without asking any daemon, and groups of our own that hold limits. Both hierarchies are
+//! known, also side by side (cgroups(7), kernel documents cgroup-v1/memory, cgroup-v1/cpuacct and cgroup-v2).
+
+mod group;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+pub(super) use group::{Groups, out_of_memory_kills};
 
 /// Where the figures of one container are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,20 +44,38 @@ impl Cgroup {
     }
 
     pub(super) fn sample(&self) -> io::Result<Sample> {
-        let cpu_nanoseconds = match &self.cpu {
-            Controller::V1(path) => number(&path.join("cpuacct.usage"))?,
-            Controller::V2(path) => field(&path.join("cpu.stat"), "usage_usec")?.saturating_mul(1000),
-        };
-        let (used, inactive) = match &self.memory {
-            Controller::V1(path) => {
-                (number(&path.join("memory.usage_in_bytes"))?, field(&path.join("memory.stat"), "total_inactive_file")?)
-            }
-            Controller::V2(path) => {
-                (number(&path.join("memory.current"))?, field(&path.join("memory.stat"), "inactive_file")?)
-            }
-        };
-        Ok(Sample { cpu_nanoseconds, memory_bytes: used.saturating_sub(inactive) })
+        Ok(Sample { cpu_nanoseconds: cpu_nanoseconds(&self.cpu)?, memory_bytes: memory_bytes(&self.memory)? })
     }
+}
+
+fn cpu_nanoseconds(cpu: &Controller) -> io::Result<u64> {
+    match cpu {
+        Controller::V1(path) => number(&path.join("cpuacct.usage")),
+        Controller::V2(path) => Ok(field(&path.join("cpu.stat"), "usage_usec")?.saturating_mul(1000)),
+    }
+}
+
+fn memory_bytes(memory: &Controller) -> io::Result<u64> {
+    let (used, inactive) = match memory {
+        Controller::V1(path) => {
+            (number(&path.join("memory.usage_in_bytes"))?, field(&path.join("memory.stat"), "total_inactive_file")?)
+        }
+        Controller::V2(path) => {
+            (number(&path.join("memory.current"))?, field(&path.join("memory.stat"), "inactive_file")?)
+        }
+    };
+    Ok(used.saturating_sub(inactive))
+}
+
+/// Percent of the whole machine between two samples.
+pub(super) fn cpu_percent((then, before): (Instant, Sample), (now, after): (Instant, Sample), cpus: u32) -> f64 {
+    let used = after.cpu_nanoseconds.saturating_sub(before.cpu_nanoseconds);
+    let available = now.duration_since(then).as_nanos() as f64 * f64::from(cpus);
+    percent(used as f64, available)
+}
+
+pub(super) fn percent(part: f64, whole: f64) -> f64 {
+    if whole > 0.0 { part / whole * 100.0 } else { 0.0 }
 }
 
 /// CPUs that are on line.
@@ -124,7 +147,18 @@ fn invalid(path: &Path, what: &str) -> io::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+
+    #[test]
+    fn cpu_is_a_share_of_the_whole_machine() {
+        let (then, sample) = (Instant::now(), |cpu_nanoseconds| Sample { cpu_nanoseconds, memory_bytes: 0 });
+        let now = then + Duration::from_secs(2);
+        let percent = cpu_percent((then, sample(1_000_000_000)), (now, sample(2_000_000_000)), 4);
+        assert!((percent - 12.5).abs() < 1e-9, "{percent}");
+        assert_eq!(cpu_percent((then, sample(5)), (then, sample(9)), 4), 0.0);
+    }
 
     const V1_MOUNTS: &str = "\
 tmpfs /sys/fs/cgroup tmpfs rw 0 0

@@ -1,0 +1,159 @@
+//! The two inner stages: the first process of a command's namespaces, and the last step before the command itself.
+
+use std::convert::Infallible;
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{Gid, Pid, Uid, sethostname};
+
+use super::launch::{Launch, Order};
+use super::place::Place;
+use super::supervisor::{ASK, FORCE, GO, HOST_NAME, MOUNTS, OWN, PROCESSES, READY};
+
+const NOTHING: Option<&str> = None;
+
+/// Makes the namespaces a place to live in, runs the command, collects what it leaves behind, and ends with its code.
+pub(super) fn run(place: &Place, own: &str) -> io::Result<u8> {
+    let mut supervisor = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut signals = SigSet::empty();
+    for signal in [ASK, FORCE, Signal::SIGCHLD] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // Where there is no process namespace to take everything along.
+    prctl::set_child_subreaper(true)?;
+    if let Err(error) = Order::read(&place.launch()).and_then(|order| furnish(place, &order.launch, own)) {
+        writeln!(supervisor, "{error}")?;
+        return Ok(1);
+    }
+    writeln!(supervisor, "{READY}")?;
+    let mut word = String::new();
+    BufReader::new(supervisor).read_line(&mut word)?;
+    if word.trim() != GO {
+        return Ok(1);
+    }
+    let command =
+        Command::new(OWN).args(["supervise", "command"]).arg(place.directory()).stdin(Stdio::null()).spawn()?;
+    let code = wait_for(Pid::from_raw(command.id().cast_signed()), &signals)?;
+    // The end of a namespace's first process is the end of all.
+    if Pid::this() != Pid::from_raw(1) {
+        end_children();
+    }
+    Ok(code)
+}
+
+/// The command's code: of a signal, 128 more than its number.
+fn wait_for(command: Pid, signals: &SigSet) -> io::Result<u8> {
+    loop {
+        match signals.wait()? {
+            Signal::SIGCHLD => loop {
+                match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::Exited(pid, code)) if pid == command => return Ok(code.to_le_bytes()[0]),
+                    Ok(WaitStatus::Signaled(pid, signal, _)) if pid == command => {
+                        return Ok(128 + (signal as i32).to_le_bytes()[0]);
+                    }
+                    Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => break,
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            },
+            FORCE => {
+                end_children();
+                return Ok(128 + 9);
+            }
+            // It may have ended just now, of which SIGCHLD tells next.
+            signal => drop(kill(command, signal)),
+        }
+    }
+}
+
+/// Kills children, and theirs as they become ours, until there are none.
+fn end_children() {
+    loop {
+        for child in children() {
+            let _ = kill(child, Signal::SIGKILL);
+        }
+        match waitpid(None, None) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn children() -> Vec<Pid> {
+    let own = std::process::id().to_string();
+    let parent_is_us = |pid: &i32| {
+        // proc_pid_stat(5): the name stands in brackets and may hold anything; state and parent follow it.
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+        after.split_ascii_whitespace().nth(1) == Some(own.as_str())
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(parent_is_us).map(Pid::from_raw).collect()
+}
+
+/// What is ours to change only in namespaces of our own, which `own` lists. A kernel that lacks one of them shares the host's, which
+/// stays as it is.
+fn furnish(place: &Place, launch: &Launch, own: &str) -> io::Result<()> {
+    let step = |what: &'static str| move |error: Errno| io::Error::other(format!("{what}: {error}"));
+    let own = |namespace: &str| own.split(',').any(|name| name == namespace);
+    if own(MOUNTS) {
+        mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOTHING).map_err(step("private mounts"))?;
+        if own(PROCESSES) {
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+            mount(Some("proc"), "/proc", Some("proc"), flags, NOTHING).map_err(step("mount /proc"))?;
+        }
+        bind_resolver(place, launch)?;
+    }
+    if own(HOST_NAME) {
+        sethostname(&launch.host_name).map_err(step("host name"))?;
+    }
+    // In the command's own network nobody else is to be protected from it: it may serve port 80 as whoever it is.
+    let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    Ok(())
+}
+
+fn bind_resolver(place: &Place, launch: &Launch) -> io::Result<()> {
+    let target = Path::new("/etc/resolv.conf");
+    if launch.resolver.is_empty() || !target.exists() {
+        return Ok(());
+    }
+    fs::write(place.resolver(), &launch.resolver)?;
+    mount(Some(&place.resolver()), target, NOTHING, MsFlags::MS_BIND, NOTHING)
+        .map_err(|error| io::Error::other(format!("bind {}: {error}", target.display())))
+}
+
+/// Joins the control groups, becomes the user and then the command.
+pub(super) fn become_command(place: &Place) -> io::Result<Infallible> {
+    let Order { launch, groups, .. } = Order::read(&place.launch())?;
+    for group in &groups {
+        let file = group.join("cgroup.procs");
+        fs::write(&file, "0").map_err(|error| io::Error::other(format!("{}: {error}", file.display())))?;
+    }
+    // The daemon's own protection is not for its workloads. A kernel without the file has no such protection.
+    let _ = fs::write("/proc/self/oom_score_adj", "0");
+    let mut command = Command::new(&launch.program);
+    command.args(&launch.arguments).env_clear().current_dir(&launch.directory);
+    command.envs(launch.environment.iter().filter_map(|variable| variable.split_once('=')));
+    if let Some((user, group)) = launch.user {
+        command.uid(Uid::from_raw(user).as_raw()).gid(Gid::from_raw(group).as_raw());
+        if user != 0 {
+            // Programs with a set-user-id bit do not lead back.
+            prctl::set_no_new_privs()?;
+        }
+    }
+    let error = command.exec();
+    Err(io::Error::new(error.kind(), format!("{}: {error}", launch.program.display())))
+}

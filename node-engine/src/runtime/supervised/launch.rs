@@ -1,0 +1,126 @@
+//! What a supervisor is to run, and how it is told: records of `name=value`, each ended by a NUL, since no part of a command can hold one.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A command and the surroundings it runs in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Launch {
+    /// Absolute.
+    pub program: PathBuf,
+    pub arguments: Vec<String>,
+    /// `NAME=value`; nothing else is passed on.
+    pub environment: Vec<String>,
+    pub directory: PathBuf,
+    /// User and group; `None`: those of the daemon.
+    pub user: Option<(u32, u32)>,
+    pub host_name: String,
+    /// Text of its `/etc/resolv.conf`; empty: the host's.
+    pub resolver: String,
+}
+
+/// A command, the network namespace to be in, the control groups to join, and where output goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Order {
+    pub(super) launch: Launch,
+    pub(super) netns: PathBuf,
+    pub(super) groups: Vec<PathBuf>,
+    /// Where the kernel counts what it killed for want of memory; empty where it does not.
+    pub(super) memory_events: PathBuf,
+    pub(super) log: PathBuf,
+    pub(super) log_limit: u64,
+}
+
+impl Order {
+    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+        let launch = &self.launch;
+        let mut text = String::new();
+        let mut put = |name: &str, value: &str| {
+            text.push_str(name);
+            text.push('=');
+            text.push_str(value);
+            text.push('\0');
+        };
+        let shown = |path: &Path| path.to_string_lossy().into_owned();
+        put("program", &shown(&launch.program));
+        launch.arguments.iter().for_each(|argument| put("argument", argument));
+        launch.environment.iter().for_each(|variable| put("environment", variable));
+        put("directory", &shown(&launch.directory));
+        if let Some((user, group)) = launch.user {
+            put("user", &user.to_string());
+            put("group", &group.to_string());
+        }
+        put("host_name", &launch.host_name);
+        put("resolver", &launch.resolver);
+        put("netns", &shown(&self.netns));
+        self.groups.iter().for_each(|group| put("control_group", &shown(group)));
+        put("memory_events", &shown(&self.memory_events));
+        put("log", &shown(&self.log));
+        put("log_limit", &self.log_limit.to_string());
+        // The environment may hold secrets.
+        super::place::write_private(path, text.as_bytes())
+    }
+
+    pub(super) fn read(path: &Path) -> io::Result<Self> {
+        let text = fs::read_to_string(path)?;
+        let mut order = Self::default();
+        let launch = &mut order.launch;
+        let (mut user, mut group) = (None, None);
+        for record in text.split_terminator('\0') {
+            let wrong = || io::Error::new(io::ErrorKind::InvalidData, format!("{}: {record:?}", path.display()));
+            let (name, value) = record.split_once('=').ok_or_else(wrong)?;
+            let number = || value.parse().map_err(|_| wrong());
+            match name {
+                "program" => launch.program = value.into(),
+                "argument" => launch.arguments.push(value.into()),
+                "environment" => launch.environment.push(value.into()),
+                "directory" => launch.directory = value.into(),
+                "user" => user = Some(number()?),
+                "group" => group = Some(number()?),
+                "host_name" => launch.host_name = value.into(),
+                "resolver" => launch.resolver = value.into(),
+                "netns" => order.netns = value.into(),
+                "control_group" => order.groups.push(value.into()),
+                "memory_events" => order.memory_events = value.into(),
+                "log" => order.log = value.into(),
+                "log_limit" => order.log_limit = value.parse().map_err(|_| wrong())?,
+                _ => return Err(wrong()),
+            }
+        }
+        order.launch.user = user.zip(group);
+        Ok(order)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_reads_what_the_daemon_wrote() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("launch");
+        let launch = Launch {
+            program: "/bin/sh".into(),
+            arguments: vec!["-c".into(), "echo a=b\n".into(), String::new()],
+            environment: vec!["A=b=c".into(), "B=".into()],
+            directory: "/".into(),
+            user: Some((1, 2)),
+            host_name: "instance-0".into(),
+            resolver: "nameserver 10.0.0.1\n".into(),
+        };
+        let order = Order {
+            launch,
+            netns: "/run/netns/x".into(),
+            groups: vec!["/sys/fs/cgroup/a".into()],
+            memory_events: "/sys/fs/cgroup/a/memory.events".into(),
+            log: "/log".into(),
+            log_limit: 7,
+        };
+        order.write(&path).expect("written");
+        assert_eq!(Order::read(&path).expect("read"), order);
+        fs::write(&path, "nonsense\0").expect("write");
+        assert!(Order::read(&path).is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! The files of one supervised instance, from which a restarted daemon tells what became of it:
+//!
+//! ```text
+//! document   the description, as given
+//! launch     what the supervisor is to run
+//! alive      the supervisor's process id; locked by it for as long as it lives, closed by the kernel when it does not
+//! started    there once the command was started
+//! exit       exit code, and whether memory ran out; there once the command has ended
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::Pid;
+
+/// Code of a command whose end nobody saw: as if killed.
+pub(super) const KILLED: i64 = 137;
+
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    directory: PathBuf,
+}
+
+/// What the files say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// Nothing of it runs, or its supervisor has not been told to start.
+    Incomplete,
+    Running,
+    Ended(Ended),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub(super) code: i64,
+    pub(super) out_of_memory: bool,
+}
+
+impl Place {
+    pub(super) fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub(super) fn document(&self) -> PathBuf {
+        self.directory.join("document")
+    }
+
+    pub(super) fn launch(&self) -> PathBuf {
+        self.directory.join("launch")
+    }
+
+    pub(super) fn resolver(&self) -> PathBuf {
+        self.directory.join("resolv.conf")
+    }
+
+    pub(super) fn alive(&self) -> PathBuf {
+        self.directory.join("alive")
+    }
+
+    /// Claims the place for the calling process, for as long as the result is kept.
+    pub(super) fn claim(&self) -> io::Result<Flock<File>> {
+        let file = File::options().create(true).truncate(true).write(true).mode(0o600).open(self.alive())?;
+        let mut claim = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
+        claim.write_all(std::process::id().to_string().as_bytes())?;
+        Ok(claim)
+    }
+
+    /// The supervisor that lives, if one does.
+    pub(super) fn supervisor(&self) -> Option<Pid> {
+        let file = File::open(self.alive()).ok()?;
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(_) => None,
+            Err(_) => fs::read_to_string(self.alive()).ok()?.trim().parse().ok().map(Pid::from_raw),
+        }
+    }
+
+    pub(super) fn note_start(&self) -> io::Result<()> {
+        write_private(&self.directory.join("started"), b"")
+    }
+
+    pub(super) fn started(&self) -> bool {
+        self.directory.join("started").exists()
+    }
+
+    pub(super) fn note_end(&self, ended: Ended) -> io::Result<()> {
+        let text = format!("{} {}\n", ended.code, ended.out_of_memory);
+        write_private(&self.directory.join("exit"), text.as_bytes())
+    }
+
+    /// Reads the files in the order that makes an end meanwhile an end and not a loss.
+    pub(super) fn state(&self) -> State {
+        let (started, lives) = (self.started(), self.supervisor().is_some());
+        match self.end() {
+            Some(ended) => State::Ended(ended),
+            None if lives && started => State::Running,
+            None if started => State::Ended(Ended { code: KILLED, out_of_memory: false }),
+            None => State::Incomplete,
+        }
+    }
+
+    fn end(&self) -> Option<Ended> {
+        let text = fs::read_to_string(self.directory.join("exit")).ok()?;
+        let (code, out_of_memory) = text.trim().split_once(' ')?;
+        Some(Ended { code: code.parse().ok()?, out_of_memory: out_of_memory == "true" })
+    }
+}
+
+/// Whoever reads finds all of it or none, and others may not.
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let fresh = path.with_extension("new");
+    let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
+    file.write_all(bytes)?;
+    fs::rename(&fresh, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_tell_what_became_of_an_instance() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let place = Place::new(dir.path().into());
+        assert_eq!(place.state(), State::Incomplete);
+        let claim = place.claim().expect("claimed");
+        assert_eq!(place.supervisor(), Some(Pid::this()));
+        assert!(place.claim().is_err(), "one supervisor at a time");
+        assert_eq!(place.state(), State::Incomplete, "not started yet");
+        place.note_start().expect("noted");
+        assert_eq!(place.state(), State::Running);
+        drop(claim);
+        assert_eq!(place.supervisor(), None);
+        assert_eq!(place.state(), State::Ended(Ended { code: KILLED, out_of_memory: false }));
+        let ended = Ended { code: 3, out_of_memory: true };
+        place.note_end(ended).expect("noted");
+        assert_eq!(place.state(), State::Ended(ended));
+    }
+}

@@ -1,0 +1,235 @@
+//! Plain commands under the real supervisor: namespaces, control groups, ends, adoption.
+#![expect(clippy::unwrap_used, reason = "a test panics where it cannot go on")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use node_engine::model::{InstanceId, InstanceSpec, Limits, Technology};
+use node_engine::netns;
+use node_engine::runtime::process::{Policy, ProcessRuntime};
+use node_engine::runtime::supervised::Home;
+use node_engine::runtime::{AdoptedState, Exit, Runtime, RuntimeError};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Directories of one test, and names that no other has.
+struct Rig {
+    dir: tempfile::TempDir,
+    service: &'static str,
+}
+
+impl Rig {
+    fn new(service: &'static str) -> Self {
+        Self { dir: tempfile::tempdir().unwrap(), service }
+    }
+
+    fn runtime(&self, allowed: bool, user: &str) -> ProcessRuntime {
+        let group = format!("/node-engine-test-{}", std::process::id());
+        let home = Home {
+            supervisor: env!("CARGO_BIN_EXE_node-engine").into(),
+            ..Home::new(&self.dir.path().join("run"), &self.dir.path().join("state"), "process", &group)
+        };
+        let policy = Policy { allowed, user: user.into() };
+        ProcessRuntime::new(home, policy, watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1).unwrap()
+    }
+
+    fn id(&self, number: u32) -> InstanceId {
+        format!("test.process.{}.{}.instance.{number}", self.service, std::process::id()).parse().unwrap()
+    }
+
+    fn shell(&self, number: u32, script: &str) -> InstanceSpec {
+        let command = ["sh", "-c", script].map(str::to_owned).into();
+        let document = format!("document of {number}").into();
+        InstanceSpec { command, document, ..InstanceSpec::new(self.id(number), Technology::Process) }
+    }
+
+    fn supervisor(&self, id: &InstanceId) -> i32 {
+        let file = self.dir.path().join("run/process").join(id.to_string()).join("alive");
+        fs::read_to_string(file).unwrap().trim().parse().unwrap()
+    }
+
+    fn pinned(id: &InstanceId) -> PathBuf {
+        Path::new(netns::NAMED).join(id.to_string())
+    }
+}
+
+async fn run(runtime: &ProcessRuntime, spec: &InstanceSpec) {
+    runtime.prepare(spec).await.unwrap();
+    runtime.start(&spec.id).await.unwrap();
+}
+
+async fn exited(runtime: &ProcessRuntime) -> Exit {
+    timeout(PATIENCE, runtime.exited()).await.expect("an end in time")
+}
+
+async fn log(runtime: &ProcessRuntime, id: &InstanceId, last: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let log = String::from_utf8(runtime.logs(id, 4096).await.unwrap()).unwrap();
+        if log.contains(last) {
+            return log;
+        }
+        assert!(Instant::now() < deadline, "no {last:?} in {log:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_command_has_surroundings_of_its_own() {
+    let (rig, marker) = (Rig::new("own"), tempfile::NamedTempFile::new().unwrap());
+    let runtime = rig.runtime(true, "root");
+    let script = format!(
+        "echo ran > {}; hostname; echo $A $HOSTNAME; cat /etc/resolv.conf; readlink /proc/self/ns/net; pwd; echo pid $$; \
+         ls /proc | grep -c '^[0-9]'; cat /proc/sys/net/ipv4/ip_unprivileged_port_start; echo end; exec sleep 1000",
+        marker.path().display()
+    );
+    let spec =
+        InstanceSpec { environment: vec!["A=b".into()], directory: Some("/usr".into()), ..rig.shell(0, &script) };
+    let sandbox = runtime.prepare(&spec).await.unwrap();
+    assert_eq!(sandbox.netns, Rig::pinned(&spec.id));
+    assert_eq!(fs::read_to_string(marker.path()).unwrap(), "", "nothing of it runs before the start");
+    runtime.start(&spec.id).await.unwrap();
+    runtime.start(&spec.id).await.expect("starting what runs changes nothing");
+    let said = log(&runtime, &spec.id, "end").await;
+    let lines: Vec<&str> = said.lines().collect();
+    let net = format!("net:[{}]", netns::identity(&sandbox.netns).unwrap().inode());
+    assert_eq!(lines[..5], ["instance-0", "b instance-0", "nameserver 192.0.2.53", &net, "/usr"], "{said}");
+    assert_eq!(lines[5], "pid 2", "{said}");
+    assert!(lines[6].parse::<u32>().unwrap() < 8, "it sees its own processes alone: {said}");
+    assert_eq!(lines[7], "0", "{said}");
+    let usage = runtime.usage().await.unwrap();
+    assert_eq!((usage.len(), &usage[0].instance), (1, &spec.id));
+    assert!(usage[0].log_tail.contains("nameserver") && usage[0].disk_bytes > 0, "{usage:?}");
+    runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    assert!(!Rig::pinned(&spec.id).exists());
+    assert!(matches!(runtime.logs(&spec.id, 1).await, Err(RuntimeError::Unknown(_))));
+    assert!(matches!(runtime.start(&spec.id).await, Err(RuntimeError::Unknown(_))));
+    runtime.stop(&spec.id, Duration::ZERO).await.expect("stopping the unknown is a success");
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn each_end_is_told_once_with_its_code() {
+    let rig = Rig::new("ends");
+    let runtime = rig.runtime(true, "root");
+    for (number, script, memory, code, out_of_memory) in [
+        (0, "exit 0", None, 0, false),
+        (1, "exit 7", None, 7, false),
+        (2, "kill -9 $$", None, 137, false),
+        (3, "tail /dev/zero", Some(16), 137, true),
+        // An orphan that holds the output does not hold up the end.
+        (4, "sleep 1000 & exit 5", None, 5, false),
+    ] {
+        let limits = Limits { memory_mib: memory, ..Limits::default() };
+        let spec = InstanceSpec { limits, ..rig.shell(number, script) };
+        run(&runtime, &spec).await;
+        let exit = exited(&runtime).await;
+        assert_eq!(exit, Exit { instance: spec.id.clone(), code, out_of_memory }, "{script}");
+        let adopted = runtime.adopt().await.unwrap();
+        assert_eq!(adopted[0].state, AdoptedState::Exited(exit));
+        runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    }
+    // An end that was asked for is not told: the next one is the next instance's.
+    let (asked, next) = (rig.shell(5, "sleep 1000"), rig.shell(6, "exit 9"));
+    run(&runtime, &asked).await;
+    runtime.stop(&asked.id, Duration::ZERO).await.unwrap();
+    run(&runtime, &next).await;
+    assert_eq!(exited(&runtime).await.instance, next.id);
+    // A supervisor that is killed takes its command along.
+    let orphan = rig.shell(7, "sleep 1000");
+    run(&runtime, &orphan).await;
+    let supervisor = nix::unistd::Pid::from_raw(rig.supervisor(&orphan.id));
+    nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(exited(&runtime).await, Exit { instance: orphan.id.clone(), code: 137, out_of_memory: false });
+    for spec in [next, orphan] {
+        runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    }
+    assert!(runtime.adopt().await.unwrap().is_empty());
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_stop_asks_first_and_forces_after_the_grace() {
+    let rig = Rig::new("grace");
+    let runtime = rig.runtime(true, "root");
+    for (number, script, grace, least, most) in [
+        (0, "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done", 30, 0.0, 15.0),
+        (1, "trap '' TERM; echo up; while :; do sleep 0.05; done", 1, 1.0, 15.0),
+    ] {
+        let spec = rig.shell(number, script);
+        run(&runtime, &spec).await;
+        log(&runtime, &spec.id, "up").await;
+        let began = Instant::now();
+        runtime.stop(&spec.id, Duration::from_secs(grace)).await.unwrap();
+        let took = began.elapsed().as_secs_f64();
+        assert!((least..most).contains(&took), "{script}: {took} s");
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_restarted_daemon_adopts_what_runs() {
+    let rig = Rig::new("adopt");
+    let (runs, ended, prepared) = (rig.shell(0, "sleep 1000"), rig.shell(1, "exit 9"), rig.shell(2, "true"));
+    let earlier = rig.runtime(true, "root");
+    run(&earlier, &runs).await;
+    run(&earlier, &ended).await;
+    assert_eq!(exited(&earlier).await.code, 9);
+    earlier.prepare(&prepared).await.unwrap();
+    let supervisor = rig.supervisor(&runs.id);
+    drop(earlier);
+
+    let later = rig.runtime(true, "root");
+    let adopted = later.adopt().await.unwrap();
+    let of = |id: &InstanceId| adopted.iter().find(|adopted| adopted.instance == *id).unwrap().clone();
+    let AdoptedState::Running(sandbox) = of(&runs.id).state else { panic!("{adopted:?}") };
+    assert_eq!(sandbox.netns, Rig::pinned(&runs.id));
+    assert_eq!(of(&runs.id).document, runs.document);
+    let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false };
+    assert_eq!(of(&ended.id).state, AdoptedState::Exited(exit));
+    assert_eq!(of(&prepared.id).state, AdoptedState::Incomplete);
+    assert_eq!(rig.supervisor(&runs.id), supervisor, "the same process");
+    assert_eq!(later.usage().await.unwrap().len(), 1);
+    // What was adopted is watched like the rest.
+    let supervisor = nix::unistd::Pid::from_raw(supervisor);
+    nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGKILL).unwrap();
+    assert_eq!(exited(&later).await.instance, runs.id);
+    for spec in [runs, ended, prepared] {
+        later.stop(&spec.id, Duration::ZERO).await.unwrap();
+    }
+    assert_eq!(fs::read_dir(rig.dir.path().join("run/process")).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(rig.dir.path().join("state/logs/process")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn the_nodes_configuration_decides_who_runs_what() {
+    let rig = Rig::new("policy");
+    let off = rig.runtime(false, "root");
+    assert!(!off.works().await);
+    let error = off.prepare(&rig.shell(0, "true")).await.unwrap_err();
+    assert!(error.to_string().contains("runtime.process"), "{error}");
+
+    let runtime = rig.runtime(true, "nobody");
+    assert!(runtime.works().await, "a trial");
+    let spec = rig.shell(1, "id -u; grep NoNewPrivs /proc/self/status; echo end");
+    run(&runtime, &spec).await;
+    assert_eq!(exited(&runtime).await.code, 0);
+    let said = log(&runtime, &spec.id, "end").await;
+    assert!(said.starts_with("65534\nNoNewPrivs:\t1\n"), "{said}");
+    runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    for (spec, reason) in [
+        (InstanceSpec { user: Some("root".into()), ..rig.shell(2, "true") }, "runs processes as nobody"),
+        (InstanceSpec { user: Some("no-such-user".into()), ..rig.shell(2, "true") }, "there is no user"),
+        (InstanceSpec { directory: Some("/no/such".into()), ..rig.shell(2, "true") }, "is no directory"),
+        (InstanceSpec { image: "no-such-program".into(), ..rig.shell(2, "true") }, "not an executable file"),
+    ] {
+        let error = runtime.prepare(&spec).await.unwrap_err();
+        assert!(matches!(error, RuntimeError::Refused { .. }) && error.to_string().contains(reason), "{error}");
+    }
+    assert!(runtime.adopt().await.unwrap().is_empty(), "a refusal leaves nothing");
+}

@@ -1,0 +1,100 @@
+//! Plain commands of a node's own system, where the node allows them: the same network, logs, limits and restarts as containers.
+
+use std::time::{Duration, Instant};
+
+use lab::cluster::{Deploy, InstanceRow};
+use lab::node::{Datapath, Node};
+use lab::process::{built, output};
+use lab::topology::{Lab, Plan};
+use lab::wait::until_true;
+use serde_json::json;
+
+const SETTINGS: &[(&str, &str)] = &[("NODE_ENGINE_PROCESS", "true"), ("NODE_ENGINE_PROCESS_USER", "root")];
+
+each_datapath!(a_process_is_a_workload_like_any_other);
+
+fn a_process_is_a_workload_like_any_other(datapath: Datapath) {
+    let mut lab = Lab::start(&Plan { settings: SETTINGS, ..Plan::new(2, datapath) }).expect("a laboratory");
+    let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
+    let serve = format!("echo hello from $HOSTNAME $A; exec {} serve", built("probe").expect("built").display());
+    let web = json!({
+        "job_name": "app.default.web.default", "virtualization": "process", "image": "/bin/sh", "cmd": ["-c", serve],
+        "environment": ["A=b"], "memory": 64, "vcpus": 1,
+    });
+    lab.cluster.deploy_document(&web, "node-b").expect("deployed");
+    let web = lab.cluster.running("web", 1).expect("it runs");
+
+    let to = web[0].service_address(false).expect("a service address");
+    let gets = lab.within(&client[0], |client| client.get(to, 20)).expect("answers");
+    assert_eq!(gets.failed, 0, "{gets:?}");
+    assert_eq!(logs(&lab.nodes[1], "web#0"), "hello from instance-0 b\n");
+
+    let before = supervisor(&lab.nodes[1], &web[0]);
+    lab.nodes[1].kill().expect("killed");
+    let gets = lab.within(&client[0], |client| client.get(to, 5)).expect("answers");
+    assert!(datapath == Datapath::Tun || gets.failed == 0, "it runs on without the daemon: {gets:?}");
+    lab.nodes[1].start_and_join().expect("back in the cluster");
+    lab.cluster.running("web", 1).expect("reported again");
+    assert_eq!(supervisor(&lab.nodes[1], &web[0]), before, "the same process");
+    let gets = lab.within(&client[0], |client| client.get(to, 20)).expect("answers");
+    assert_eq!(gets.failed, 0, "{gets:?}");
+
+    lab.cluster.delete("web").expect("deleted");
+    until_true("nothing is left of it", Duration::from_secs(20), || Ok(left(&lab.nodes[1])?.is_empty()))
+        .unwrap_or_else(|error| panic!("{error:#}: {:?}", left(&lab.nodes[1])));
+    if datapath == Datapath::Ebpf {
+        limits_hold(&lab);
+    }
+}
+
+fn limits_hold(lab: &Lab) {
+    let command = |name: &str, script: &str, more: serde_json::Value| {
+        let mut document = json!({
+            "job_name": format!("app.default.{name}.default"), "virtualization": "process",
+            "cmd": ["sh", "-c", script],
+        });
+        document.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        lab.cluster.deploy_document(&document, "node-b").expect("deployed");
+    };
+    command("once", "echo done", json!({"one_shot": true}));
+    lab.cluster.ended("once", "COMPLETED").expect("its end is told");
+    command("bad", "exit 3", json!({}));
+    assert_eq!(lab.cluster.ended("bad", "FAILED").expect("its end is told"), "exit code 3");
+    command("hog", "tail /dev/zero", json!({"memory": 32}));
+    assert_eq!(lab.cluster.ended("hog", "FAILED").expect("it is killed"), "out of memory (limit 32 MiB)");
+    command("none", "true", json!({"image": "/no/such/program"}));
+    let reason = lab.cluster.ended("none", "FAILED").expect("it is refused");
+    assert!(reason.contains("\"/no/such/program\" is not an executable file of this node"), "{reason}");
+
+    command("burn", "for i in 1 2 3 4; do while :; do :; done & done; wait", json!({"vcpus": 1}));
+    let burn = lab.cluster.running("burn", 1).expect("it runs");
+    let cpu = |node: &Node| -> f64 {
+        let script = "cat /sys/fs/cgroup/cpuacct/$0/cpuacct.usage || sed -n 's/usage_usec \\(.*\\)/\\1000/p' /sys/fs/cgroup/$0/cpu.stat";
+        let group = format!("{}/process/{}", node.host.group(), burn[0].container());
+        let said = output(node.host.command("sh").args(["-c", script, &group])).expect("its control group");
+        said.trim().parse::<f64>().expect("nanoseconds") / 1e9
+    };
+    let (began, used) = (Instant::now(), cpu(&lab.nodes[1]));
+    until_true("it has used a second", Duration::from_secs(60), || Ok(cpu(&lab.nodes[1]) - used > 1.0))
+        .expect("it burns");
+    let share = (cpu(&lab.nodes[1]) - used) / began.elapsed().as_secs_f64();
+    assert!(share < 1.15, "four loops got {share:.2} CPUs where one is allowed");
+}
+
+fn logs(node: &Node, instance: &str) -> String {
+    output(node.client().expect("built").args(["logs", instance])).expect("logs")
+}
+
+fn supervisor(node: &Node, instance: &InstanceRow) -> String {
+    node.host.run(&format!("cat /run/node-engine/process/{}/alive", instance.container())).expect("a supervisor")
+}
+
+/// Directories, namespaces and control groups of processes on this node.
+fn left(node: &Node) -> anyhow::Result<String> {
+    node.host
+        .shell(&format!(
+            "ls /run/node-engine/process /run/netns; find /sys/fs/cgroup -path '*{}/process/*' -type d",
+            node.host.group()
+        ))
+        .map(|listed| listed.lines().filter(|line| !line.is_empty() && !line.ends_with(':')).collect())
+}
