@@ -8,6 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 pub use crate::model::Generation;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use load::load_text;
 pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
 
 /// Everything the daemon needs to know before it starts.

@@ -6,6 +6,8 @@ pub mod config;
 pub mod control;
 pub mod drain;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod model;
 pub mod names;
 pub mod netmanager;

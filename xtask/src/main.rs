@@ -9,6 +9,7 @@ mod ci;
 mod demo;
 mod ebpf;
 mod elf;
+mod fuzz;
 mod lint;
 mod process;
 mod setup;
@@ -62,6 +63,17 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Look for inputs that make the daemon break a promise
+    Fuzz {
+        /// Only this door
+        target: Option<String>,
+        /// Inputs to try at each door
+        #[arg(long, default_value_t = 1_000_000)]
+        runs: u64,
+        /// Take interesting inputs into the corpora under tests/fuzz, which `cargo test` replays
+        #[arg(long)]
+        keep: bool,
+    },
     /// lint, demo and test, as CI does
     Ci,
 }
@@ -77,6 +89,7 @@ fn main() -> ExitCode {
         Task::Test { scenario, unit } => test::run(&test::Selection { scenario, unit }),
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
+        Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),
         Task::Ci => ci::run(),
     };
     match outcome {

@@ -100,6 +100,14 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
     Ok(Loaded { config, warnings: unknown_variables(&sources.environment) })
 }
 
+/// What a configuration file of this text means, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn load_text(text: &str) -> Result<Config, ConfigError> {
+    let mut draft = Draft::new("node".into());
+    apply_file(&mut draft, Path::new("config.toml"), text)?;
+    draft.finish().map_err(ConfigError::Conflict)
+}
+
 impl Config {
     /// The configuration of a daemon, which needs a cluster.
     ///

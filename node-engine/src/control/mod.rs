@@ -9,7 +9,7 @@ pub mod memory;
 mod mqtt;
 mod outbox;
 mod register;
-mod socketio;
+pub(crate) mod socketio;
 pub mod tls;
 
 pub use cluster::{Cluster, Node};

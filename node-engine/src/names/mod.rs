@@ -170,3 +170,17 @@ fn in_subnet(subnet: Subnet, address: IpAddr) -> bool {
         IpAddr::V6(v6) => (v6.to_bits() ^ subnet.v6.to_bits()) >> (128 - u32::from(Subnet::V6_PREFIX)) == 0,
     }
 }
+
+/// What is answered to a datagram when nobody is known, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn answer_of_nobody(bytes: &[u8], zone_nets: ServiceNets, subnet: Subnet) -> Option<Vec<u8>> {
+    match zone::hear(bytes) {
+        zone::Heard::Nothing => None,
+        zone::Heard::Answer(answer) => Some(answer),
+        zone::Heard::Question(question) => match (zone::Zone { nets: zone_nets, subnet }).read(&question.name) {
+            zone::Asked::Foreign => question.failed(),
+            zone::Asked::Part => question.nothing(),
+            zone::Asked::Service { .. } | zone::Asked::Address(_) | zone::Asked::Nobody => question.no_such_name(),
+        },
+    }
+}

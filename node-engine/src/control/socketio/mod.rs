@@ -92,3 +92,9 @@ async fn answer(transport: &mut Transport, greeting: &str) -> Result<String, Soc
         }
     }
 }
+
+/// Every packet of a polling answer, for the fuzzer: is it understood?
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understood(text: &str) -> Vec<bool> {
+    frame::payload(text).map(|packet| packet.is_ok()).collect()
+}

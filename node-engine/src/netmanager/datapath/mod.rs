@@ -37,6 +37,8 @@ use netmanager_common::addr::Addr;
 pub use choose::{Chosen, choose};
 pub use ebpf::{Ebpf, uninstall};
 pub use memory::Memory;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use offload::round_trip as offload_round_trip;
 pub use tun::Tun;
 pub use words::{Kind, Words, explain};
 

@@ -339,6 +339,28 @@ fn sum(seed: u32, bytes: &[u8]) -> u32 {
     u32::from(fold(sum as u32))
 }
 
+/// Takes a packet apart as the TUN device's header claims it is, and runs together whatever came of it, for the fuzzer. The first
+/// bytes are that header.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(bytes: &[u8]) {
+    let Some((header, packet)) = bytes.split_first_chunk::<HEADER>() else { return };
+    let offload = Offload::decode(*header);
+    let mut segments = Vec::new();
+    if let Some(stride) = offload.split(packet, &mut segments) {
+        assert!(stride > 0 && !segments.is_empty(), "what is split has parts");
+        let (count, again) = run(segments.chunks(stride));
+        assert!(count > 0);
+        let mut first = segments[..stride.min(segments.len())].to_vec();
+        let rest = segments.len() - first.len();
+        if count > 1 {
+            lead(&mut first, &again, rest, pushes(&segments, &again));
+        }
+    }
+    let mut packet = packet.to_vec();
+    let _ = offload.complete(&mut packet);
+    let _ = Offload::received(&packet, 1450);
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
