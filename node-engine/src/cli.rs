@@ -2,8 +2,12 @@
 
 mod ask;
 mod describe;
+mod exec;
+mod hardware;
+mod look;
 mod net;
 mod table;
+mod watch;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -105,7 +109,33 @@ enum Command {
         /// Bytes from the end
         #[arg(long, value_name = "BYTES")]
         tail: Option<usize>,
+        /// Go on with what it adds, until it ends
+        #[arg(long, short)]
+        follow: bool,
     },
+    /// Everything that is known of an instance on this node
+    Inspect {
+        #[arg(value_name = "INSTANCE")]
+        instance: Selector,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// What instances on this node use: CPU, memory, disk, network
+    Stats {
+        /// Only this one
+        #[arg(value_name = "INSTANCE")]
+        instance: Option<Selector>,
+        #[command(flatten)]
+        repeat: watch::Repeat,
+    },
+    /// What this machine is made of and what is attached to it: CPU, memory, displays, disks, networks, sensors
+    Hardware(Output),
+    /// What is known of this node as metrics for Prometheus
+    Metrics,
+    /// Run a command in an instance on this node; its exit code becomes that of this command
+    Exec(exec::ExecArgs),
+    /// What happens on this node: instances, devices, the cluster
+    Events(look::EventsArgs),
     /// Deploy a service
     Deploy(describe::DeployArgs),
     /// Take down an instance (NAME#N) or a whole service (NAME)
@@ -260,7 +290,13 @@ impl Cli {
         let ask = match command {
             Command::Status(output) => ask::Ask::Status { json: output.json },
             Command::Ps { local, output } => ask::Ask::Ps { local, json: output.json },
-            Command::Logs { instance, tail } => ask::Ask::Logs { instance, tail },
+            Command::Logs { instance, tail, follow } => ask::Ask::Logs { instance, tail, follow },
+            Command::Inspect { instance, output } => ask::Ask::Inspect { instance, json: output.json },
+            Command::Stats { instance, repeat } => ask::Ask::Stats { instance, repeat },
+            Command::Hardware(output) => ask::Ask::Hardware { json: output.json },
+            Command::Metrics => ask::Ask::Metrics,
+            Command::Exec(args) => ask::Ask::Exec(args),
+            Command::Events(args) => ask::Ask::Events(args),
             Command::Deploy(args) => ask::Ask::Deploy(args),
             Command::Delete { target } => ask::Ask::Delete { target },
             Command::Replicate { service, replicas } => ask::Ask::Replicate { service, replicas },
@@ -278,11 +314,11 @@ impl Cli {
 }
 
 impl Question {
-    /// Asks, and prints the answer.
+    /// Asks, and prints the answer. Gives the exit code: 0, or that of a command which was run in an instance.
     ///
     /// # Errors
     /// One line that says what to do.
-    pub async fn ask(self) -> anyhow::Result<()> {
+    pub async fn ask(self) -> anyhow::Result<u8> {
         self.command.run(&self.socket).await
     }
 }

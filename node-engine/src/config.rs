@@ -3,9 +3,11 @@
 mod load;
 mod nearest;
 mod settings;
+mod telemetry;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 pub use crate::model::Generation;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -22,6 +24,7 @@ pub struct Config {
     pub announced_port: u16,
     pub network: NetworkConfig,
     pub runtime: RuntimeConfig,
+    pub telemetry: TelemetryConfig,
     /// What happens to workloads when the daemon is told to stop.
     pub on_exit: OnExit,
     /// What outlives a reboot: `/var/lib/node-engine`.
@@ -119,6 +122,69 @@ impl Default for RuntimeConfig {
     fn default() -> Self {
         Self { docker_host: None, process: false, process_user: "nobody".into(), control_group: "/node-engine".into() }
     }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TelemetryConfig {
+    pub reports: ReportChoice,
+    /// Which sensors' values the cluster's broker is told.
+    pub sensors: SensorChoice,
+    pub sensors_every: Duration,
+    pub gps: Option<GpsSource>,
+    /// Where metrics are served over TCP, besides the local API; `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
+    pub roots: Roots,
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self {
+            reports: ReportChoice::Full,
+            sensors: SensorChoice::Off,
+            sensors_every: Duration::from_secs(10),
+            gps: None,
+            metrics: None,
+            roots: Roots::default(),
+        }
+    }
+}
+
+/// `/sys`, `/proc` and `/dev`, or trees that look like them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Roots {
+    pub sys: PathBuf,
+    pub proc: PathBuf,
+    pub dev: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self { sys: "/sys".into(), proc: "/proc".into(), dev: "/dev".into() }
+    }
+}
+
+/// When the cluster is told how the node and its instances fare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReportChoice {
+    /// At its pace.
+    Full,
+    /// When something has changed, and often enough that it does not count the node or an instance as lost.
+    Changes,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SensorChoice {
+    Off,
+    All,
+    Named(Vec<String>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GpsSource {
+    /// `host:port` of a gpsd.
+    Gpsd(String),
+    /// A receiver that speaks NMEA 0183.
+    Nmea(PathBuf),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,19 +6,23 @@
 
 mod build;
 mod checks;
+mod hardware;
+mod look;
 mod node;
 mod notify;
 mod remove;
 mod route;
 mod runtimes;
+mod scrape;
 mod signals;
 mod tasks;
 mod view;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 
@@ -26,11 +30,13 @@ use crate::api::{self, Api, RunLock};
 use crate::config::{Config, OnExit};
 use crate::control::ControlPlane;
 use crate::drain::Drain;
-use crate::model::{NodeFacts, NodeId, NodeUsage, Report, Subnet};
+use crate::events::Events;
+use crate::model::{NodeFacts, NodeId, NodeUsage, Report, Sent, Subnet};
 use crate::netmanager::NetManager;
 use crate::runtime::Runtime;
 use crate::standalone::ClusterApi;
 use crate::store::Store;
+use crate::telemetry::devices::watch::Inventory;
 use crate::workload::{self, Workload};
 use node::RunningNode;
 use notify::Notify;
@@ -65,6 +71,9 @@ struct Parts {
     /// Subnets to be kept.
     assigned: mpsc::Receiver<(NodeId, Subnet)>,
     usage: watch::Receiver<NodeUsage>,
+    devices: watch::Receiver<Inventory>,
+    sent: watch::Receiver<Sent>,
+    events: Events,
     pace: watch::Sender<Duration>,
     /// The cluster, where it is in this process.
     cluster: Option<Arc<dyn ClusterApi>>,
@@ -77,7 +86,7 @@ struct Parts {
 /// Connects the parts and runs them until the drain begins or one of them ends.
 async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
     let Parts { config, lock, store, facts, runtimes, net, net_drain, control, reports, reported, .. } = parts;
-    let Parts { assigned, usage, pace, cluster, home, mut tasks, .. } = parts;
+    let Parts { assigned, usage, devices, sent, events, pace, cluster, home, mut tasks, .. } = parts;
     let notify = Notify::from_environment();
     let listener = lock.listen()?;
 
@@ -89,27 +98,37 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         runtimes,
         net: net.clone(),
         reports: reports.clone(),
+        events: events.clone(),
         parse: |document| crate::wire::deploy(document.as_bytes(), None).ok(),
         drain: drain.clone(),
     });
     tasks.adopt("workload", working);
 
-    let node = RunningNode {
+    let node = Arc::new(RunningNode {
         began: Instant::now(),
+        started: SystemTime::now(),
         facts,
         cluster: config.cluster.host.clone(),
         standalone: cluster.is_some(),
         workload: workload.clone(),
         net: net.clone(),
         usage,
+        devices,
+        sent,
+        roots: config.telemetry.roots.clone(),
         link: linked,
-    };
-    let api = Api { node: Arc::new(node), cluster: cluster.ok_or_else(|| config.cluster.host.clone()) };
+        events: events.clone(),
+    });
+    if let Some(address) = config.telemetry.metrics {
+        let listener = TcpListener::bind(address).await.with_context(|| format!("serve metrics at {address}"))?;
+        tasks.spawn("metrics", metrics(listener, node.clone(), drain.clone()));
+    }
+    let api = Api { node, cluster: cluster.ok_or_else(|| config.cluster.host.clone()) };
     tasks.spawn("local API", serve(listener, api, drain.clone()));
 
     let (commands, commanded) = mpsc::channel(COMMANDS);
-    let router =
-        Router { cluster: config.cluster.host.clone(), workload: workload.clone(), net, store, link, pace, assigned };
+    let host = config.cluster.host.clone();
+    let router = Router { cluster: host, workload: workload.clone(), net, store, link, pace, assigned, events };
     tasks.spawn("router", router.run(commanded, drain.clone()));
     tasks.spawn("control plane", control.run(commands, reported, drain.clone()));
 
@@ -158,6 +177,10 @@ async fn finish_workloads(workload: Workload, fate: OnExit, deadline: tokio::tim
 
 async fn serve(listener: api::OwnerListener, api: Api, drain: Drain) -> anyhow::Result<()> {
     api::serve(listener, api, drain).await.context("serve the local API")
+}
+
+async fn metrics(listener: TcpListener, node: Arc<RunningNode>, drain: Drain) -> anyhow::Result<()> {
+    api::metrics::serve(listener, node, drain).await.context("serve metrics")
 }
 
 #[cfg(test)]

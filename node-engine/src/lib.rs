@@ -6,8 +6,10 @@ pub mod config;
 pub mod control;
 pub mod drain;
 pub mod engine;
+pub mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod metrics;
 pub mod model;
 pub mod names;
 pub mod netmanager;

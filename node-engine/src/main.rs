@@ -23,7 +23,7 @@ fn main() -> ExitCode {
         return node_engine::runtime::supervised::run(stage, directory, own);
     }
     match run(task, &log) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // Nobody reads the standard error: then the exit code has to do.
             let _ = writeln!(std::io::stderr(), "node-engine: {error:#}");
@@ -32,8 +32,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(task: Task, log: &LogChoice) -> anyhow::Result<()> {
-    match task {
+fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
+    let done: anyhow::Result<()> = match task {
         Task::Supervise(..) => unreachable!("returned above"),
         Task::Version => {
             println!("node-engine {}", env!("CARGO_PKG_VERSION"));
@@ -42,7 +42,7 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<()> {
         Task::Ask(question) => {
             trace(log, "warn")?;
             let runtime = Builder::new_current_thread().enable_all().build().context("start the async runtime")?;
-            runtime.block_on(question.ask())
+            return runtime.block_on(question.ask()).map(ExitCode::from);
         }
         Task::Uninstall { sources, purge } => {
             trace(log, "error")?;
@@ -59,7 +59,8 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<()> {
             let config = load(&sources)?;
             daemon(|drain| engine::run(config, Some(choice), drain))
         }
-    }
+    };
+    done.map(|()| ExitCode::SUCCESS)
 }
 
 fn daemon<F: Future<Output = anyhow::Result<()>>>(run: impl FnOnce(Drain) -> F) -> anyhow::Result<()> {

@@ -28,6 +28,7 @@ mod edges;
 mod framing;
 mod generations;
 mod ground;
+mod look;
 mod miss;
 mod names;
 mod overlay;

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use lab::cluster::{Deploy, InstanceRow};
+use lab::cluster::{Deploy, InstanceRow, json as json_of};
 use lab::node::{Datapath, Node};
-use lab::process::{built, output};
+use lab::process::{built, capture, output};
 use lab::topology::{Lab, Plan};
 use lab::wait::until_true;
 use serde_json::json;
@@ -29,6 +29,7 @@ fn a_process_is_a_workload_like_any_other(datapath: Datapath) {
     assert_eq!(gets.failed, 0, "{gets:?}");
     let log = logs(&lab.nodes[1], "web#0");
     assert!(log.starts_with("hello from instance-0 b\n"), "{log}");
+    looked_at(&lab.nodes[1]);
 
     let before = supervisor(&lab.nodes[1], &web[0]);
     lab.nodes[1].kill().expect("killed");
@@ -46,6 +47,41 @@ fn a_process_is_a_workload_like_any_other(datapath: Datapath) {
     if datapath == Datapath::Ebpf {
         limits_hold(&lab);
     }
+}
+
+/// A person sees of it what there is to see of a container, and gets in.
+fn looked_at(node: &Node) {
+    let ask = |words: &[&str]| capture(node.client().expect("built").args(words)).expect("it runs");
+    let ended = ask(&["exec", "web", "--", "sh", "-c", "hostname; echo $A $$; echo error >&2; exit 7"]);
+    let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert!(ended.status.code() == Some(7) && said.starts_with("instance-0\nb "), "{ended:?}");
+    let pid: u32 = said.trim().rsplit(' ').next().and_then(|word| word.parse().ok()).expect("its process id");
+    assert!(pid < 100 && ended.stderr == b"error\n", "in the namespace of the instance: {ended:?}");
+    let engine = built("node-engine").expect("built");
+    let line = format!(
+        "stty cols 77 rows 33; {} --socket /run/node-engine/api.sock exec web -- sh -c 'test -t 0 && stty size; exit 9'",
+        engine.display()
+    );
+    let ended = capture(node.host.command("script").args(["-qefc", &line, "/dev/null"])).expect("it runs");
+    let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+    assert_eq!((ended.status.code(), said.contains("33 77")), (Some(9), true), "{said:?}");
+
+    let known: serde_json::Value =
+        json_of(node.client().expect("built").args(["inspect", "web", "--json"])).expect("JSON");
+    assert_eq!(
+        (&known["runtime"]["cpus"], &known["runtime"]["memory_bytes"]),
+        (&json!(1.0), &json!(64 << 20)),
+        "{known:#}"
+    );
+    assert_eq!(
+        (&known["runtime"]["command"][0], &known["runtime"]["environment"][0]),
+        (&json!("/bin/sh"), &json!("A"))
+    );
+    let pid = known["runtime"]["pid"].as_u64().expect("its process");
+    let comm = node.host.run(&format!("cat /proc/{pid}/comm")).expect("it runs");
+    assert_eq!(comm.trim(), "probe", "{known:#}");
+    let usage = &known["usage"];
+    assert!(usage["received_bytes"].as_u64() > Some(500) && usage["cpu_seconds"].as_f64() > Some(0.0), "{usage:#}");
 }
 
 fn limits_hold(lab: &Lab) {

@@ -106,6 +106,11 @@ impl Node {
         cluster.clone_into(&mut self.cluster);
     }
 
+    /// A variable in the environment of the next start of the daemon.
+    pub fn set_variable(&mut self, name: &str, value: &str) {
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
     /// Starts the daemon; it may not be ready yet.
     pub fn start(&mut self) -> Result<()> {
         if self.daemon.is_some() {

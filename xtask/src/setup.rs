@@ -17,7 +17,7 @@ struct Need {
     purpose: &'static str,
 }
 
-const NEEDS: [Need; 13] = [
+const NEEDS: [Need; 14] = [
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -30,6 +30,7 @@ const NEEDS: [Need; 13] = [
     Need { program: "nft", package: "nftables", purpose: "shows the packet filter" },
     Need { program: "ip", package: "iproute2", purpose: "builds and shows namespaces and links" },
     Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
+    Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
     Need { program: "bpftool", package: "bpftool", purpose: "shows loaded programs" },
 ];
 

@@ -71,7 +71,7 @@ const IMPORTS: [(&str, &[&str]); 7] = [
 const MAY_NAME_ENGINE: [&str; 4] = ["main", "lib", "cli", "engine"];
 
 /// A client crate and the places that may name it.
-const CLIENTS: [(&str, &[&str]); 8] = [
+const CLIENTS: [(&str, &[&str]); 9] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
@@ -80,10 +80,11 @@ const CLIENTS: [(&str, &[&str]); 8] = [
     ("netlink_packet_core", &["netmanager/link"]),
     ("rumqttc", &["control/mqtt", "standalone/client"]),
     ("rumqttd", &["standalone/broker"]),
+    ("prometheus_client", &["metrics"]),
 ];
 
 /// The places that may turn values into text and back.
-const SERIALISING: [&str; 12] = [
+const SERIALISING: [&str; 13] = [
     "wire",
     "config",
     "api",
@@ -97,6 +98,8 @@ const SERIALISING: [&str; 12] = [
     // Event packets are JSON arrays with their name inside: framing, not documents.
     "control/socketio/frame",
     "netmanager/link/journal",
+    // gpsd speaks JSON
+    "telemetry/gps",
     // prints what the local API answered
     "cli",
 ];

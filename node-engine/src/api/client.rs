@@ -5,17 +5,29 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::body::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt, StreamExt};
 use reqwest::{Method, RequestBuilder, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 
 use super::Selector;
+use super::dto::hardware::Hardware;
+use super::dto::look::{EventsQuery, FromCommand, Inspection, Terminal, ToCommand, Usage};
 use super::dto::{
     Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
 };
+use super::exec::{ERROR, OUT};
 
 /// Longer than the daemon takes to give up.
 const PATIENCE: Duration = Duration::from_secs(40);
+
+/// For answers that go on as long as there is something to tell.
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// A daemon on this machine.
 #[derive(Clone, Debug)]
@@ -73,9 +85,58 @@ impl Client {
 
     pub async fn logs(&self, instance: &Selector, tail: Option<usize>) -> Result<Vec<u8>, ClientError> {
         let name = instance.to_string();
-        let request = self.query(Method::GET, &["instances", &name, "logs"], &LogsQuery { tail });
+        let request = self.query(Method::GET, &["instances", &name, "logs"], &LogsQuery { tail, follow: false });
         let response = self.send(request).await?;
         response.bytes().await.map(Vec::from).map_err(|error| self.broken(&error))
+    }
+
+    /// The instance's output, and what it adds.
+    pub async fn follow_logs(&self, instance: &Selector, tail: Option<usize>) -> Result<Following, ClientError> {
+        let name = instance.to_string();
+        let request = self.query(Method::GET, &["instances", &name, "logs"], &LogsQuery { tail, follow: true });
+        self.following(request).await
+    }
+
+    pub async fn inspect(&self, instance: &Selector) -> Result<Inspection, ClientError> {
+        self.json(self.request(Method::GET, &["instances", &instance.to_string()])).await
+    }
+
+    pub async fn stats(&self) -> Result<Vec<Usage>, ClientError> {
+        self.json(self.request(Method::GET, &["stats"])).await
+    }
+
+    pub async fn hardware(&self) -> Result<Hardware, ClientError> {
+        self.json(self.request(Method::GET, &["hardware"])).await
+    }
+
+    /// Metrics in the older text format.
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let response = self.send(self.request(Method::GET, &["metrics"])).await?;
+        response.text().await.map_err(|error| self.broken(&error))
+    }
+
+    /// What happened, one JSON document a line.
+    pub async fn events(&self, query: &EventsQuery) -> Result<Following, ClientError> {
+        self.following(self.query(Method::GET, &["events"], query)).await
+    }
+
+    /// Runs a command in an instance.
+    pub async fn exec(
+        &self,
+        instance: &Selector,
+        command: Vec<String>,
+        terminal: Option<Terminal>,
+    ) -> Result<(CommandInput, CommandOutput), ClientError> {
+        // The name is settled first: a WebSocket that is refused loses the words it is refused with.
+        self.inspect(instance).await?;
+        let stream = UnixStream::connect(&self.socket).await;
+        let stream = stream.map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+        let url = url(&["instances", &instance.to_string(), "exec"]).replacen("http", "ws", 1);
+        let (socket, _) = tokio_tungstenite::client_async(url, stream).await.map_err(|error| self.broken(&error))?;
+        let (sink, source) = socket.split();
+        let mut input = CommandInput(sink);
+        input.say(&ToCommand::Run { command, terminal }).await;
+        Ok((input, CommandOutput { source, socket: self.socket.clone() }))
     }
 
     pub async fn flows(&self, choice: &net::Choice) -> Result<net::Page<net::Flow>, ClientError> {
@@ -134,6 +195,11 @@ impl Client {
         self.http.request(method, format!("{}{}", url(path), query_text(query)))
     }
 
+    async fn following(&self, request: RequestBuilder) -> Result<Following, ClientError> {
+        let response = self.send(request.timeout(FOR_EVER)).await?;
+        Ok(Following { response, socket: self.socket.clone() })
+    }
+
     async fn json<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T, ClientError> {
         self.send(request).await?.json().await.map_err(|error| self.broken(&error))
     }
@@ -151,8 +217,94 @@ impl Client {
     }
 
     fn broken(&self, error: &dyn std::error::Error) -> ClientError {
-        ClientError::Broken { socket: self.socket.clone(), reason: chain(error) }
+        broken(&self.socket, error)
     }
+}
+
+/// An answer that goes on.
+#[derive(Debug)]
+pub struct Following {
+    response: Response,
+    socket: PathBuf,
+}
+
+impl Following {
+    /// The next piece; `None` at its end.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        self.response.chunk().await.map_err(|error| broken(&self.socket, &error))
+    }
+}
+
+/// What goes to a command. A command that has ended takes no more, which its output tells better.
+#[derive(Debug)]
+pub struct CommandInput(SplitSink<WebSocketStream<UnixStream>, Message>);
+
+impl CommandInput {
+    pub async fn write(&mut self, bytes: Vec<u8>) {
+        let _ = self.0.send(Message::binary(bytes)).await;
+    }
+
+    pub async fn resize(&mut self, terminal: Terminal) {
+        self.say(&ToCommand::Resize(terminal)).await;
+    }
+
+    pub async fn end(&mut self) {
+        self.say(&ToCommand::End).await;
+    }
+
+    async fn say(&mut self, what: &ToCommand) {
+        let text = serde_json::to_string(what).expect("plain data becomes JSON");
+        let _ = self.0.send(Message::text(text)).await;
+    }
+}
+
+/// What comes from a command.
+#[derive(Debug)]
+pub struct CommandOutput {
+    source: SplitStream<WebSocketStream<UnixStream>>,
+    socket: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    Out(Bytes),
+    Error(Bytes),
+    /// The last.
+    Exit(i64),
+}
+
+impl CommandOutput {
+    /// # Errors
+    /// If the command was refused, or what became of it is not known.
+    pub async fn next(&mut self) -> Result<Piece, ClientError> {
+        loop {
+            match self.source.next().await {
+                Some(Ok(Message::Binary(bytes))) => match bytes.first() {
+                    Some(&OUT) => return Ok(Piece::Out(bytes.slice(1..))),
+                    Some(&ERROR) => return Ok(Piece::Error(bytes.slice(1..))),
+                    _ => {}
+                },
+                Some(Ok(Message::Text(text))) => match serde_json::from_str(&text) {
+                    Ok(FromCommand::Exit(code)) => return Ok(Piece::Exit(code)),
+                    Ok(FromCommand::Refused(reason)) => return Err(ClientError::Refused(reason)),
+                    Ok(FromCommand::Broken(reason)) => {
+                        return Err(ClientError::Broken { socket: self.socket.clone(), reason });
+                    }
+                    Err(_) => {}
+                },
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(broken(&self.socket, &error)),
+                None => {
+                    let reason = "nothing more is said of the command".into();
+                    return Err(ClientError::Broken { socket: self.socket.clone(), reason });
+                }
+            }
+        }
+    }
+}
+
+fn broken(socket: &Path, error: &dyn std::error::Error) -> ClientError {
+    ClientError::Broken { socket: socket.to_owned(), reason: chain(error) }
 }
 
 /// The host is a formality: requests go to the socket.

@@ -1,6 +1,8 @@
 //! What goes over the socket. Plain data, serialised here and nowhere else; a newer daemon may add members, so a reader ignores
 //! those it does not know.
 
+pub mod hardware;
+pub mod look;
 pub mod net;
 
 use serde::{Deserialize, Serialize};
@@ -68,6 +70,17 @@ pub struct Status {
     pub usage: Option<UsageStatus>,
     /// Instances that run now.
     pub running: usize,
+    /// What was sent to the cluster today (in UTC), by purpose.
+    pub sent_today: Vec<SentStatus>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SentStatus {
+    pub purpose: String,
+    pub messages: u64,
+    /// Topics and payloads.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -147,6 +160,8 @@ pub struct Instance {
 pub struct LogsQuery {
     /// Bytes from the end.
     pub tail: Option<usize>,
+    /// Go on with what comes, until the instance ends.
+    pub follow: bool,
 }
 
 /// Query of `POST /cluster/deploy`; the body is the description.

@@ -6,6 +6,9 @@
 
 pub mod client;
 pub mod dto;
+mod exec;
+mod look;
+pub mod metrics;
 mod routes;
 mod selector;
 mod socket;
@@ -15,9 +18,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::mpsc;
 
 use crate::drain::Drain;
-use crate::model::InstanceId;
+use crate::model::{Event, InstanceId};
+use crate::runtime::{Exec, Follow, Session};
 use crate::standalone::ClusterApi;
 
 pub use selector::{InvalidSelector, Selector};
@@ -38,6 +43,41 @@ pub trait NodeApi: Send + Sync {
 
     /// The last `tail` bytes of the instance's output.
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError>;
+
+    /// Everything that is known of an instance.
+    async fn inspect(&self, _instance: InstanceId) -> Result<dto::look::Inspection, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// What each running instance uses.
+    async fn stats(&self) -> Result<Vec<dto::look::Usage>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// The instance's output from its last `tail` bytes on, as it comes.
+    async fn follow(&self, _instance: InstanceId, _tail: usize) -> Result<Follow, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// Runs one more command in a running instance.
+    async fn exec(&self, _instance: InstanceId, _exec: Exec) -> Result<Session, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// The last `past` of what happened on this node, and what happens from now on.
+    async fn events(&self, _past: usize) -> Result<mpsc::Receiver<Event>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// What the machine is made of and what is attached to it.
+    async fn hardware(&self) -> Result<dto::hardware::Hardware, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    /// Everything that becomes metrics.
+    async fn metrics(&self) -> Result<crate::metrics::Snapshot, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
 
     /// The flows of the instances on this node.
     async fn flows(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Flow>, NodeApiError>;
@@ -69,6 +109,9 @@ pub enum NodeApiError {
     /// The process is a cluster and nothing else.
     #[error("this process runs no instances itself: it was started with --no-node")]
     NoNode,
+    /// It cannot be done to this instance, or not now.
+    #[error("{what}: {reason}")]
+    Refused { what: &'static str, reason: String },
     #[error("{what}: {reason}")]
     Unavailable { what: &'static str, reason: String },
 }
@@ -93,7 +136,7 @@ impl fmt::Debug for Api {
 /// If the listener fails for good.
 pub async fn serve(listener: OwnerListener, api: Api, drain: Drain) -> std::io::Result<()> {
     let begun = drain.clone();
-    let serving = axum::serve(listener, routes::router(api)).with_graceful_shutdown(async move {
+    let serving = axum::serve(listener, routes::router(api, drain.clone())).with_graceful_shutdown(async move {
         begun.wait().await;
     });
     tokio::select! {

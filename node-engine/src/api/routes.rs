@@ -1,10 +1,12 @@
 //! What is asked and how it is answered. Every answer is JSON (logs are bytes), also the refusals.
 
+use std::fmt;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::Json;
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::StatusCode;
@@ -17,7 +19,8 @@ use super::dto::{
     Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
 };
 use super::selector::Unresolved;
-use super::{Api, LARGEST_BODY, NetChoice, NodeApiError, REQUEST_TIMEOUT, Selector};
+use super::{Api, LARGEST_BODY, NetChoice, NodeApiError, REQUEST_TIMEOUT, Selector, exec, look, metrics};
+use crate::drain::Drain;
 use crate::model::{InstanceId, ServiceName};
 use crate::standalone::{ClusterApi, ClusterApiError, Target};
 
@@ -28,11 +31,18 @@ const USUAL_TAIL: usize = 64 << 10;
 const USUAL_ROWS: usize = 100;
 const MOST_ROWS: usize = 65_536;
 
-pub(super) fn router(api: Api) -> Router {
+/// Answers that have no end of their own end with the drain.
+pub(super) fn router(api: Api, drain: Drain) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/instances", get(instances))
         .route("/instances/{instance}/logs", get(logs))
+        .route("/instances/{instance}", get(look::inspect))
+        .route("/instances/{instance}/exec", get(exec::open))
+        .route("/stats", get(look::stats))
+        .route("/events", get(look::events))
+        .route("/hardware", get(look::hardware))
+        .route("/metrics", get(metrics::metrics))
         .route("/net/flows", get(flows))
         .route("/net/services", get(services))
         .route("/net/peers", get(peers))
@@ -47,10 +57,11 @@ pub(super) fn router(api: Api) -> Router {
         .method_not_allowed_fallback(async || Refused::new(StatusCode::METHOD_NOT_ALLOWED, "not with this method"))
         .layer(middleware::from_fn(within_time))
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .layer(Extension(drain))
         .with_state(api)
 }
 
-async fn within_time(request: Request, next: Next) -> Response {
+pub(super) async fn within_time(request: Request, next: Next) -> Response {
     match tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await {
         Ok(response) => response,
         Err(_) => {
@@ -70,14 +81,24 @@ async fn instances(State(api): State<Api>) -> Result<Json<Vec<Instance>>, Refuse
 
 async fn logs(
     State(api): State<Api>,
+    Extension(drain): Extension<Drain>,
     Path(name): Path<String>,
     query: Result<Query<LogsQuery>, QueryRejection>,
-) -> Result<Vec<u8>, Refused> {
+) -> Result<Body, Refused> {
     let Query(query) = query?;
-    let selector: Selector = parse(&name)?;
+    let instance = instance_here(&api, &name).await?;
+    let tail = query.tail.unwrap_or(USUAL_TAIL).min(LONGEST_TAIL);
+    if query.follow {
+        return Ok(look::stream(api.node.follow(instance, tail).await?, drain));
+    }
+    Ok(api.node.logs(instance, tail).await?.into())
+}
+
+/// The instance on this node that is meant.
+pub(super) async fn instance_here(api: &Api, name: &str) -> Result<InstanceId, Refused> {
+    let selector: Selector = parse(name)?;
     let known = api.node.instances().await?;
-    let instance = one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))?;
-    Ok(api.node.logs(instance, query.tail.unwrap_or(USUAL_TAIL).min(LONGEST_TAIL)).await?)
+    one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))
 }
 
 async fn flows(
@@ -223,14 +244,20 @@ fn changed(instances: &[InstanceId]) -> Json<Changed> {
 }
 
 /// An answer that says no, and why.
-struct Refused {
+pub(super) struct Refused {
     status: StatusCode,
     error: String,
 }
 
 impl Refused {
-    fn new(status: StatusCode, error: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, error: impl Into<String>) -> Self {
         Self { status, error: error.into() }
+    }
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.error)
     }
 }
 
@@ -244,7 +271,7 @@ impl From<NodeApiError> for Refused {
     fn from(error: NodeApiError) -> Self {
         let status = match error {
             NodeApiError::UnknownInstance(_) => StatusCode::NOT_FOUND,
-            NodeApiError::NoNode => StatusCode::CONFLICT,
+            NodeApiError::NoNode | NodeApiError::Refused { .. } => StatusCode::CONFLICT,
             NodeApiError::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self::new(status, error.to_string())

@@ -1,14 +1,16 @@
 //! Questions to a running daemon, and its answers as text.
 
-use std::io::Write;
 use std::path::Path;
 
-use anyhow::Context;
 use serde::Serialize;
 
 use super::describe::DeployArgs;
+use super::exec::ExecArgs;
+use super::hardware;
+use super::look::{self, EventsArgs};
 use super::net::NetCommand;
-use super::table::{list, mebibytes, percent, seconds, table};
+use super::table::{bytes, list, mebibytes, percent, seconds, table};
+use super::watch::{self, Repeat};
 use crate::api::Selector;
 use crate::api::client::{Client, ClientError};
 use crate::api::dto::{Changed, ClusterInstance, ClusterNode, Instance, Status};
@@ -18,7 +20,13 @@ use crate::api::dto::{Changed, ClusterInstance, ClusterNode, Instance, Status};
 pub(super) enum Ask {
     Status { json: bool },
     Ps { local: bool, json: bool },
-    Logs { instance: Selector, tail: Option<usize> },
+    Logs { instance: Selector, tail: Option<usize>, follow: bool },
+    Inspect { instance: Selector, json: bool },
+    Stats { instance: Option<Selector>, repeat: Repeat },
+    Hardware { json: bool },
+    Metrics,
+    Exec(ExecArgs),
+    Events(EventsArgs),
     Deploy(DeployArgs),
     Delete { target: Selector },
     Replicate { service: Selector, replicas: u32 },
@@ -28,7 +36,8 @@ pub(super) enum Ask {
 }
 
 impl Ask {
-    pub(super) async fn run(self, socket: &Path) -> anyhow::Result<()> {
+    /// Asks and prints. Gives the exit code of this process.
+    pub(super) async fn run(self, socket: &Path) -> anyhow::Result<u8> {
         let answer = match self {
             // The description is read before anybody is asked: what is wrong with it has nothing to do with a daemon.
             Self::Deploy(args) => {
@@ -36,10 +45,20 @@ impl Ask {
                 let changed = Client::new(socket)?.deploy(document, args.replicas, args.on).await?;
                 said(&changed, "deploying").into_bytes()
             }
-            Self::Net(command) => return command.run(&Client::new(socket)?).await,
+            Self::Net(command) => return command.run(&Client::new(socket)?).await.map(|()| 0),
+            Self::Logs { instance, tail, follow: true } => {
+                let following = Client::new(socket)?.follow_logs(&instance, tail).await?;
+                return look::follow(following).await.map(|()| 0);
+            }
+            Self::Stats { instance, repeat } => {
+                return look::stats(&Client::new(socket)?, instance, repeat).await.map(|()| 0);
+            }
+            Self::Events(args) => return args.run(&Client::new(socket)?).await.map(|()| 0),
+            Self::Exec(args) => return args.run(&Client::new(socket)?).await,
             other => other.answer(&Client::new(socket)?).await?,
         };
-        print(&answer)
+        // A reader that has had enough (`| head`) is no error.
+        watch::print(&answer).map(|_| 0)
     }
 
     async fn answer(self, client: &Client) -> Result<Vec<u8>, ClientError> {
@@ -52,8 +71,13 @@ impl Ask {
                     shown(json, &client.instances().await?, |known| instances(known))
                 }
             }
-            Self::Logs { instance, tail } => return client.logs(&instance, tail).await,
-            Self::Deploy(_) | Self::Net(_) => unreachable!("answered by its caller"),
+            Self::Logs { instance, tail, .. } => return client.logs(&instance, tail).await,
+            Self::Inspect { instance, json } => shown(json, &client.inspect(&instance).await?, look::inspection),
+            Self::Hardware { json } => shown(json, &client.hardware().await?, hardware::hardware),
+            Self::Metrics => client.metrics().await?,
+            Self::Deploy(_) | Self::Net(_) | Self::Stats { .. } | Self::Events(_) | Self::Exec(_) => {
+                unreachable!("answered by its caller")
+            }
             Self::Delete { target } => said(&client.delete(&target).await?, "taking down"),
             Self::Replicate { service, replicas } => said(&client.replicate(&service, replicas).await?, "to run"),
             Self::Move { instance, node } => {
@@ -63,15 +87,6 @@ impl Ask {
             Self::Nodes { json } => shown(json, &client.nodes().await?, |known| nodes(known)),
         };
         Ok(text.into_bytes())
-    }
-}
-
-/// A reader that has had enough (`| head`) is no error.
-fn print(answer: &[u8]) -> anyhow::Result<()> {
-    let mut output = std::io::stdout().lock();
-    match output.write_all(answer).and_then(|()| output.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("write the answer"),
-        _ => Ok(()),
     }
 }
 
@@ -124,6 +139,9 @@ fn status(status: &Status) -> String {
         pairs.push(("memory", format!("{} used, {free} of {total} available", percent(usage.memory_percent))));
         pairs.push(("gpus", if usage.gpus == 0 { String::new() } else { usage.gpus.to_string() }));
     }
+    let sent: Vec<String> =
+        status.sent_today.iter().map(|sent| format!("{} {}", sent.purpose, bytes(sent.bytes))).collect();
+    pairs.push(("sent today", sent.join(", ")));
     for warning in status.network.iter().flat_map(|network| &network.warnings) {
         pairs.push(("warning", warning.clone()));
     }
@@ -195,7 +213,7 @@ pub(super) fn dash(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::dto::{ClusterStatus, NetworkStatus, NodeStatus, UsageStatus};
+    use crate::api::dto::{ClusterStatus, NetworkStatus, NodeStatus, SentStatus, UsageStatus};
 
     #[test]
     fn status_says_who_where_and_why() {
@@ -220,6 +238,7 @@ mod tests {
             }),
             usage: Some(UsageStatus { cpu_percent: 12.4, cpus: 2, memory_total_mib: 2048, ..UsageStatus::default() }),
             running: 1,
+            sent_today: vec![SentStatus { purpose: "information".into(), messages: 2, bytes: 2048 }],
         };
         assert_eq!(
             status(&known),
@@ -234,6 +253,7 @@ mod tests {
              overlay      0 services, 0 peers\n\
              cpu          12% of 2 CPUs\n\
              memory       0% used, 0 MiB of 2.0 GiB available\n\
+             sent today   information 2.0 KiB\n\
              \n\
              PACKETS  COUNT\n\
              sent     3\n"

@@ -36,6 +36,35 @@ pub(super) fn mebibytes(number: u64) -> String {
     }
 }
 
+pub(super) fn bytes(number: u64) -> String {
+    match number {
+        0..1024 => format!("{number} B"),
+        1024..0x10_0000 => format!("{:.1} KiB", number as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", number as f64 / 1_048_576.0),
+        _ => format!("{:.1} GiB", number as f64 / 1_073_741_824.0),
+    }
+}
+
+/// A point in time, in UTC: `2026-11-27 23:05:01.123Z`.
+pub(super) fn time(milliseconds: u64) -> String {
+    let (days, rest) = (milliseconds / 86_400_000, milliseconds % 86_400_000);
+    let (year, month, day) = date(days);
+    let (hours, minutes, seconds) = (rest / 3_600_000, rest / 60_000 % 60, rest / 1000 % 60);
+    format!("{year:04}-{month:02}-{day:02} {hours:02}:{minutes:02}:{seconds:02}.{:03}Z", rest % 1000)
+}
+
+/// The date so many days after 1 January 1970 (Howard Hinnant, "chrono-compatible low-level date algorithms": civil_from_days).
+fn date(days: u64) -> (u64, u64, u64) {
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
+}
+
 pub(super) fn seconds(number: u64) -> String {
     let (days, hours, minutes) = (number / 86_400, number / 3600 % 24, number / 60 % 60);
     match number {
@@ -63,6 +92,21 @@ mod tests {
         );
         assert_eq!(table(["NAME"], &[]), "NAME\n");
         assert_eq!(list(&[("a", "1".into()), ("none", String::new()), ("bcd", "2".into())]), "a    1\nbcd  2\n");
+    }
+
+    #[test]
+    fn points_in_time_are_those_of_the_calendar() {
+        for (milliseconds, text) in [
+            (0, "1970-01-01 00:00:00.000Z"),
+            (951_782_399_999, "2000-02-28 23:59:59.999Z"),
+            (951_782_400_000, "2000-02-29 00:00:00.000Z"),
+            (1_795_820_701_123, "2026-11-27 23:05:01.123Z"),
+        ] {
+            assert_eq!(time(milliseconds), text);
+        }
+        for (number, text) in [(1023, "1023 B"), (1536, "1.5 KiB"), (3 << 20, "3.0 MiB"), (5 << 30, "5.0 GiB")] {
+            assert_eq!(bytes(number), text);
+        }
     }
 
     #[test]

@@ -73,8 +73,8 @@ fn a_standalone_cluster_has_the_reference_ports_unless_told() {
 fn questions_go_to_the_socket_that_was_named() {
     let question = question("--socket /x/api.sock logs web#0 --tail 5");
     assert_eq!(question.socket, PathBuf::from("/x/api.sock"));
-    let Ask::Logs { instance, tail } = question.command else { panic!("not logs") };
-    assert_eq!((instance.to_string(), tail), ("web#0".to_owned(), Some(5)));
+    let Ask::Logs { instance, tail, follow } = question.command else { panic!("not logs") };
+    assert_eq!((instance.to_string(), tail, follow), ("web#0".to_owned(), Some(5), false));
 }
 
 #[test]
@@ -129,6 +129,20 @@ fn the_overlay_is_looked_at_once_or_again_and_again() {
     }
     for bad in ["net", "net flows --every 2", "net peers --watch --every 0", "net drops --watch --every nan", "net fly"]
     {
+        assert!(task(bad).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn instances_are_looked_at_and_entered() {
+    let Ask::Exec(args) = question("exec web#0 -- sh -c true").command else { panic!("not exec") };
+    assert_eq!(args.command(), ["sh", "-c", "true"]);
+    assert!(matches!(question("logs -f web").command, Ask::Logs { follow: true, .. }));
+    assert!(matches!(question("inspect web --json").command, Ask::Inspect { json: true, .. }));
+    assert!(matches!(question("stats").command, Ask::Stats { instance: None, .. }));
+    assert!(matches!(question("stats web --watch --every 2").command, Ask::Stats { instance: Some(_), .. }));
+    assert!(matches!(question("events --json --follow --past 3").command, Ask::Events(_)));
+    for bad in ["exec web", "exec -- sh", "exec --tty --no-tty web -- sh", "inspect", "logs -f", "events --past -1"] {
         assert!(task(bad).is_err(), "{bad}");
     }
 }

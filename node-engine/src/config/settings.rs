@@ -4,7 +4,10 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
-use super::{ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig};
+use super::telemetry;
+use super::{
+    ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, TelemetryConfig,
+};
 
 /// One setting.
 pub(super) struct Setting {
@@ -32,6 +35,7 @@ impl Draft {
             announced_port: 3000,
             network: NetworkConfig::default(),
             runtime: RuntimeConfig::default(),
+            telemetry: TelemetryConfig::default(),
             on_exit: OnExit::Leave,
             state_dir: "/var/lib/node-engine".into(),
             run_dir: "/run/node-engine".into(),
@@ -166,6 +170,46 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "runtime.control_group",
         environment: &["NODE_ENGINE_CONTROL_GROUP"],
         set: |draft, text| control_group(text).map(|group| draft.config.runtime.control_group = group),
+    },
+    Setting {
+        key: "telemetry.reports",
+        environment: &["NODE_ENGINE_REPORTS"],
+        set: |draft, text| telemetry::reports(text).map(|choice| draft.config.telemetry.reports = choice),
+    },
+    Setting {
+        key: "telemetry.sensors",
+        environment: &["NODE_ENGINE_SENSORS"],
+        set: |draft, text| telemetry::sensors(text).map(|choice| draft.config.telemetry.sensors = choice),
+    },
+    Setting {
+        key: "telemetry.sensors_every",
+        environment: &["NODE_ENGINE_SENSORS_EVERY"],
+        set: |draft, text| telemetry::pace(text).map(|every| draft.config.telemetry.sensors_every = every),
+    },
+    Setting {
+        key: "telemetry.gps",
+        environment: &["NODE_ENGINE_GPS"],
+        set: |draft, text| telemetry::gps(text).map(|source| draft.config.telemetry.gps = source),
+    },
+    Setting {
+        key: "telemetry.metrics",
+        environment: &["NODE_ENGINE_METRICS"],
+        set: |draft, text| telemetry::metrics(text).map(|address| draft.config.telemetry.metrics = address),
+    },
+    Setting {
+        key: "telemetry.sys_dir",
+        environment: &["NODE_ENGINE_SYS_DIR"],
+        set: |draft, text| directory(text).map(|path| draft.config.telemetry.roots.sys = path),
+    },
+    Setting {
+        key: "telemetry.proc_dir",
+        environment: &["NODE_ENGINE_PROC_DIR"],
+        set: |draft, text| directory(text).map(|path| draft.config.telemetry.roots.proc = path),
+    },
+    Setting {
+        key: "telemetry.dev_dir",
+        environment: &["NODE_ENGINE_DEV_DIR"],
+        set: |draft, text| directory(text).map(|path| draft.config.telemetry.roots.dev = path),
     },
 ];
 

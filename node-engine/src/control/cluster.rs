@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use futures_util::StreamExt;
@@ -17,21 +17,24 @@ use futures_util::future::{BoxFuture, FutureExt, join_all};
 use futures_util::stream::FuturesUnordered;
 use rustls::ClientConfig;
 use tokio::sync::mpsc::{Receiver, Sender};
+use tokio::sync::watch;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::ControlPlane;
 use super::backoff::{Backoff, Complaints};
-use super::encode::Encoder;
+use super::encode::{Encoder, Message};
+use super::exception::Exception;
 use super::http::ask;
 use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, WINDOW};
 use super::outbox::{Outbox, Ticket};
 use super::register::{RegisterError, Registrar, Registration, http_client};
 use super::tls::client_config;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, ReportChoice};
 use crate::drain::Drain;
 use crate::model::{
-    Command, Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Query, Report, ServiceName, Status, TableAnswer,
+    Command, Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, Status,
+    TableAnswer,
 };
 use crate::wire::json::{MAX_DOCUMENT, Malformed, excerpt};
 use crate::wire::order::OrderTopic;
@@ -78,11 +81,18 @@ pub struct Cluster {
     node: Node,
     /// How long a broker may acknowledge nothing and say nothing.
     pub(super) silence: Duration,
+    reports: ReportChoice,
+    sent: watch::Sender<Sent>,
 }
 
 impl Cluster {
     pub fn new(config: ClusterConfig, node: Node) -> Self {
-        Self { config, node, silence: SILENCE }
+        Self { config, node, silence: SILENCE, reports: ReportChoice::Full, sent: watch::Sender::default() }
+    }
+
+    /// How much is told of how the node fares, and who is shown how many bytes that took.
+    pub fn telling(self, reports: ReportChoice, sent: watch::Sender<Sent>) -> Self {
+        Self { reports, sent, ..self }
     }
 }
 
@@ -102,7 +112,11 @@ impl ControlPlane for Cluster {
             public_address: self.node.address,
             tunnel_port: self.node.tunnel_port,
         };
-        Session::new(registrar, self.node.usage, tls, self.silence).run(commands, reports, stop).await;
+        let mut session = Session::new(registrar, self.node.usage, tls, self.silence);
+        session.exception = Exception::new(self.reports);
+        session.encoder.compact = self.reports == ReportChoice::Changes;
+        session.sent = self.sent;
+        session.run(commands, reports, stop).await;
         Ok(())
     }
 }
@@ -168,7 +182,9 @@ struct Session {
     unsubscribe: VecDeque<String>,
 
     encoder: Encoder,
+    exception: Exception,
     outbox: Outbox,
+    sent: watch::Sender<Sent>,
     inbox: VecDeque<Command>,
     /// Overlay questions to a first-generation cluster.
     questions: VecDeque<Query>,
@@ -210,7 +226,9 @@ impl Session {
             subscribing: 0,
             unsubscribe: VecDeque::new(),
             encoder,
+            exception: Exception::new(ReportChoice::Full),
             outbox: Outbox::default(),
+            sent: watch::Sender::default(),
             inbox: VecDeque::new(),
             questions: VecDeque::new(),
             answers: FuturesUnordered::new(),
@@ -438,6 +456,7 @@ impl Session {
         info!(id = %identity.id, dropped = self.outbox.dropped, "connected to the broker");
         self.up_since = Some(now);
         self.heard_at = now;
+        self.exception.forget();
         if std::mem::take(&mut self.register_if_absent) {
             self.register_at = None;
         }
@@ -515,9 +534,10 @@ impl Session {
                 link.unsubscribe(topic).map(|done| done.map(Done::Unsubscribed).boxed())
             } else if let Some((ticket, report)) = self.outbox.take(self.subscribing == 0) {
                 let Some(node) = self.identity.as_ref().map(|identity| &identity.id) else { return };
-                let messages = self.encoder.encode(&report);
+                let messages = self.encoder.messages(node, &report);
+                count(&self.sent, &messages);
                 let published: Result<Vec<_>, _> =
-                    messages.into_iter().map(|(kind, text)| link.publish(kind.topic(node), text)).collect();
+                    messages.into_iter().map(|message| link.publish(message.topic, message.text)).collect();
                 published.map(|parts| {
                     let worst = |parts: Vec<Outcome>| {
                         parts.into_iter().find(|part| *part != Outcome::Acknowledged).unwrap_or(Outcome::Acknowledged)
@@ -565,6 +585,9 @@ impl Session {
             Report::InterestAdd(service) => self.watch(service),
             Report::InterestRemove(service) => self.unwatch(service),
             _ => {}
+        }
+        if self.up_since.is_some() && !self.exception.is_due(&report, Instant::now()) {
+            return;
         }
         match report {
             Report::SubnetRequest if self.encoder.generation == Generation::G1 => {
@@ -694,6 +717,17 @@ impl Session {
             }
         }
     }
+}
+
+/// What is sent again after a lost connection costs again.
+fn count(sent: &watch::Sender<Sent>, messages: &[Message]) {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let day = since.as_secs() / 86_400;
+    sent.send_modify(|sent| {
+        for message in messages {
+            sent.add(message.purpose, message.topic.len() + message.text.len(), day);
+        }
+    });
 }
 
 fn malformed(topic: &str, payload: &[u8], error: &Malformed) {

@@ -5,11 +5,19 @@ use std::net::IpAddr;
 
 use tracing::warn;
 
-use crate::model::{Generation, InstanceId, Report, Status};
-use crate::wire::{FromNode, node, status, table};
+use crate::model::{Generation, InstanceId, NodeId, NodeUsage, Purpose, Report, Status};
+use crate::wire::{FromNode, node, sensor, sensor_topic, status, table};
 
 /// Jobs remembered for a first-generation cluster.
 const MAX_JOBS: usize = 4096;
+
+/// One message, ready to be published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Message {
+    pub(super) topic: String,
+    pub(super) text: String,
+    pub(super) purpose: Purpose,
+}
 
 /// What a report needs besides itself to become a message.
 #[derive(Debug)]
@@ -17,13 +25,15 @@ pub(super) struct Encoder {
     pub(super) generation: Generation,
     pub(super) address: Option<IpAddr>,
     pub(super) tunnel_port: u16,
+    /// Say each thing under one name, and leave out what only people read.
+    pub(super) compact: bool,
     /// First-generation clusters know an instance by the id of its job.
     jobs: BTreeMap<InstanceId, String>,
 }
 
 impl Encoder {
     pub(super) fn new(tunnel_port: u16) -> Self {
-        Self { generation: Generation::G4, address: None, tunnel_port, jobs: BTreeMap::new() }
+        Self { generation: Generation::G4, address: None, tunnel_port, compact: false, jobs: BTreeMap::new() }
     }
 
     /// The cluster wants an instance of this job.
@@ -39,8 +49,19 @@ impl Encoder {
         self.jobs.remove(instance);
     }
 
+    /// What goes where, and for what; nothing where this generation has no message for the report.
+    pub(super) fn messages(&self, node: &NodeId, report: &Report) -> Vec<Message> {
+        if let Report::Sensor(sample) = report {
+            let topic = sensor_topic(node, &sample.device);
+            return vec![Message { topic, text: sensor(sample), purpose: Purpose::Sensors }];
+        }
+        let message =
+            |(kind, text): (FromNode, String)| Message { topic: kind.topic(node), text, purpose: kind.purpose() };
+        self.encode(report).into_iter().map(message).collect()
+    }
+
     /// The messages of a report; none where this generation has no message for it.
-    pub(super) fn encode(&self, report: &Report) -> Vec<(FromNode, String)> {
+    fn encode(&self, report: &Report) -> Vec<(FromNode, String)> {
         match self.generation {
             Generation::G1 => self.first_generation(report).into_iter().collect(),
             Generation::G2 | Generation::G4 => self.current(report),
@@ -68,14 +89,25 @@ impl Encoder {
             }
             Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
             Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
-            Report::InterestAdd(_) | Report::Address(_) => Vec::new(),
+            Report::InterestAdd(_) | Report::Address(_) | Report::Sensor(_) => Vec::new(),
             Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
             Report::Node(usage) => {
-                vec![(FromNode::Information, node::information(self.generation, usage, self.address))]
+                vec![(FromNode::Information, self.information(usage))]
             }
             Report::Instances(usages) => {
-                node::resources(usages).into_iter().map(|text| (FromNode::Resources, text)).collect()
+                let texts = match self.compact {
+                    false => node::resources(usages),
+                    true => node::compact_resources(self.generation, usages),
+                };
+                texts.into_iter().map(|text| (FromNode::Resources, text)).collect()
             }
+        }
+    }
+
+    fn information(&self, usage: &NodeUsage) -> String {
+        match self.compact {
+            false => node::information(self.generation, usage, self.address),
+            true => node::compact_information(self.generation, usage, self.address),
         }
     }
 
@@ -90,16 +122,15 @@ impl Encoder {
                 let address = IpAddr::V4(addresses.v4);
                 Some((FromNode::Job, status::first_generation_deployed(job(instance)?, address)))
             }
-            Report::Node(usage) => {
-                Some((FromNode::Information, node::information(self.generation, usage, self.address)))
-            }
+            Report::Node(usage) => Some((FromNode::Information, self.information(usage))),
             Report::Status { .. }
             | Report::Address(_)
             | Report::SubnetRequest
             | Report::TableQuery(_)
             | Report::InterestAdd(_)
             | Report::InterestRemove(_)
-            | Report::Instances(_) => None,
+            | Report::Instances(_)
+            | Report::Sensor(_) => None,
         }
     }
 }

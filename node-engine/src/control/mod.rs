@@ -4,6 +4,7 @@
 mod backoff;
 mod cluster;
 mod encode;
+mod exception;
 mod http;
 pub mod memory;
 mod mqtt;

@@ -4,12 +4,15 @@
 //! void is removed while it still waits. Questions are asked again by whoever asked once the connection stands, so they die
 //! with it. Telemetry is only worth its newest sample.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::model::{Report, Status};
 
 /// Reports kept for later. A status is one of at most five an instance can have waiting.
 const MAX_WAITING: usize = 8192;
+
+/// Sensors whose newest sample may wait.
+const MAX_SENSORS: usize = 512;
 
 /// Names a report between `take` and its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,6 +24,8 @@ pub(super) struct Outbox {
     in_flight: VecDeque<(Ticket, Report)>,
     node: Option<Report>,
     instances: Option<Report>,
+    /// By the name of the device.
+    sensors: BTreeMap<String, Report>,
     next: u64,
     /// Telemetry that a newer sample or a lost connection made void, and what did not fit.
     pub(super) dropped: u64,
@@ -30,10 +35,18 @@ impl Outbox {
     /// Takes in a report. `online` says whether it could be sent now.
     pub(super) fn push(&mut self, report: Report, online: bool) {
         match report {
-            Report::Node(_) | Report::Instances(_) if !online => self.dropped += 1,
+            Report::Node(_) | Report::Instances(_) | Report::Sensor(_) if !online => self.dropped += 1,
             Report::Node(_) => self.dropped += u64::from(self.node.replace(report).is_some()),
             Report::Instances(_) => self.dropped += u64::from(self.instances.replace(report).is_some()),
             Report::TableQuery(_) if !online => self.dropped += 1,
+            Report::Sensor(ref sample) => {
+                let (name, room) = (sample.device.clone(), self.sensors.len() < MAX_SENSORS);
+                if room || self.sensors.contains_key(&name) {
+                    self.dropped += u64::from(self.sensors.insert(name, report).is_some());
+                } else {
+                    self.dropped += 1;
+                }
+            }
             report => self.enqueue(report),
         }
     }
@@ -60,7 +73,8 @@ impl Outbox {
         let taken = match place.and_then(|place| self.waiting.remove(place)) {
             Some(taken) => taken,
             None => {
-                let report = self.node.take().or_else(|| self.instances.take())?;
+                let sensor = |outbox: &mut Self| outbox.sensors.pop_first().map(|(_, report)| report);
+                let report = self.node.take().or_else(|| self.instances.take()).or_else(|| sensor(self))?;
                 (self.ticket(), report)
             }
         };
@@ -86,11 +100,13 @@ impl Outbox {
         self.waiting.retain(|(_, report)| outlives_connection(report));
         self.dropped += (before - self.waiting.len()) as u64;
         self.dropped += u64::from(self.node.take().is_some()) + u64::from(self.instances.take().is_some());
+        self.dropped += std::mem::take(&mut self.sensors).len() as u64;
     }
 
     /// Nothing waits and nothing is on its way.
     pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty() && self.in_flight.is_empty() && self.node.is_none() && self.instances.is_none()
+        let telemetry = self.node.is_some() || self.instances.is_some() || !self.sensors.is_empty();
+        self.waiting.is_empty() && self.in_flight.is_empty() && !telemetry
     }
 }
 
@@ -101,7 +117,8 @@ fn outlives_connection(report: &Report) -> bool {
         | Report::TableQuery(_)
         | Report::InterestAdd(_)
         | Report::Node(_)
-        | Report::Instances(_) => false,
+        | Report::Instances(_)
+        | Report::Sensor(_) => false,
     }
 }
 
@@ -154,6 +171,12 @@ mod tests {
         Report::Node(Box::<NodeUsage>::default())
     }
 
+    fn sensor(device: &str) -> Report {
+        let time = std::time::UNIX_EPOCH;
+        let kind = crate::model::DeviceKind::Iio;
+        Report::Sensor(Box::new(crate::model::Sample { device: device.into(), kind, time, readings: Vec::new() }))
+    }
+
     fn query(name: &str) -> Report {
         Report::TableQuery(Query::Name(format!("app.default.{name}.test").parse().unwrap()))
     }
@@ -169,6 +192,7 @@ mod tests {
             Report::Address(_) => "address".into(),
             Report::Node(_) => "node".into(),
             Report::Instances(_) => "instances".into(),
+            Report::Sensor(sample) => format!("sensor {}", sample.device),
         }
     }
 
@@ -211,6 +235,12 @@ mod tests {
             true,
             &["a:DEAD", "node", "instances"],
         );
+        check(
+            vec![sensor("b"), sensor("a"), sensor("b"), node(), status("a", Status::Dead)],
+            true,
+            &["a:DEAD", "node", "sensor a", "sensor b"],
+        );
+        check(vec![sensor("a")], false, &[]);
         let mut outbox = Outbox::default();
         outbox.push(node(), false);
         outbox.push(query("a"), false);

@@ -18,7 +18,8 @@ use crate::cli::StandaloneChoice;
 use crate::config::{ClusterConfig, Config, Generation, OnExit};
 use crate::control::{Cluster, Node};
 use crate::drain::Drain;
-use crate::model::NodeFacts;
+use crate::events::Events;
+use crate::model::{NodeFacts, Sent};
 use crate::names::Names;
 use crate::netmanager;
 use crate::netmanager::table::ServiceNets;
@@ -125,15 +126,27 @@ async fn node(
     let facts =
         NodeFacts { announced_port: Some(config.announced_port), ..telemetry::facts(&config.node_name, announced) };
     let (pace, paced) = watch::channel(telemetry::pace(config.cluster.generation));
-    let (usage, sampling) = telemetry::start(reports.clone(), paced, drain.clone()).await?;
-    tasks.adopt("telemetry", sampling);
+    let events = Events::default();
+    let telemetry = telemetry::start(telemetry::Setup {
+        config: config.telemetry.clone(),
+        reports: reports.clone(),
+        pace: paced,
+        events: events.clone(),
+        drain: drain.clone(),
+    })
+    .await?;
+    for (name, task) in telemetry.tasks {
+        tasks.adopt(name, task);
+    }
+    let usage = telemetry.usage;
 
     // Towards a cluster elsewhere the way there decides, anew at each registration; the way to one in this process leads nowhere.
     let fixed = standalone.is_some() || config.network.uplink.is_some() || config.network.public_ip.is_some();
     let address = if fixed { net.status().await?.address } else { None };
     let told =
         Node { facts: facts.clone(), usage: usage.borrow().clone(), address, tunnel_port: config.network.tunnel_port };
-    let control = Box::new(Cluster::new(config.cluster.clone(), told));
+    let (sending, sent) = watch::channel(Sent::default());
+    let control = Box::new(Cluster::new(config.cluster.clone(), told).telling(config.telemetry.reports, sending));
 
     let (cluster, home) = match standalone {
         Some((standalone, home)) => {
@@ -155,6 +168,9 @@ async fn node(
         reported,
         assigned,
         usage,
+        devices: telemetry.devices,
+        sent,
+        events,
         pace,
         cluster,
         home,

@@ -1,30 +1,42 @@
 //! What the local API is told about this node.
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use super::route::ClusterLink;
-use super::view;
-use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, Status, UsageStatus, net};
+use super::{hardware, look, scrape, view};
+use crate::api::dto::hardware::Hardware;
+use crate::api::dto::look::{Inspection, Usage};
+use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, SentStatus, Status, UsageStatus, net};
 use crate::api::{NetChoice, NodeApi, NodeApiError};
-use crate::config::Generation;
-use crate::model::{InstanceId, NodeFacts, NodeUsage};
+use crate::config::{Generation, Roots};
+use crate::events::Events;
+use crate::metrics::Snapshot;
+use crate::model::{Event, InstanceId, NodeFacts, NodeUsage, Purpose, Sent};
 use crate::netmanager::{NetManager, NetStatus};
+use crate::runtime::{Exec, Follow, RuntimeError, Session};
+use crate::telemetry::devices::watch::Inventory;
 use crate::workload::{InstanceInfo, Workload, WorkloadError};
 
 /// A node at work.
 #[derive(Debug)]
 pub(super) struct RunningNode {
     pub(super) began: Instant,
+    pub(super) started: SystemTime,
     pub(super) facts: NodeFacts,
     pub(super) cluster: String,
     pub(super) standalone: bool,
     pub(super) workload: Workload,
     pub(super) net: NetManager,
     pub(super) usage: watch::Receiver<NodeUsage>,
+    pub(super) devices: watch::Receiver<Inventory>,
+    /// What was said to the cluster.
+    pub(super) sent: watch::Receiver<Sent>,
+    pub(super) roots: Roots,
     pub(super) link: watch::Receiver<ClusterLink>,
+    pub(super) events: Events,
 }
 
 /// A process that is a cluster and no node.
@@ -63,6 +75,7 @@ impl NodeApi for RunningNode {
             network: network.map(network_status),
             usage: Some(usage_status(&self.usage.borrow())),
             running,
+            sent_today: sent_today(&self.sent.borrow()),
         }
     }
 
@@ -88,10 +101,40 @@ impl NodeApi for RunningNode {
     }
 
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
-        self.workload.logs(instance, tail).await.map_err(|error| match error {
-            WorkloadError::Unknown(instance) => NodeApiError::UnknownInstance(instance),
-            other => unavailable("logs", &other),
-        })
+        self.workload.logs(instance, tail).await.map_err(|error| refused("logs", error))
+    }
+
+    async fn inspect(&self, instance: InstanceId) -> Result<Inspection, NodeApiError> {
+        self.workload.inspect(instance).await.map(look::inspection).map_err(|error| refused("inspect", error))
+    }
+
+    async fn stats(&self) -> Result<Vec<Usage>, NodeApiError> {
+        let usage = self.workload.usage().await.map_err(|error| refused("stats", error))?;
+        Ok(usage.iter().map(look::usage).collect())
+    }
+
+    async fn follow(&self, instance: InstanceId, tail: usize) -> Result<Follow, NodeApiError> {
+        self.workload.follow(instance, tail).await.map_err(|error| refused("logs", error))
+    }
+
+    async fn exec(&self, instance: InstanceId, exec: Exec) -> Result<Session, NodeApiError> {
+        self.workload.exec(instance, exec).await.map_err(|error| refused("exec", error))
+    }
+
+    async fn hardware(&self) -> Result<Hardware, NodeApiError> {
+        let roots = self.roots.clone();
+        let looked = tokio::task::spawn_blocking(move || crate::telemetry::hardware::look(&roots)).await;
+        let found =
+            looked.map_err(|error| NodeApiError::Unavailable { what: "hardware", reason: error.to_string() })?;
+        Ok(hardware::told(found, &self.usage.borrow().health.wear))
+    }
+
+    async fn metrics(&self) -> Result<Snapshot, NodeApiError> {
+        Ok(scrape::snapshot(self).await)
+    }
+
+    async fn events(&self, past: usize) -> Result<mpsc::Receiver<Event>, NodeApiError> {
+        self.events.watch(past).map_err(|error| NodeApiError::Unavailable { what: "events", reason: error.to_string() })
     }
 }
 
@@ -156,6 +199,15 @@ fn network_status(status: NetStatus) -> NetworkStatus {
     }
 }
 
+fn sent_today(sent: &Sent) -> Vec<SentStatus> {
+    let day = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs() / 86_400;
+    let status = |purpose: Purpose| {
+        let volume = sent.on(day, purpose);
+        SentStatus { purpose: purpose.word().into(), messages: volume.messages, bytes: volume.bytes }
+    };
+    Purpose::ALL.map(status).into()
+}
+
 fn usage_status(usage: &NodeUsage) -> UsageStatus {
     UsageStatus {
         cpu_percent: usage.cpu_percent,
@@ -177,6 +229,16 @@ fn instance(info: InstanceInfo) -> Instance {
         detail: info.detail,
         address_v4: info.addresses.map(|addresses| addresses.v4.to_string()).unwrap_or_default(),
         address_v6: info.addresses.map(|addresses| addresses.v6.to_string()).unwrap_or_default(),
+    }
+}
+
+fn refused(what: &'static str, error: WorkloadError) -> NodeApiError {
+    match error {
+        WorkloadError::Unknown(instance) | WorkloadError::Runtime(RuntimeError::Unknown(instance)) => {
+            NodeApiError::UnknownInstance(instance)
+        }
+        WorkloadError::Runtime(RuntimeError::Refused { what, reason }) => NodeApiError::Refused { what, reason },
+        other => unavailable(what, &other),
     }
 }
 

@@ -7,7 +7,8 @@ use tokio::task;
 
 use crate::config::Generation;
 use crate::drain::Drain;
-use crate::model::{Command, NodeId, Subnet};
+use crate::events::Events;
+use crate::model::{Command, EventKind, NodeId, Subnet};
 use crate::netmanager::NetManager;
 use crate::store::{Identity, Store, StoreError};
 use crate::telemetry;
@@ -47,6 +48,7 @@ pub(super) struct Router {
     pub(super) pace: watch::Sender<Duration>,
     /// Subnets that the network has begun to use, to be kept.
     pub(super) assigned: mpsc::Receiver<(NodeId, Subnet)>,
+    pub(super) events: Events,
 }
 
 impl Router {
@@ -83,11 +85,19 @@ impl Router {
                 let identity = Identity { cluster: self.cluster.clone(), node: identity.id.clone() };
                 self.keep(move |store| store.keep_identity(identity)).await;
             }
-            Command::Connected => self.link.send_modify(|link| link.now(true)),
-            Command::Disconnected => self.link.send_modify(|link| link.now(false)),
+            Command::Connected => self.connected(true),
+            Command::Disconnected => self.connected(false),
             Command::Subnet(_) | Command::Table(_) | Command::ServiceChanged(_) => {}
         }
         Ok(self.net.deliver(command).await?)
+    }
+
+    fn connected(&mut self, connected: bool) {
+        if self.link.borrow().connected != connected {
+            let kind = if connected { EventKind::ClusterConnected } else { EventKind::ClusterLost };
+            self.events.say(kind, self.cluster.clone(), "");
+        }
+        self.link.send_modify(|link| link.now(connected));
     }
 
     /// What cannot be kept is asked of the cluster again after a restart: a full disk must not end the daemon.

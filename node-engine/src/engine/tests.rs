@@ -12,6 +12,9 @@ use crate::model::{Addresses, Command, InstanceId, NodeIdentity, Status, Technol
 use crate::netmanager::{Lease, Request};
 use crate::runtime::memory::MemoryRuntime;
 
+mod look;
+mod report;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 const SUBNET: Subnet =
     Subnet { v4: std::net::Ipv4Addr::new(10, 18, 0, 64), v6: std::net::Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0x100) };
@@ -139,6 +142,9 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
         reported,
         assigned,
         usage: watch::channel(NodeUsage::default()).1,
+        devices: watch::channel(Arc::default()).1,
+        sent: watch::channel(Sent::default()).1,
+        events: Events::default(),
         pace: watch::channel(Duration::from_secs(2)).0,
         cluster: None,
         home: None,

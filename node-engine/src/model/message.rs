@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 
-use super::{Addresses, InstanceId, InstanceSpec, InstanceUsage, NodeIdentity, NodeUsage, ServiceName, Status, Subnet};
+use super::{
+    Addresses, InstanceId, InstanceSpec, InstanceUsage, NodeIdentity, NodeUsage, Sample, ServiceName, Status, Subnet,
+};
 
 /// From the control plane to the node.
 #[derive(Clone, Debug)]
@@ -49,6 +51,7 @@ pub enum Report {
     Node(Box<NodeUsage>),
     /// Every instance that really runs now. Empty is a statement too.
     Instances(Vec<InstanceUsage>),
+    Sensor(Box<Sample>),
 }
 
 /// What a table is asked for.

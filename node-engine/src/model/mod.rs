@@ -1,14 +1,21 @@
 //! The nouns of the node: services, instances, statuses, messages. No I/O, no serialisation, no sibling module:
 //! everything else speaks in these types, parsed once at the door that let the value in.
 
+pub mod budget;
+pub mod device;
+pub mod event;
 pub mod message;
 pub mod node;
 pub mod service;
 pub mod status;
 
+pub use budget::{Purpose, Sent, Volume};
+pub use device::{Channel, Device, DeviceKind, Reading, Sample, Unit};
+pub use event::{Event, EventKind};
 pub use message::{Command, FamilyPair, Policy, Query, Report, SemanticAddress, TableAnswer, TableRow};
 pub use node::{
-    DiskUsage, Generation, GpuUsage, InstanceUsage, NetworkUsage, NodeFacts, NodeId, NodeIdentity, NodeUsage, Subnet,
+    Clock, DiskUsage, Generation, GpuUsage, InstanceCounters, InstanceDetails, InstanceUsage, NetworkUsage, NodeFacts,
+    NodeHealth, NodeId, NodeIdentity, NodeUsage, Pressure, Subnet, Wear,
 };
 pub use service::{
     Addresses, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName, Technology,

@@ -103,6 +103,57 @@ pub struct NodeUsage {
     pub disks: Vec<DiskUsage>,
     pub networks: Vec<NetworkUsage>,
     pub gpus: Vec<GpuUsage>,
+    pub health: NodeHealth,
+}
+
+/// How the machine bears its work; what it does not tell is absent.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NodeHealth {
+    /// Mean number of tasks that run or wait for a CPU or a disk, over 1, 5 and 15 minutes.
+    pub load: Option<[f64; 3]>,
+    pub pressures: Vec<Pressure>,
+    /// Sensor and degrees Celsius.
+    pub temperatures: Vec<(String, f64)>,
+    /// How often CPUs were slowed down because of heat since the machine came up.
+    pub throttle_events: Option<u64>,
+    /// The clock is held down now, by heat or by want of voltage.
+    pub throttled: Option<bool>,
+    /// The supply voltage is too low now.
+    pub under_voltage: Option<bool>,
+    pub wear: Vec<Wear>,
+    pub clock: Option<Clock>,
+}
+
+/// Time that tasks have waited for a resource (kernel document accounting/psi).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pressure {
+    /// `cpu`, `memory`, `io`.
+    pub resource: &'static str,
+    /// Percent of the last ten seconds in which some task waited, and in which all did.
+    pub some_percent: f64,
+    pub full_percent: f64,
+    /// The same since the machine came up, in microseconds.
+    pub some_microseconds: u64,
+    pub full_microseconds: u64,
+}
+
+/// How far a storage device has come through its life.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wear {
+    pub device: String,
+    /// Of its life, as its maker counts it; may go beyond 100.
+    pub used_percent: f64,
+    /// Its spare blocks run out.
+    pub urgent: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Clock {
+    /// The kernel's clock minus that of its reference; means something where it is synchronised.
+    pub offset_seconds: f64,
+    pub synchronised: bool,
+    /// How far off it may be, as the kernel reckons.
+    pub error_seconds: f64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -144,4 +195,58 @@ pub struct InstanceUsage {
     pub disk_bytes: u64,
     /// At most the last 1,024 bytes of its log.
     pub log_tail: String,
+    pub counters: InstanceCounters,
+}
+
+/// What an instance has used since its first process began, and its bounds; `None` where the runtime or this kernel does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InstanceCounters {
+    pub cpu_nanoseconds: Option<u64>,
+    /// It wanted to run and its limit did not let it.
+    pub throttled_nanoseconds: Option<u64>,
+    pub memory_peak_bytes: Option<u64>,
+    pub memory_limit_bytes: Option<u64>,
+    pub out_of_memory_kills: Option<u64>,
+    pub processes: Option<u64>,
+    /// From and to disks.
+    pub read_bytes: Option<u64>,
+    pub written_bytes: Option<u64>,
+    /// At the instance's own interfaces, without its loopback.
+    pub received_bytes: Option<u64>,
+    pub received_packets: Option<u64>,
+    pub sent_bytes: Option<u64>,
+    pub sent_packets: Option<u64>,
+    /// Dropped by its interfaces, in either direction.
+    pub dropped_packets: Option<u64>,
+}
+
+/// What a runtime knows of an instance that it holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct InstanceDetails {
+    /// The runtime's own name for it, such as a container id.
+    pub handle: String,
+    /// What the image's name stands for here, such as a digest.
+    pub image_id: String,
+    /// First process, in the process namespace of this daemon; `None` where it does not run.
+    pub pid: Option<u32>,
+    pub command: Vec<String>,
+    /// Names alone: values may be secrets.
+    pub environment: Vec<String>,
+    pub working_directory: String,
+    pub user: String,
+    /// As the runtime applies them; `None` is unlimited.
+    pub cpus: Option<f64>,
+    pub memory_bytes: Option<u64>,
+    pub gpus: Vec<String>,
+    /// Device nodes of the host that it may use.
+    pub devices: Vec<String>,
+    /// `source on the host:path inside`.
+    pub mounts: Vec<String>,
+    /// RFC 3339; empty where it has not happened.
+    pub created: String,
+    pub started: String,
+    pub ended: String,
+    /// Exit code, where it has ended.
+    pub exit_code: Option<i64>,
+    pub out_of_memory: bool,
 }

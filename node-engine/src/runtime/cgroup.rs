@@ -10,11 +10,17 @@ use std::time::Instant;
 
 pub(super) use group::{Groups, out_of_memory_kills};
 
+use crate::model::InstanceCounters;
+
 /// Where the figures of one container are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cgroup {
     cpu: Controller,
     memory: Controller,
+    /// Of these the figures are worth having and not worth failing for.
+    bandwidth: Option<Controller>,
+    disks: Option<Controller>,
+    processes: Option<Controller>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,13 +44,106 @@ impl Cgroup {
         let membership = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
         let found = |controller| find(controller, &membership, &mounts);
         match (found("cpuacct"), found("memory")) {
-            (Some(cpu), Some(memory)) => Ok(Self { cpu, memory }),
+            (Some(cpu), Some(memory)) => {
+                Ok(Self { cpu, memory, bandwidth: found("cpu"), disks: found("blkio"), processes: found("pids") })
+            }
             _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup with cpu and memory figures")),
         }
     }
 
     pub(super) fn sample(&self) -> io::Result<Sample> {
         Ok(Sample { cpu_nanoseconds: cpu_nanoseconds(&self.cpu)?, memory_bytes: memory_bytes(&self.memory)? })
+    }
+
+    /// Everything else that the kernel has counted.
+    pub(super) fn counters(&self) -> InstanceCounters {
+        Counted {
+            cpu: Some(&self.cpu),
+            memory: Some(&self.memory),
+            bandwidth: self.bandwidth.as_ref(),
+            disks: self.disks.as_ref(),
+            processes: self.processes.as_ref(),
+        }
+        .read()
+    }
+}
+
+/// Where the kernel counts for one workload, as far as it does.
+struct Counted<'a> {
+    cpu: Option<&'a Controller>,
+    memory: Option<&'a Controller>,
+    bandwidth: Option<&'a Controller>,
+    disks: Option<&'a Controller>,
+    processes: Option<&'a Controller>,
+}
+
+impl Counted<'_> {
+    fn read(&self) -> InstanceCounters {
+        let (read_bytes, written_bytes) = self.disks.map_or((None, None), disk_bytes);
+        let of_memory =
+            |v1: &dyn Fn(&Path) -> io::Result<u64>, v2: &dyn Fn(&Path) -> io::Result<u64>| match self.memory? {
+                Controller::V1(path) => v1(path).ok(),
+                Controller::V2(path) => v2(path).ok(),
+            };
+        let limit =
+            of_memory(&|path| number(&path.join("memory.limit_in_bytes")), &|path| number(&path.join("memory.max")));
+        InstanceCounters {
+            cpu_nanoseconds: self.cpu.and_then(|cpu| cpu_nanoseconds(cpu).ok()),
+            throttled_nanoseconds: self.bandwidth.and_then(throttled),
+            memory_peak_bytes: of_memory(&|path| number(&path.join("memory.max_usage_in_bytes")), &|path| {
+                number(&path.join("memory.peak"))
+            }),
+            // Without a limit the older hierarchy says a number next to the largest there is, the newer one a word.
+            memory_limit_bytes: limit.filter(|limit| *limit < 1 << 62),
+            out_of_memory_kills: of_memory(&|path| field(&path.join("memory.oom_control"), "oom_kill"), &|path| {
+                field(&path.join("memory.events"), "oom_kill")
+            }),
+            processes: self
+                .processes
+                .and_then(|(Controller::V1(path) | Controller::V2(path))| number(&path.join("pids.current")).ok()),
+            read_bytes,
+            written_bytes,
+            ..InstanceCounters::default()
+        }
+    }
+}
+
+fn throttled(bandwidth: &Controller) -> Option<u64> {
+    match bandwidth {
+        Controller::V1(path) => field(&path.join("cpu.stat"), "throttled_time").ok(),
+        Controller::V2(path) => {
+            field(&path.join("cpu.stat"), "throttled_usec").ok().map(|micros| micros.saturating_mul(1000))
+        }
+    }
+}
+
+/// Read and written, over all devices.
+fn disk_bytes(disks: &Controller) -> (Option<u64>, Option<u64>) {
+    let sum =
+        |text: &str, value: &dyn Fn(&str) -> Option<u64>| text.lines().filter_map(value).fold(0, u64::saturating_add);
+    match disks {
+        Controller::V1(path) => {
+            let file = "blkio.throttle.io_service_bytes_recursive";
+            let Ok(text) = fs::read_to_string(path.join(file)) else { return (None, None) };
+            // `8:0 Read 4096`
+            let of = |operation: &'static str| {
+                sum(&text, &|line| {
+                    let mut words = line.split(' ').skip(1);
+                    (words.next()? == operation).then(|| words.next()?.parse().ok()).flatten()
+                })
+            };
+            (Some(of("Read")), Some(of("Write")))
+        }
+        Controller::V2(path) => {
+            let Ok(text) = fs::read_to_string(path.join("io.stat")) else { return (None, None) };
+            // `8:0 rbytes=4096 wbytes=0 …`
+            let of = |name: &'static str| {
+                sum(&text, &|line| {
+                    line.split(' ').find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+                })
+            };
+            (Some(of("rbytes")), Some(of("wbytes")))
+        }
     }
 }
 
@@ -199,10 +298,48 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0
         write("cpu.stat", "usage_usec 7\nuser_usec 3\n");
         write("memory.current", "50\n");
         let (v1, v2) = (Controller::V1(dir.path().into()), Controller::V2(dir.path().into()));
-        let cgroup = Cgroup { cpu: v1.clone(), memory: v1 };
+        let cgroup = whole(&v1);
         assert_eq!(cgroup.sample().expect("v1"), Sample { cpu_nanoseconds: 5000, memory_bytes: 8000 });
-        let cgroup = Cgroup { cpu: v2.clone(), memory: v2 };
+        let cgroup = whole(&v2);
         assert_eq!(cgroup.sample().expect("v2"), Sample { cpu_nanoseconds: 7000, memory_bytes: 0 });
+    }
+
+    fn whole(controller: &Controller) -> Cgroup {
+        Cgroup {
+            cpu: controller.clone(),
+            memory: controller.clone(),
+            bandwidth: Some(controller.clone()),
+            disks: Some(controller.clone()),
+            processes: Some(controller.clone()),
+        }
+    }
+
+    #[test]
+    fn counters_are_read_from_both_kinds_of_files_and_absent_where_there_is_none() {
+        let none = Cgroup::counters(&Cgroup {
+            bandwidth: None,
+            disks: None,
+            processes: None,
+            ..whole(&Controller::V1("/nonexistent".into()))
+        });
+        assert_eq!(none, InstanceCounters::default());
+
+        let dir = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).expect("write");
+        write("pids.current", "3\n");
+        write("cpu.stat", "throttled_time 9000\nthrottled_usec 8\n");
+        write("blkio.throttle.io_service_bytes_recursive", "8:0 Read 10\n8:0 Write 20\n8:16 Read 1\nTotal 31\n");
+        write("io.stat", "8:0 rbytes=7 wbytes=5 rios=1\n8:16 rbytes=1 wbytes=1\n");
+        write("memory.limit_in_bytes", "9223372036854771712\n");
+        write("memory.max", "max\n");
+        write("memory.oom_control", "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n");
+        write("memory.events", "oom 1\noom_kill 1\n");
+        let v1 = whole(&Controller::V1(dir.path().into())).counters();
+        assert_eq!((v1.throttled_nanoseconds, v1.read_bytes, v1.written_bytes), (Some(9000), Some(11), Some(20)));
+        assert_eq!((v1.memory_limit_bytes, v1.out_of_memory_kills, v1.processes), (None, Some(2), Some(3)));
+        let v2 = whole(&Controller::V2(dir.path().into())).counters();
+        assert_eq!((v2.throttled_nanoseconds, v2.read_bytes, v2.written_bytes), (Some(8000), Some(8), Some(6)));
+        assert_eq!((v2.memory_limit_bytes, v2.out_of_memory_kills, v2.processes), (None, Some(1), Some(3)));
     }
 
     #[test]

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
-use super::{Adopted, AdoptedState, Exit, Runtime, RuntimeError, Sandbox};
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+use super::session::{Input, Output, PIECES};
+use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use crate::model::{InstanceCounters, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// Calls that are remembered; older ones are forgotten.
 const CALLS: usize = 4096;
@@ -20,7 +22,7 @@ const EXITS: usize = 1024;
 #[derive(Debug)]
 pub struct MemoryRuntime {
     technology: Technology,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
     held: watch::Sender<BTreeSet<Step>>,
     exits: mpsc::Sender<Exit>,
     exited: tokio::sync::Mutex<mpsc::Receiver<Exit>>,
@@ -35,6 +37,9 @@ pub enum Step {
     Adopt,
     Usage,
     Logs,
+    Inspect,
+    Follow,
+    Exec,
 }
 
 /// What a scripted step does in place of its work.
@@ -56,6 +61,8 @@ struct Instance {
     spec: Arc<InstanceSpec>,
     phase: Phase,
     log: Vec<u8>,
+    /// How long the log is, to those who follow it; closed with the instance's end.
+    grown: Option<watch::Sender<usize>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +77,7 @@ impl MemoryRuntime {
         let (exits, exited) = mpsc::channel(EXITS);
         Self {
             technology,
-            state: Mutex::default(),
+            state: Arc::default(),
             held: watch::Sender::new(BTreeSet::new()),
             exits,
             exited: tokio::sync::Mutex::new(exited),
@@ -103,6 +110,7 @@ impl MemoryRuntime {
             return false;
         };
         held.phase = Phase::Exited(exit.clone());
+        held.grown = None;
         self.exits.try_send(exit).is_ok()
     }
 
@@ -110,6 +118,9 @@ impl MemoryRuntime {
     pub fn write_log(&self, instance: &InstanceId, text: &[u8]) {
         if let Some(held) = self.state().instances.get_mut(instance) {
             held.log.extend_from_slice(text);
+            if let Some(grown) = &held.grown {
+                grown.send_replace(held.log.len());
+            }
         }
     }
 
@@ -165,7 +176,12 @@ impl Runtime for MemoryRuntime {
 
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
         self.enter(Step::Prepare, Some(&spec.id)).await?;
-        let held = Instance { spec: Arc::new(spec.clone()), phase: Phase::Prepared, log: Vec::new() };
+        let held = Instance {
+            spec: Arc::new(spec.clone()),
+            phase: Phase::Prepared,
+            log: Vec::new(),
+            grown: Some(watch::Sender::new(0)),
+        };
         self.state().instances.insert(spec.id.clone(), held);
         Ok(sandbox(&spec.id))
     }
@@ -208,6 +224,7 @@ impl Runtime for MemoryRuntime {
             memory_percent: 0.1,
             disk_bytes: 0,
             log_tail: String::from_utf8_lossy(tail(&held.log, 1024)).into_owned(),
+            counters: InstanceCounters { cpu_nanoseconds: Some(1_000_000_000), ..InstanceCounters::default() },
         };
         Ok(self.state().instances.iter().filter(|(_, held)| held.phase == Phase::Running).map(usage).collect())
     }
@@ -219,6 +236,80 @@ impl Runtime for MemoryRuntime {
         Ok(tail(&held.log, bytes).to_vec())
     }
 
+    async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        self.enter(Step::Inspect, Some(instance)).await?;
+        let state = self.state();
+        let held = state.instances.get(instance).ok_or_else(|| RuntimeError::Unknown(instance.clone()))?;
+        let exit = match &held.phase {
+            Phase::Exited(exit) => Some(exit),
+            Phase::Prepared | Phase::Running => None,
+        };
+        Ok(InstanceDetails {
+            handle: format!("memory:{instance}"),
+            pid: (held.phase == Phase::Running).then(std::process::id),
+            command: held.spec.command.clone(),
+            cpus: held.spec.limits.vcpus.map(f64::from),
+            memory_bytes: held.spec.limits.memory_mib.map(|limit| limit << 20),
+            exit_code: exit.map(|exit| exit.code),
+            out_of_memory: exit.is_some_and(|exit| exit.out_of_memory),
+            ..InstanceDetails::default()
+        })
+    }
+
+    async fn follow(&self, instance: &InstanceId, bytes: usize) -> Result<Follow, RuntimeError> {
+        self.enter(Step::Follow, Some(instance)).await?;
+        let (past, mut told, grown) = {
+            let state = self.state();
+            let held = state.instances.get(instance).ok_or_else(|| RuntimeError::Unknown(instance.clone()))?;
+            (tail(&held.log, bytes).to_vec(), held.log.len(), held.grown.as_ref().map(watch::Sender::subscribe))
+        };
+        let (output, follow) = mpsc::channel(PIECES);
+        let (log, instance) = (self.state.clone(), instance.clone());
+        tokio::spawn(async move {
+            let mut piece = past;
+            let mut grown = grown;
+            loop {
+                if !piece.is_empty() && output.send(Ok(Bytes::from(piece))).await.is_err() {
+                    return;
+                }
+                let more = async {
+                    match &mut grown {
+                        Some(grown) => grown.wait_for(|length| *length > told).await.is_ok(),
+                        None => false,
+                    }
+                };
+                let more = tokio::select! {
+                    () = output.closed() => return,
+                    more = more => more,
+                };
+                if !more {
+                    return;
+                }
+                let state = log.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(held) = state.instances.get(&instance) else { return };
+                piece = held.log[told..].to_vec();
+                told = held.log.len();
+            }
+        });
+        Ok(follow)
+    }
+
+    /// `echo WORDS`, `cat`, `exit CODE` and `size`: enough to see each kind of input and output pass.
+    async fn exec(&self, instance: &InstanceId, exec: Exec) -> Result<Session, RuntimeError> {
+        self.enter(Step::Exec, Some(instance)).await?;
+        let running = self.state().instances.get(instance).map(|held| held.phase == Phase::Running);
+        match running {
+            None => return Err(RuntimeError::Unknown(instance.clone())),
+            Some(false) => {
+                return Err(RuntimeError::Refused { what: "exec", reason: format!("{instance} does not run") });
+            }
+            Some(true) => {}
+        }
+        let (session, inputs, outputs) = Session::open();
+        tokio::spawn(command(exec, inputs, outputs));
+        Ok(session)
+    }
+
     async fn exited(&self) -> Exit {
         match self.exited.lock().await.recv().await {
             Some(exit) => exit,
@@ -226,6 +317,42 @@ impl Runtime for MemoryRuntime {
             None => std::future::pending().await,
         }
     }
+}
+
+async fn command(exec: Exec, mut inputs: mpsc::Receiver<Input>, outputs: mpsc::Sender<Output>) {
+    let words: Vec<&str> = exec.command.iter().map(String::as_str).collect();
+    let text = |text: String| Output::Out(Bytes::from(text));
+    // Whoever asked may have left at any time.
+    let code = match words.as_slice() {
+        ["echo", words @ ..] => {
+            let _ = outputs.send(text(format!("{}\n", words.join(" ")))).await;
+            0
+        }
+        ["exit", code] => code.parse().unwrap_or(2),
+        ["size"] => {
+            let mut size = exec.terminal;
+            while let Some(terminal) = size {
+                let _ = outputs.send(text(format!("{}x{}\n", terminal.columns, terminal.rows))).await;
+                size = match inputs.recv().await {
+                    Some(Input::Resize(terminal)) => Some(terminal),
+                    _ => None,
+                };
+            }
+            0
+        }
+        ["cat"] => {
+            while let Some(Input::Bytes(bytes)) = inputs.recv().await {
+                let _ = outputs.send(Output::Out(bytes)).await;
+            }
+            0
+        }
+        other => {
+            let complaint = format!("{}: not found\n", other.first().unwrap_or(&""));
+            let _ = outputs.send(Output::Error(Bytes::from(complaint))).await;
+            127
+        }
+    };
+    let _ = outputs.send(Output::Exit(code)).await;
 }
 
 fn tail(log: &[u8], bytes: usize) -> &[u8] {

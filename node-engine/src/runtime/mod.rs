@@ -5,10 +5,12 @@
 
 mod cgroup;
 pub mod docker;
+mod interfaces;
 pub mod memory;
 mod output;
 mod pause;
 pub mod process;
+pub mod session;
 pub mod supervised;
 mod surroundings;
 
@@ -18,9 +20,10 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 
+pub use session::{Exec, Follow, Session};
 pub use surroundings::Resolvers;
 
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// What runs instances of one technology.
 ///
@@ -48,6 +51,21 @@ pub trait Runtime: Send + Sync {
 
     /// The last `tail` bytes of the instance's output.
     async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError>;
+
+    /// What the runtime knows of an instance that it holds, in whatever state it is.
+    async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError>;
+
+    /// The instance's output, from its last `tail` bytes on, as it comes. Ends with the instance.
+    async fn follow(&self, instance: &InstanceId, tail: usize) -> Result<Follow, RuntimeError>;
+
+    /// Runs one more command in a running instance: in its namespaces and under its limits.
+    ///
+    /// # Errors
+    /// `Refused` where the instance does not run, or where this technology has no room for a second command.
+    async fn exec(&self, _instance: &InstanceId, _exec: Exec) -> Result<Session, RuntimeError> {
+        let reason = format!("{} runs one program alone and no command beside it", self.technology());
+        Err(RuntimeError::Refused { what: "exec", reason })
+    }
 
     /// The next exit of an instance that `stop` did not ask for; pends until there is one. Each is told once. Survives a restart of
     /// the back-end: what ended meanwhile is told afterwards. Dropping the future loses nothing.

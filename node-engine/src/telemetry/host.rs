@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use sysinfo::{CpuRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, Networks, RefreshKind, System};
 
 use super::SensorError;
-use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeUsage, Technology};
+use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeHealth, NodeUsage, Technology};
 
 /// Disks and interfaces that one report carries at most: it has to fit one wire message.
 const MOST_DISKS: usize = 32;
@@ -55,6 +55,7 @@ impl Host {
             disks: self.disks(),
             networks: self.networks(),
             gpus: Vec::new(),
+            health: NodeHealth::default(),
         }
     }
 

@@ -9,6 +9,7 @@ pub mod json;
 pub mod node;
 pub mod order;
 pub mod register;
+mod sensor;
 pub mod status;
 pub mod table;
 pub mod topic;
@@ -16,7 +17,8 @@ pub mod topic;
 pub use deploy::{DeployError, deploy};
 pub use json::Malformed;
 pub use order::{Order, OrderError, order};
-pub use topic::{FromNode, ToNode};
+pub use sensor::sensor;
+pub use topic::{FromNode, ToNode, sensor_topic};
 
 use crate::model::{InvalidName, ServiceName};
 

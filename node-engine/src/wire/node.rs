@@ -25,6 +25,34 @@ pub fn information(generation: Generation, usage: &NodeUsage, ip: Option<IpAddr>
     super::text(&members)
 }
 
+/// The same for where each byte counts: the names of one dialect, tenths, and GPUs only where there are any.
+pub fn compact_information(generation: Generation, usage: &NodeUsage, ip: Option<IpAddr>) -> String {
+    const OLDER: [&str; 4] = ["cpu", "free_cores", "memory", "memory_free_in_MB"];
+    const OLDER_GPUS: [&str; 6] = ["gpu_driver", "gpu_usage", "gpu_temp", "gpu_cores", "gpu_tot_mem", "gpu_mem_used"];
+    const NEWER: [&str; 4] = ["cpu_percent", "vcpus", "memory_percent", "memory"];
+    const NEWER_GPUS: [&str; 6] = ["gpu_driver", "gpu_usage", "gpu_temp", "vgpus", "vram", "vram_percent"];
+    let (names, gpus) = match generation {
+        Generation::G1 | Generation::G2 => (OLDER, OLDER_GPUS),
+        Generation::G4 => (NEWER, NEWER_GPUS),
+    };
+    let mut members = usage_members(generation, usage);
+    if let Value::Object(members) = &mut members {
+        let kept = |name: &str| names.contains(&name) || (!usage.gpus.is_empty() && gpus.contains(&name));
+        members.retain(|name, _| kept(name));
+        for value in members.values_mut().filter(|value| value.is_f64()) {
+            *value = tenths(value.as_f64().unwrap_or_default()).into();
+        }
+        if let Some(ip) = ip {
+            members.insert("ip".into(), ip.to_string().into());
+        }
+    }
+    super::text(&members)
+}
+
+fn tenths(number: f64) -> f64 {
+    (number * 10.0).round() / 10.0
+}
+
 /// Usage under the names of both dialects. They collide in one: `memory` is the available MiB to the newest generation, and
 /// the used percentage to all before it.
 pub(super) fn usage_members(generation: Generation, usage: &NodeUsage) -> Value {
@@ -126,9 +154,13 @@ struct ServiceUsage<'a> {
     job_name: &'a str,
     instance: u32,
     virtualization: &'a str,
+    #[serde(skip_serializing_if = "String::is_empty")]
     cpu_percent: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     memory_percent: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     cpu: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     memory: String,
     disk: String,
     logs: &'a str,
@@ -136,9 +168,27 @@ struct ServiceUsage<'a> {
 
 /// The payloads of `nodes/<id>/jobs/resources`: one message for each technology, and one that says "none" where nothing runs.
 pub fn resources(usages: &[InstanceUsage]) -> Vec<String> {
+    messages(usages, service_usage)
+}
+
+/// The same for where each byte counts: the names of one dialect, and tenths.
+pub fn compact_resources(generation: Generation, usages: &[InstanceUsage]) -> Vec<String> {
+    messages(usages, |usage| {
+        let cpu = tenths(finite(usage.cpu_percent)).to_string();
+        let memory = tenths(finite(usage.memory_percent)).to_string();
+        let nothing = String::new;
+        let (cpu_percent, memory_percent, cpu, memory) = match generation {
+            Generation::G1 | Generation::G2 => (nothing(), nothing(), cpu, memory),
+            Generation::G4 => (cpu, memory, nothing(), nothing()),
+        };
+        ServiceUsage { cpu_percent, memory_percent, cpu, memory, ..service_usage(usage) }
+    })
+}
+
+fn messages<'a>(usages: &'a [InstanceUsage], entry: impl Fn(&'a InstanceUsage) -> ServiceUsage<'a>) -> Vec<String> {
     let mut by_technology: BTreeMap<&str, Vec<ServiceUsage<'_>>> = BTreeMap::new();
     for usage in usages {
-        by_technology.entry(usage.technology.as_str()).or_default().push(service_usage(usage));
+        by_technology.entry(usage.technology.as_str()).or_default().push(entry(usage));
     }
     if by_technology.is_empty() {
         return vec![super::text(&Resources { services: Vec::new() })];

@@ -551,6 +551,7 @@ fn running(number: u32, technology: Technology) -> InstanceUsage {
         memory_percent: 0.2,
         disk_bytes: 1000,
         log_tail: format!("{}\u{1}end", "ä".repeat(2000)),
+        counters: crate::model::InstanceCounters::default(),
     }
 }
 

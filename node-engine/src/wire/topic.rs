@@ -1,6 +1,6 @@
 //! MQTT topics, in both directions.
 
-use crate::model::{Generation, NodeId, ServiceName};
+use crate::model::{Generation, NodeId, Purpose, ServiceName};
 
 /// What a cluster publishes to a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +72,11 @@ pub enum FromNode {
     InterestRemove,
 }
 
+/// Where a node tells what one of its devices says. No generation's clusters listen there.
+pub fn sensor_topic(node: &NodeId, device: &str) -> String {
+    format!("nodes/{node}/sensors/{device}")
+}
+
 impl FromNode {
     pub const ALL: [Self; 8] = [
         Self::Information,
@@ -103,6 +108,18 @@ impl FromNode {
 
     pub fn topic(self, node: &NodeId) -> String {
         format!("nodes/{node}/{}", self.suffix())
+    }
+
+    /// What its bytes are spent on.
+    pub fn purpose(self) -> Purpose {
+        match self {
+            Self::Information => Purpose::Information,
+            Self::Job => Purpose::Job,
+            Self::Resources => Purpose::Resources,
+            Self::Subnet | Self::TableQuery | Self::Deployed | Self::AddressChanged | Self::InterestRemove => {
+                Purpose::Net
+            }
+        }
     }
 
     /// Which node says what; `None` where it is nothing a node says.

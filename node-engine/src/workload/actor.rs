@@ -18,10 +18,11 @@ use super::core::{Core, Effect, Event, Failure, Found, FoundState, Output};
 use super::outbox::Outbox;
 use super::{Request, Setup, WorkloadError};
 use crate::config::OnExit;
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
+use crate::model::{EventKind, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
 use crate::netmanager::{Attachment, NetError};
 use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
 
+mod look;
 #[cfg(test)]
 mod tests;
 
@@ -57,6 +58,8 @@ struct Actor {
     unheard: usize,
     sampling: bool,
     usage: HashMap<Technology, Vec<InstanceUsage>>,
+    /// How often each instance was started since the daemon began; what ran before counts as one.
+    starts: HashMap<InstanceId, u32>,
     drained: Option<oneshot::Sender<()>>,
 }
 
@@ -76,6 +79,7 @@ pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
         unheard,
         sampling: false,
         usage: HashMap::new(),
+        starts: HashMap::new(),
         drained: None,
     };
     actor.adopt();
@@ -201,6 +205,12 @@ impl Actor {
                 let _ = reply.send(self.core.list());
             }
             Request::Logs(instance, tail, reply) => self.logs(instance, tail.min(LONGEST_LOG), reply),
+            Request::Inspect(instance, reply) => self.inspect(instance, reply),
+            Request::Usage(reply) => {
+                let _ = reply.send(self.measured());
+            }
+            Request::Follow(instance, tail, reply) => self.follow(instance, tail, reply),
+            Request::Exec(instance, exec, reply) => self.exec(instance, exec, reply),
             Request::Drain(on_exit, reply) => {
                 self.drained = Some(reply);
                 self.event(Event::Drain { stop: on_exit == OnExit::Stop });
@@ -212,7 +222,10 @@ impl Actor {
         match answer {
             Answer::Event(event) => {
                 let adopted = match &event {
-                    Event::Adopted { technology, .. } => Some(technology.clone()),
+                    Event::Adopted { technology, found } => {
+                        self.note_adopted(found);
+                        Some(technology.clone())
+                    }
                     Event::Prepared { instance, .. } => {
                         self.prepares.remove(instance);
                         None
@@ -235,6 +248,8 @@ impl Actor {
 
     fn exited(&mut self, exit: Exit) {
         let Exit { instance, code, out_of_memory } = exit;
+        let memory = if out_of_memory { ", out of memory" } else { "" };
+        self.setup.events.say_of(&instance, EventKind::Exited, format!("exit code {code}{memory}"));
         self.event(Event::Exited { instance, code, out_of_memory });
     }
 
@@ -259,6 +274,7 @@ impl Actor {
                 self.spawn(step, |result| Event::Attached { instance, result });
             }
             Effect::Start { instance, technology } => {
+                *self.starts.entry(instance.clone()).or_default() += 1;
                 let (runtime, id) = (self.runtime(&technology), instance.clone());
                 let step = async move { held(runtime)?.start(&id).await };
                 self.spawn(step, |result| Event::Started { instance, result });
@@ -283,12 +299,28 @@ impl Actor {
                     Status::Failed => tracing::warn!(%instance, reason = detail, "workload failed"),
                     _ => tracing::info!(%instance, %status, detail, "workload"),
                 }
+                if status == Status::Undeployed {
+                    self.starts.remove(&instance);
+                }
+                // It is repeated to the cluster all the while; the event was its beginning.
+                if status != Status::Creating {
+                    self.setup.events.say_of(&instance, EventKind::Status(status), detail.clone());
+                }
                 self.outbox.push(Report::Status { instance, status, detail });
             }
         }
     }
 
+    fn note_adopted(&mut self, found: &[Found]) {
+        let running = found.iter().filter(|found| matches!(found.state, FoundState::Running { .. }));
+        for Found { spec, .. } in running {
+            self.starts.insert(spec.id.clone(), 1);
+            self.setup.events.say_of(&spec.id, EventKind::Adopted, "");
+        }
+    }
+
     fn prepare(&mut self, spec: Arc<InstanceSpec>) {
+        self.setup.events.say_of(&spec.id, EventKind::Status(Status::Creating), spec.image.clone());
         let (runtime, instance, token) = (self.runtime(&spec.technology), spec.id.clone(), CancellationToken::new());
         self.prepares.insert(instance.clone(), token.clone());
         let step = async move {
@@ -367,9 +399,7 @@ impl Actor {
                 self.usage.insert(technology, usage);
             }
         }
-        let running = |usage: &&InstanceUsage| self.core.runs(&usage.instance);
-        let usage = self.usage.values().flatten().filter(running).cloned().collect();
-        self.outbox.push(Report::Instances(usage));
+        self.outbox.push(Report::Instances(self.measured()));
     }
 
     fn runtime(&self, technology: &Technology) -> Option<Arc<dyn Runtime>> {

@@ -252,6 +252,14 @@ impl Core {
         live.chain(ended).collect()
     }
 
+    /// One of those in the list, and what it was asked to be.
+    pub(super) fn look(&self, id: &InstanceId) -> Option<(InstanceInfo, Arc<InstanceSpec>)> {
+        let info = self.list().into_iter().find(|info| info.id == *id)?;
+        let live = self.live.get(id).map(|instance| &instance.spec);
+        let spec = live.or_else(|| self.ended.iter().find(|ended| ended.spec.id == *id).map(|ended| &ended.spec))?;
+        Some((info, spec.clone()))
+    }
+
     pub(super) fn output(&self, instance: &InstanceId) -> Output {
         if let Some(instance) = self.live.get(instance) {
             return Output::Runtime(instance.spec.technology.clone());

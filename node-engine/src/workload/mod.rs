@@ -15,9 +15,10 @@ use tokio::task::JoinHandle;
 
 use crate::config::OnExit;
 use crate::drain::Drain;
-use crate::model::{Addresses, InstanceId, InstanceSpec, Report, Technology};
+use crate::events::Events;
+use crate::model::{Addresses, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Report, Technology};
 use crate::netmanager::NetManager;
-use crate::runtime::{Runtime, RuntimeError};
+use crate::runtime::{Exec, Follow, Runtime, RuntimeError, Session};
 
 /// Commands that may wait for the task.
 const REQUESTS: usize = 256;
@@ -35,6 +36,7 @@ pub struct Setup {
     pub runtimes: Vec<Arc<dyn Runtime>>,
     pub net: NetManager,
     pub reports: mpsc::Sender<Report>,
+    pub events: Events,
     /// Reads back `InstanceSpec::document`.
     pub parse: fn(&str) -> Option<InstanceSpec>,
     pub drain: Drain,
@@ -53,6 +55,19 @@ pub struct InstanceInfo {
     pub detail: String,
 }
 
+/// An instance as a person looks at it closely.
+#[derive(Debug)]
+pub struct InstanceReport {
+    pub info: InstanceInfo,
+    pub spec: Arc<InstanceSpec>,
+    /// How often it was started again since the daemon began.
+    pub restarts: u32,
+    /// `None` where it does not run or has not been measured yet.
+    pub usage: Option<InstanceUsage>,
+    /// What the runtime says of it; an instance that ended is unknown to it.
+    pub details: Result<InstanceDetails, RuntimeError>,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum WorkloadError {
     #[error("{0} is not on this node")]
@@ -69,6 +84,10 @@ enum Request {
     Delete(InstanceId),
     List(oneshot::Sender<Vec<InstanceInfo>>),
     Logs(InstanceId, usize, oneshot::Sender<Result<Vec<u8>, WorkloadError>>),
+    Inspect(InstanceId, oneshot::Sender<Result<InstanceReport, WorkloadError>>),
+    Usage(oneshot::Sender<Vec<InstanceUsage>>),
+    Follow(InstanceId, usize, oneshot::Sender<Result<Follow, WorkloadError>>),
+    Exec(InstanceId, Exec, oneshot::Sender<Result<Session, WorkloadError>>),
     Drain(OnExit, oneshot::Sender<()>),
 }
 
@@ -103,10 +122,36 @@ impl Workload {
         answer.await.map_err(|_| WorkloadError::Stopped)?
     }
 
+    /// Everything that is known of an instance on this node, or of one that ended lately.
+    pub async fn inspect(&self, instance: InstanceId) -> Result<InstanceReport, WorkloadError> {
+        self.ask(|reply| Request::Inspect(instance, reply)).await?
+    }
+
+    /// The last that was measured of everything that runs.
+    pub async fn usage(&self) -> Result<Vec<InstanceUsage>, WorkloadError> {
+        self.ask(Request::Usage).await
+    }
+
+    /// The output of an instance that a runtime holds, from its last `tail` bytes on, as it comes.
+    pub async fn follow(&self, instance: InstanceId, tail: usize) -> Result<Follow, WorkloadError> {
+        self.ask(|reply| Request::Follow(instance, tail, reply)).await?
+    }
+
+    /// Runs one more command in a running instance.
+    pub async fn exec(&self, instance: InstanceId, exec: Exec) -> Result<Session, WorkloadError> {
+        self.ask(|reply| Request::Exec(instance, exec, reply)).await?
+    }
+
     /// Finishes the step in hand and ends the task; with `OnExit::Stop`, after everything has been taken down.
     pub async fn drain(&self, on_exit: OnExit) -> Result<(), WorkloadError> {
         let (reply, answer) = oneshot::channel();
         self.send(Request::Drain(on_exit, reply)).await?;
+        answer.await.map_err(|_| WorkloadError::Stopped)
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(oneshot::Sender<T>) -> Request) -> Result<T, WorkloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(request(reply)).await?;
         answer.await.map_err(|_| WorkloadError::Stopped)
     }
 

@@ -5,11 +5,7 @@ use serde::Serialize;
 use crate::api::dto::net::{Counter, Flow, Page, Peer, Service};
 use crate::cli::ask::dash;
 use crate::cli::table::table;
-
-/// What can be shown, and compared with what it was some seconds ago.
-pub(super) trait Screen: Sized {
-    fn screen(&self, before: Option<(&Self, f64)>) -> String;
-}
+use crate::cli::watch::Screen;
 
 /// A newtype, so that counters are no list of anything.
 #[derive(Clone, Debug, Serialize)]

@@ -104,6 +104,18 @@ fn every_setting_is_read_from_the_file() {
         framing = false
         [runtime]
         docker_host = "unix:///d.sock"
+        process = true
+        process_user = "web"
+        control_group = "/edge"
+        [telemetry]
+        reports = "changes"
+        sensors = "bme280"
+        sensors_every = "2.5"
+        gps = "gpsd"
+        metrics = "127.0.0.1:9640"
+        sys_dir = "/t/sys"
+        proc_dir = "/t/proc"
+        dev_dir = "/t/dev"
     "#;
     let table: toml::Table = file.parse().unwrap();
     let written: usize = table.values().map(|value| value.as_table().map_or(1, toml::Table::len)).sum();
@@ -119,6 +131,15 @@ fn every_setting_is_read_from_the_file() {
     assert_ne!(config.network.relax_source, defaults.network.relax_source);
     assert_ne!(config.network.framing, defaults.network.framing);
     assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d.sock"));
+    let telemetry = &config.telemetry;
+    assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));
+    assert_ne!(telemetry.sensors, defaults.telemetry.sensors);
+    assert_eq!(telemetry.metrics.map(|address| address.port()), Some(9640));
+    assert!(telemetry.gps.is_some() && telemetry.roots.sys == PathBuf::from("/t/sys"));
+    assert_ne!(
+        (&telemetry.roots.proc, &telemetry.roots.dev),
+        (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
+    );
 }
 
 #[test]

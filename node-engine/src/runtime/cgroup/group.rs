@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Controller, Sample, field, mount_of};
-use crate::model::Limits;
+use super::{Controller, Counted, Sample, field, mount_of};
+use crate::model::{InstanceCounters, Limits};
 
 const PERIOD_MICROSECONDS: u64 = 100_000;
 /// A group whose processes were killed empties within it, unless one hangs in the kernel.
@@ -131,6 +131,36 @@ impl Group {
             }
             None => Ok(()),
         }
+    }
+
+    /// What the kernel has counted, and its memory limit.
+    pub(in crate::runtime) fn counters(&self) -> InstanceCounters {
+        let unified = self.memory.as_ref().filter(|memory| matches!(memory, Controller::V2(_)));
+        let counted = Counted {
+            cpu: self.cpu_account.as_ref(),
+            memory: self.memory.as_ref(),
+            bandwidth: self.cpu.as_ref(),
+            // In the unified hierarchy one directory has everything that is delegated to it.
+            disks: unified,
+            processes: unified,
+        };
+        counted.read()
+    }
+
+    /// CPUs that it may use at once; `None` is unlimited.
+    pub(in crate::runtime) fn cpus(&self) -> Option<f64> {
+        let (quota, period): (u64, u64) = match self.cpu.as_ref()? {
+            Controller::V1(path) => (
+                super::number(&path.join("cpu.cfs_quota_us")).ok()?,
+                super::number(&path.join("cpu.cfs_period_us")).ok()?,
+            ),
+            Controller::V2(path) => {
+                let text = fs::read_to_string(path.join("cpu.max")).ok()?;
+                let (quota, period) = text.trim().split_once(' ')?;
+                (quota.parse().ok()?, period.parse().ok()?)
+            }
+        };
+        (period > 0).then(|| quota as f64 / period as f64)
     }
 
     /// What its processes use; what the kernel does not count is zero.

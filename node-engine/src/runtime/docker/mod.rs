@@ -6,6 +6,8 @@
 
 mod client;
 mod container;
+mod details;
+mod exec;
 mod image;
 mod refresh;
 mod running;
@@ -33,8 +35,8 @@ use self::container::{LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD,
 use self::running::Running;
 use super::cgroup::{self, Cgroup};
 use super::surroundings::{self, Resolvers};
-use super::{Adopted, AdoptedState, Exit, Runtime, RuntimeError, Sandbox};
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// Ends that may wait to be read.
 const EXITS: usize = 256;
@@ -169,10 +171,27 @@ impl Runtime for DockerRuntime {
 
     async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError> {
         let docker = self.inner.client.get().await?;
-        let container = self.inner.ours(&docker, instance, &workload_name(instance)).await?;
-        let id = container.and_then(|container| container.id).ok_or_else(|| RuntimeError::Unknown(instance.clone()))?;
+        let id = self.inner.workload_id(&docker, instance).await?;
         let log = refresh::log_tail(&docker, &id, tail).await;
         log.map_err(|error| self.inner.client.failed("logs", error))
+    }
+
+    async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        let docker = self.inner.client.get().await?;
+        let container = self.inner.ours(&docker, instance, &workload_name(instance)).await?;
+        container.map(details::of).ok_or_else(|| RuntimeError::Unknown(instance.clone()))
+    }
+
+    async fn follow(&self, instance: &InstanceId, tail: usize) -> Result<Follow, RuntimeError> {
+        let docker = self.inner.client.get().await?;
+        let id = self.inner.workload_id(&docker, instance).await?;
+        exec::follow(self.inner.clone(), id, tail).await
+    }
+
+    async fn exec(&self, instance: &InstanceId, exec: Exec) -> Result<Session, RuntimeError> {
+        let docker = self.inner.client.get().await?;
+        let id = self.inner.workload_id(&docker, instance).await?;
+        exec::begin(self.inner.clone(), &id, exec).await
     }
 
     async fn exited(&self) -> Exit {
@@ -318,6 +337,12 @@ impl Inner {
         Ok(ours.then_some(found))
     }
 
+    /// Container id of the instance's workload.
+    async fn workload_id(&self, docker: &Docker, instance: &InstanceId) -> Result<String, RuntimeError> {
+        let container = self.ours(docker, instance, &workload_name(instance)).await?;
+        container.and_then(|container| container.id).ok_or_else(|| RuntimeError::Unknown(instance.clone()))
+    }
+
     async fn list(&self) -> Result<Vec<ContainerSummary>, RuntimeError> {
         let docker = self.client.get().await?;
         let options = ListContainersOptions {
@@ -377,7 +402,7 @@ impl Inner {
 
     fn measure(&self, container: &str, pid: i64, log_path: Option<String>) {
         match Cgroup::of(pid) {
-            Ok(cgroup) => self.running.measure(container, cgroup, log_path.map(PathBuf::from)),
+            Ok(cgroup) => self.running.measure(container, pid, cgroup, log_path.map(PathBuf::from)),
             Err(error) => tracing::warn!(container, pid, %error, "its usage cannot be measured"),
         }
     }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::model::{InstanceId, InstanceUsage, Technology};
 use crate::runtime::cgroup::{self, Cgroup, Sample, cpu_percent, percent};
+use crate::runtime::interfaces;
 
 /// A writable layer is measured this often at most: Docker walks through all of it.
 const DISK_EVERY: Duration = Duration::from_secs(60);
@@ -21,6 +22,7 @@ pub(super) struct Running {
 #[derive(Debug)]
 struct Workload {
     instance: InstanceId,
+    pid: i64,
     cgroup: Option<Cgroup>,
     sampled: Option<(Instant, Sample)>,
     log_path: Option<PathBuf>,
@@ -45,6 +47,7 @@ impl Running {
     pub(super) fn expect(&self, container: &str, instance: &InstanceId) {
         let workload = Workload {
             instance: instance.clone(),
+            pid: 0,
             cgroup: None,
             sampled: None,
             log_path: None,
@@ -57,9 +60,10 @@ impl Running {
     }
 
     /// Its first process runs and can be measured.
-    pub(super) fn measure(&self, container: &str, cgroup: Cgroup, log_path: Option<PathBuf>) {
+    pub(super) fn measure(&self, container: &str, pid: i64, cgroup: Cgroup, log_path: Option<PathBuf>) {
         let sample = cgroup.sample().ok().map(|sample| (Instant::now(), sample));
         if let Some(workload) = self.lock().get_mut(container) {
+            workload.pid = pid;
             workload.sampled = sample;
             workload.cgroup = Some(cgroup);
             workload.log_path = log_path;
@@ -104,7 +108,9 @@ impl Running {
         let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
         let mut containers = self.lock();
         let usage = containers.values_mut().filter_map(|workload| {
-            let (now, sample) = (Instant::now(), workload.cgroup.as_ref()?.sample().ok()?);
+            let cgroup = workload.cgroup.as_ref()?;
+            let (now, sample) = (Instant::now(), cgroup.sample().ok()?);
+            let counters = interfaces::count(Some(workload.pid), cgroup.counters());
             let before = workload.sampled.replace((now, sample));
             Some(InstanceUsage {
                 instance: workload.instance.clone(),
@@ -114,6 +120,7 @@ impl Running {
                 memory_percent: percent(sample.memory_bytes as f64, memory as f64),
                 disk_bytes: workload.disk_bytes,
                 log_tail: workload.log_tail.clone(),
+                counters,
             })
         });
         usage.collect()

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::container::tests::spec as bare;
 use super::*;
 use crate::model::Limits;
+use crate::runtime::session::{Input, Output, Terminal};
 
 const IMAGE: &str = "node-engine-test/busybox:1";
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -240,6 +241,114 @@ async fn a_prepare_dropped_at_any_point_is_undone_by_stop() {
 
 #[tokio::test]
 #[ignore = "needs docker"]
+async fn a_command_runs_beside_the_workload_with_and_without_a_terminal() {
+    let _up = DAEMON.read().await;
+    let runtime = runtime().await;
+    let spec = shell(100, "sleep 1000");
+    assert!(matches!(runtime.exec(&spec.id, words("true")).await, Err(RuntimeError::Unknown(_))));
+    runtime.prepare(&spec).await.expect("prepare");
+    let early = runtime.exec(&spec.id, words("true")).await;
+    assert!(matches!(early, Err(RuntimeError::Refused { what: "exec", .. })), "nothing of it runs yet");
+    runtime.start(&spec.id).await.expect("start");
+
+    let script = "echo out; echo error >&2; hostname; exit 7";
+    let apart = Exec { command: ["/bin/sh", "-c", script].map(str::to_owned).into(), terminal: None };
+    let (out, error, code) = outcome(runtime.exec(&spec.id, apart.clone()).await.expect("exec")).await;
+    assert_eq!((out.as_str(), error.as_str(), code), ("out\ninstance-100\n", "error\n", 7));
+    let terminal = Some(Terminal { columns: 100, rows: 30 });
+    let (out, error, code) = outcome(runtime.exec(&spec.id, Exec { terminal, ..apart }).await.expect("exec")).await;
+    assert_eq!((out.as_str(), error.as_str(), code), ("out\r\nerror\r\ninstance-100\r\n", "", 7), "one stream");
+
+    // Both ends are full before either reads: nothing may wait for the other direction.
+    let session = runtime.exec(&spec.id, words("/bin/cat")).await.expect("exec");
+    let input = session.input.clone();
+    let feeding = tokio::spawn(async move {
+        for _ in 0..64 {
+            input.send(Input::Bytes(vec![b'y'; 32 * 1024].into())).await.expect("it takes input");
+        }
+        input.send(Input::End).await.expect("it takes the end");
+    });
+    let (out, _, code) = outcome(session).await;
+    feeding.await.expect("all was taken");
+    assert_eq!((out.len(), code), (64 * 32 * 1024, 0));
+
+    let (out, error, code) = outcome(runtime.exec(&spec.id, words("/no/such/program")).await.expect("exec")).await;
+    assert!([126, 127].contains(&code) && format!("{out}{error}").contains("no such file"), "{out}{error}: {code}");
+
+    // Whoever leaves takes the command along.
+    let left = runtime.exec(&spec.id, words("/bin/sleep 777")).await.expect("exec");
+    eventually("it runs", async || sleeping("777").then_some(())).await;
+    drop(left);
+    eventually("it is gone", async || (!sleeping("777")).then_some(())).await;
+    runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");
+}
+
+#[tokio::test]
+#[ignore = "needs docker"]
+async fn an_output_is_followed_and_an_instance_inspected() {
+    let _up = DAEMON.read().await;
+    let runtime = runtime().await;
+    let script = "echo 1; echo 2; echo 3; while ! [ -e /tmp/go ]; do sleep 0.1; done; echo 4; exit 5";
+    let limits = Limits { vcpus: Some(1), memory_mib: Some(32), vgpus: 0 };
+    let spec = InstanceSpec { limits, environment: vec!["PATH=/bin".into(), "TOKEN=x".into()], ..shell(110, script) };
+    run(&runtime, &spec).await;
+    eventually("its output", async || {
+        let log = runtime.logs(&spec.id, 100).await.expect("logs");
+        log.ends_with(b"3\n").then_some(())
+    })
+    .await;
+    let details = runtime.inspect(&spec.id).await.expect("details");
+    assert_eq!(details.pid.map(i64::from), Some(pid_of(&runtime, &spec.id).await));
+    assert_eq!((details.cpus, details.memory_bytes), (Some(1.0), Some(32 << 20)));
+    assert_eq!(details.command, ["/bin/sh", "-c", script]);
+    assert!(details.environment.contains(&"TOKEN".into()) && !details.started.is_empty(), "{details:?}");
+    assert_eq!((details.exit_code, details.ended.as_str()), (None, ""));
+
+    let mut follow = runtime.follow(&spec.id, 4).await.expect("follow");
+    let touch = Exec { command: ["/bin/sh", "-c", "echo > /tmp/go"].map(str::to_owned).into(), terminal: None };
+    let mut text = String::new();
+    let mut going = Some(touch);
+    while let Some(piece) = timeout(PATIENCE, follow.recv()).await.expect("in time") {
+        text.push_str(std::str::from_utf8(&piece.expect("output")).expect("text"));
+        if let Some(touch) = going.take() {
+            assert_eq!(outcome(runtime.exec(&spec.id, touch).await.expect("exec")).await.2, 0);
+        }
+    }
+    assert_eq!(text, "2\n3\n4\n", "the last four bytes, and what came");
+    assert_eq!(exited(&runtime).await.code, 5);
+    let details = runtime.inspect(&spec.id).await.expect("details");
+    assert_eq!((details.pid, details.exit_code, details.ended.is_empty()), (None, Some(5), false));
+    runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");
+    assert!(matches!(runtime.inspect(&spec.id).await, Err(RuntimeError::Unknown(_))));
+}
+
+#[tokio::test]
+#[ignore = "needs docker"]
+async fn counters_are_those_of_the_container() {
+    let _up = DAEMON.read().await;
+    let runtime = runtime().await;
+    let limits = Limits { memory_mib: Some(48), ..Limits::default() };
+    let spec = InstanceSpec {
+        limits,
+        ..shell(120, "sleep 1000 & i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; sleep 1000")
+    };
+    run(&runtime, &spec).await;
+    let counters = eventually("it has worked", async || {
+        let usage = runtime.usage().await.expect("usage").into_iter().find(|usage| usage.instance == spec.id)?;
+        usage.counters.cpu_nanoseconds.is_some_and(|used| used > 50_000_000).then_some(usage.counters)
+    });
+    let counters = counters.await;
+    assert_eq!(counters.memory_limit_bytes, Some(48 << 20), "{counters:?}");
+    assert!(counters.memory_peak_bytes.is_some_and(|peak| peak > 0 && peak <= 48 << 20), "{counters:?}");
+    assert!(counters.processes.is_some_and(|number| (2..8).contains(&number)), "{counters:?}");
+    // Nothing is attached, so nothing passes; that is known, not unknown.
+    assert_eq!((counters.received_bytes, counters.sent_packets), (Some(0), Some(0)), "{counters:?}");
+    assert_eq!(counters.out_of_memory_kills, Some(0), "{counters:?}");
+    runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");
+}
+
+#[tokio::test]
+#[ignore = "needs docker"]
 async fn containers_of_others_are_never_touched() {
     let _up = DAEMON.read().await;
     let runtime = runtime().await;
@@ -308,6 +417,33 @@ fn shell(number: u32, script: &str) -> InstanceSpec {
     let command = ["/bin/sh", "-c", script].map(str::to_owned).into();
     let environment = vec!["PATH=/bin".into()];
     InstanceSpec { image: IMAGE.into(), command, environment, ..bare(number) }
+}
+
+fn words(line: &str) -> Exec {
+    Exec { command: line.split(' ').map(str::to_owned).collect(), terminal: None }
+}
+
+/// Everything a command says, and its code.
+async fn outcome(mut session: Session) -> (String, String, i64) {
+    let (mut out, mut error) = (Vec::new(), Vec::new());
+    loop {
+        match timeout(PATIENCE, session.output.recv()).await.expect("in time").expect("a last word") {
+            Output::Out(bytes) => out.extend_from_slice(&bytes),
+            Output::Error(bytes) => error.extend_from_slice(&bytes),
+            Output::Exit(code) => {
+                let text = |bytes| String::from_utf8(bytes).expect("text");
+                return (text(out), text(error), code);
+            }
+            Output::Broken(reason) => panic!("{reason}"),
+        }
+    }
+}
+
+/// Is there a `sleep` of so long in this process namespace?
+fn sleeping(seconds: &str) -> bool {
+    let processes = fs::read_dir("/proc").expect("processes").flatten();
+    let lines = processes.filter_map(|process| fs::read_to_string(process.path().join("cmdline")).ok());
+    lines.into_iter().any(|line| line.ends_with(&format!("sleep\0{seconds}\0")))
 }
 
 async fn run(runtime: &DockerRuntime, spec: &InstanceSpec) {

@@ -13,8 +13,8 @@ use tokio::sync::watch::Receiver;
 
 use super::supervised::{Home, Keeper, Launch};
 use super::surroundings::{self, Resolvers};
-use super::{Adopted, Exit, Runtime, RuntimeError, Sandbox};
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Technology};
+use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// A trial takes a fraction of a second; a machine under load may be slow.
 const TRIAL: Duration = Duration::from_secs(20);
@@ -145,6 +145,18 @@ impl Runtime for ProcessRuntime {
 
     async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError> {
         self.keeper.logs(instance, tail).await
+    }
+
+    async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        self.keeper.inspect(instance).await
+    }
+
+    async fn follow(&self, instance: &InstanceId, tail: usize) -> Result<Follow, RuntimeError> {
+        self.keeper.follow(instance, tail).await
+    }
+
+    async fn exec(&self, instance: &InstanceId, exec: Exec) -> Result<Session, RuntimeError> {
+        self.keeper.exec(instance, &exec)
     }
 
     async fn exited(&self) -> Exit {

@@ -22,11 +22,13 @@ use super::place::{Place, State, write_private};
 use super::supervisor::{ASK, FORCE, GO, READY};
 use super::watch::Watch;
 use super::{Home, Launch};
-use crate::model::{InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
+use super::{exec, follow};
+use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
 use crate::netns;
 use crate::runtime::cgroup::{self, Groups, Sample};
+use crate::runtime::interfaces;
 use crate::runtime::output::{self, TAIL};
-use crate::runtime::{Adopted, AdoptedState, Exit, RuntimeError, Sandbox};
+use crate::runtime::{Adopted, AdoptedState, Exec, Exit, Follow, RuntimeError, Sandbox, Session};
 
 /// Ends that may wait to be read.
 const EXITS: usize = 256;
@@ -197,6 +199,33 @@ impl Keeper {
         output::tail(&self.inner.log(instance), tail).map_err(step("logs"))
     }
 
+    pub(in crate::runtime) async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        let (inner, id) = (self.inner.clone(), instance.clone());
+        spawn_blocking(move || inner.inspect(&id)).await.map_err(joined("inspect"))?
+    }
+
+    /// Runs one more command in the namespaces and the control group of one that runs, as its user.
+    pub(in crate::runtime) fn exec(&self, instance: &InstanceId, exec: &Exec) -> Result<Session, RuntimeError> {
+        let place = self.inner.place(instance);
+        if !place.directory().exists() {
+            return Err(RuntimeError::Unknown(instance.clone()));
+        }
+        if place.state() != State::Running {
+            return Err(RuntimeError::Refused { what: "exec", reason: format!("{instance} does not run") });
+        }
+        exec::begin(&self.inner.home.supervisor, &place, exec).map_err(step("start the command"))
+    }
+
+    /// Ends when the command has.
+    pub(in crate::runtime) async fn follow(&self, instance: &InstanceId, tail: usize) -> Result<Follow, RuntimeError> {
+        let place = self.inner.place(instance);
+        if !place.directory().exists() {
+            return Err(RuntimeError::Unknown(instance.clone()));
+        }
+        let log = self.inner.log(instance);
+        Ok(follow::output(log, tail, move || place.state() == State::Running))
+    }
+
     pub(in crate::runtime) async fn exited(&self) -> Exit {
         match self.exits.lock().await.recv().await {
             Some(exit) => exit,
@@ -361,12 +390,45 @@ impl Inner {
         Ok(Adopted { instance, document, state })
     }
 
+    fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        let place = self.place(instance);
+        if !place.directory().exists() {
+            return Err(RuntimeError::Unknown(instance.clone()));
+        }
+        // Before the supervisor has its order there is nothing to tell of the command.
+        let launch = Order::read(&place.launch()).map(|order| order.launch).unwrap_or_default();
+        let (group, state) = (self.groups.named(&instance.to_string()), place.state());
+        let ended = match state {
+            State::Ended(ended) => Some(ended),
+            State::Running | State::Incomplete => None,
+        };
+        let supervisor = place.supervisor().map(|pid| pid.to_string()).unwrap_or_default();
+        Ok(InstanceDetails {
+            handle: format!("supervisor {supervisor}").trim_end().to_owned(),
+            pid: place.command().filter(|_| state == State::Running),
+            command: std::iter::once(launch.program.display().to_string()).chain(launch.arguments).collect(),
+            environment: launch
+                .environment
+                .iter()
+                .map(|entry| entry.split('=').next().unwrap_or_default().into())
+                .collect(),
+            working_directory: launch.directory.display().to_string(),
+            user: launch.user.map(|(user, group)| format!("{user}:{group}")).unwrap_or_default(),
+            cpus: group.cpus(),
+            memory_bytes: group.counters().memory_limit_bytes,
+            exit_code: ended.map(|ended| ended.code),
+            out_of_memory: ended.is_some_and(|ended| ended.out_of_memory),
+            ..InstanceDetails::default()
+        })
+    }
+
     /// Usage since the call before. A command whose group has gone is about to be told as ended and is left out.
     fn usage(&self) -> Vec<InstanceUsage> {
         let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
         let mut running = lock(&self.running);
         let usage = running.iter_mut().filter_map(|(instance, sampled)| {
-            let (now, sample) = (Instant::now(), self.groups.named(&instance.to_string()).sample().ok()?);
+            let group = self.groups.named(&instance.to_string());
+            let (now, sample) = (Instant::now(), group.sample().ok()?);
             let before = sampled.replace((now, sample));
             let log = self.log(instance);
             Some(InstanceUsage {
@@ -377,6 +439,7 @@ impl Inner {
                 memory_percent: cgroup::percent(sample.memory_bytes as f64, memory as f64),
                 disk_bytes: output::length(&log),
                 log_tail: output::text(&output::tail(&log, TAIL).unwrap_or_default()),
+                counters: interfaces::count(self.place(instance).command().map(i64::from), group.counters()),
             })
         });
         usage.collect()

@@ -2,6 +2,9 @@
 //! output in a bounded log, watched by a small process that outlives the daemon ([`supervisor`]). Runtimes say what to run; everything
 //! that makes it a workload (network, logs, limits, its end, its adoption after a restart) is here.
 
+mod enter;
+mod exec;
+mod follow;
 mod init;
 mod keeper;
 mod launch;

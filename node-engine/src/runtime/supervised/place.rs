@@ -66,8 +66,10 @@ impl Place {
 
     /// Claims the place for the calling process, for as long as the result is kept.
     pub(super) fn claim(&self) -> io::Result<Flock<File>> {
-        let file = File::options().create(true).truncate(true).write(true).mode(0o600).open(self.alive())?;
+        // Emptied by whoever has the lock, and not by one who does not get it.
+        let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(self.alive())?;
         let mut claim = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| error)?;
+        claim.set_len(0)?;
         claim.write_all(std::process::id().to_string().as_bytes())?;
         Ok(claim)
     }
@@ -79,6 +81,12 @@ impl Place {
             Ok(_) => None,
             Err(_) => fs::read_to_string(self.alive()).ok()?.trim().parse().ok().map(Pid::from_raw),
         }
+    }
+
+    /// The command's process, in the process namespace of the caller: a child of the supervisor's child.
+    pub(super) fn command(&self) -> Option<u32> {
+        let init = *children_of(self.supervisor()?.as_raw().cast_unsigned()).first()?;
+        children_of(init).first().copied()
     }
 
     pub(super) fn note_start(&self) -> io::Result<()> {
@@ -110,6 +118,21 @@ impl Place {
         let (code, out_of_memory) = text.trim().split_once(' ')?;
         Some(Ended { code: code.parse().ok()?, out_of_memory: out_of_memory == "true" })
     }
+}
+
+/// The eldest first, as far as numbers tell.
+fn children_of(parent: u32) -> Vec<u32> {
+    // proc_pid_stat(5): the name stands in brackets and may hold anything; state and parent follow it.
+    let is_child = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
+        after.split_ascii_whitespace().nth(1).and_then(|word| word.parse().ok()) == Some(parent)
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut pids: Vec<u32> =
+        processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect();
+    pids.sort_unstable();
+    pids
 }
 
 /// Whoever reads finds all of it or none, and others may not.

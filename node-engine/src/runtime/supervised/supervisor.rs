@@ -26,9 +26,9 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
 
-use super::init;
 use super::launch::Order;
 use super::place::{Ended, KILLED, Place};
+use super::{enter, init};
 use crate::runtime::cgroup;
 use crate::runtime::output::Rotating;
 
@@ -50,13 +50,15 @@ pub(super) const OWN: &str = "/proc/self/exe";
 /// Output that is still in the pipe when the command has ended.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// A stage of supervision: `supervisor`, `init` or `command`. `own` lists the namespaces that `init` does not share with the host.
+/// A stage of supervision: `supervisor`, `init` or `command`; or `enter`, for one more command beside it. `own` lists the namespaces that
+/// `init` does not share with the host, and for `enter` the words of the command.
 pub fn run(stage: &str, directory: &Path, own: &str) -> ExitCode {
     let place = Place::new(directory.to_owned());
     let done = match stage {
         "supervisor" => supervise(&place),
         "init" => init::run(&place, own),
         "command" => init::become_command(&place).map(|never| match never {}),
+        "enter" => enter::run(&place, own),
         other => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{other:?} is no stage"))),
     };
     match done {

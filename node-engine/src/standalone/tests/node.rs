@@ -98,6 +98,7 @@ async fn our_node_and_our_cluster_understand_each_other() {
         memory_percent: 0.2,
         disk_bytes: 1000,
         log_tail: "hello".into(),
+        counters: crate::model::InstanceCounters::default(),
     };
     node.says(Report::Instances(vec![running])).await;
     let status = async || cluster.standalone.cluster.instances().await.unwrap().remove(0).status;

@@ -241,6 +241,7 @@ impl Node {
             runtimes: vec![runtime.clone()],
             net: NetManager::new(requests),
             reports,
+            events: crate::events::Events::default(),
             parse: |document| document.strip_prefix("document of ")?.parse().ok().map(spec),
             drain: drain.clone(),
         };

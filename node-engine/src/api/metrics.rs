@@ -1,0 +1,46 @@
+//! Metrics for scrapers: on the socket like everything else, and over TCP where that is configured. There nothing else is answered.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::net::TcpListener;
+
+use super::routes::{Refused, within_time};
+use super::{Api, NodeApi};
+use crate::drain::Drain;
+use crate::metrics::{self, Format};
+
+pub(super) async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Result<Response, Refused> {
+    Ok(scraped(&*api.node, &headers).await?)
+}
+
+/// Answers scrapers until the drain begins.
+///
+/// # Errors
+/// If the listener fails for good.
+pub async fn serve(listener: TcpListener, node: Arc<dyn NodeApi>, drain: Drain) -> std::io::Result<()> {
+    let answer = async |State(node): State<Arc<dyn NodeApi>>, headers: HeaderMap| -> Result<Response, Refused> {
+        Ok(scraped(&*node, &headers).await?)
+    };
+    let router = Router::new()
+        .route("/metrics", get(answer))
+        .fallback(async || Refused::new(StatusCode::NOT_FOUND, "here are metrics, under /metrics, and nothing else"))
+        .layer(middleware::from_fn(within_time))
+        .with_state(node);
+    tokio::select! {
+        ended = std::future::IntoFuture::into_future(axum::serve(listener, router)) => ended,
+        _ = drain.wait() => Ok(()),
+    }
+}
+
+async fn scraped(node: &dyn NodeApi, headers: &HeaderMap) -> Result<Response, super::NodeApiError> {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let format = Format::accepted(accept);
+    let text = metrics::encode(&node.metrics().await?, format);
+    Ok(([(header::CONTENT_TYPE, format.content_type())], text).into_response())
+}
