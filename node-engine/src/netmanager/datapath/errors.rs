@@ -3,12 +3,12 @@
 use netmanager_common::icmp;
 use netmanager_common::verdict::{Miss, Verdict};
 
+use super::carry::{Carrier, Origin, source};
 use super::counters::Count;
 use super::offload::Offload;
 use super::projection::Projection;
-use super::proxy::{Origin, Proxy, source};
 
-impl<T: Projection> Proxy<T> {
+impl<T: Projection> Carrier<T> {
     pub(super) fn carry_error(&mut self, packet: &mut [u8], origin: Origin) {
         let verdict = match origin {
             Origin::Node(outer) => icmp::inbound(packet, &mut self.tables, &outer),
@@ -22,7 +22,7 @@ impl<T: Projection> Proxy<T> {
             }
         };
         match verdict {
-            Ok(Verdict::Send { peer }) => self.send(packet, peer, &Offload::default()),
+            Ok(Verdict::Send { peer }) => self.send_alone(packet, peer, &Offload::default()),
             Ok(Verdict::Local { .. }) => self.deliver(packet, origin, &Offload::default()),
             Ok(Verdict::Slow(Miss::Host)) => match self.host.give_back_error(packet) {
                 Some(()) => self.deliver(packet, origin, &Offload::default()),

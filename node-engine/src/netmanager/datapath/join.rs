@@ -8,13 +8,13 @@ use std::time::Instant;
 use netmanager_common::abi::{CONFIG_RELAX_SOURCE, PEER_OURS};
 use netmanager_common::addr::Addr;
 
+use super::carry::{Carrier, Origin, source};
 use super::counters::Count;
 use super::fragments::Outcome;
 use super::offload::Offload;
 use super::projection::Projection;
-use super::proxy::{Origin, Proxy, source};
 
-impl<T: Projection> Proxy<T> {
+impl<T: Projection> Carrier<T> {
     /// Takes in a fragment, and carries the packet that it completes.
     pub(super) fn join(&mut self, packet: &[u8], origin: Origin) {
         let account = match origin {
@@ -34,8 +34,8 @@ impl<T: Projection> Proxy<T> {
             Outcome::Whole(mut whole) => {
                 self.counters.add(Count::Joined, 1);
                 match origin {
-                    Origin::Host => self.take_in(&mut whole, Offload::default()),
-                    Origin::Instance | Origin::Node(_) => self.carry(&mut whole, origin, Offload::default()),
+                    Origin::Host => self.take_in_whole(&mut whole, &Offload::default()),
+                    Origin::Instance | Origin::Node(_) => self.carry_whole(&mut whole, origin, &Offload::default()),
                 }
             }
         }

@@ -9,6 +9,8 @@
 //!
 //! This directory knows neither where rows come from nor who asks the cluster for missing ones.
 
+mod batch;
+mod carry;
 mod choose;
 mod counters;
 mod ebpf;
@@ -19,6 +21,7 @@ mod held;
 mod host;
 mod join;
 mod memory;
+mod merge;
 mod offload;
 mod projection;
 mod proxy;

@@ -4,35 +4,40 @@
 //! A checksum is *partial* where its field holds only the sum of the pseudo-header, for a device to complete. The kernel leaves it so on
 //! every packet that has not met a wire yet; also on what comes through the tunnel from a node on the same machine.
 
+use std::ops::Range;
+
 use netmanager_common::checksum::{Change, fold};
 use netmanager_common::frame::{Frame, Header, SliceFrame, TCP, UDP};
+
+#[cfg(any(test, feature = "fuzzing"))]
+use super::merge;
 
 /// Length of the header before each packet on the TUN device.
 pub(super) const HEADER: usize = 10;
 
-const NEEDS_CHECKSUM: u8 = 1;
+pub(super) const NEEDS_CHECKSUM: u8 = 1;
 const ORDINARY: u8 = 0;
-const TCP_V4: u8 = 1;
-const TCP_V6: u8 = 4;
-const UDP_BOTH: u8 = 5;
+pub(super) const TCP_V4: u8 = 1;
+pub(super) const TCP_V6: u8 = 4;
+pub(super) const UDP_BOTH: u8 = 5;
 /// Of a TCP super-packet: its first segment alone keeps CWR.
 const ECN: u8 = 0x80;
 
 const FIN: u8 = 0x01;
-const PSH: u8 = 0x08;
+pub(super) const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
 
 /// What is still to be done to a packet before it is one for the wire. The default is nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Offload {
-    flags: u8,
-    kind: u8,
-    headers_len: u16,
+    pub(super) flags: u8,
+    pub(super) kind: u8,
+    pub(super) headers_len: u16,
     /// Payload of a segment.
-    segment: u16,
+    pub(super) segment: u16,
     /// Where the transport header begins, and in it the checksum.
-    start: u16,
-    field: u16,
+    pub(super) start: u16,
+    pub(super) field: u16,
 }
 
 impl Offload {
@@ -90,9 +95,8 @@ impl Offload {
         Some(())
     }
 
-    /// Splits a super-packet into ordinary ones, side by side in `out`, all but the last of the length that is returned. `None` where
-    /// the packet is none, or of a kind that was not asked for.
-    pub(super) fn split(&self, packet: &[u8], out: &mut Vec<u8>) -> Option<usize> {
+    /// How a super-packet is taken apart. `None` where it is none, or of a kind that was not asked for.
+    pub(super) fn cut(&self, packet: &[u8]) -> Option<Cut> {
         let layout = Layout::read(packet)?;
         let kind_fits = match self.kind & !ECN {
             TCP_V4 => layout.protocol == TCP && !layout.v6,
@@ -101,19 +105,75 @@ impl Offload {
             _ => false,
         };
         let size = usize::from(self.segment);
-        if !kind_fits || size == 0 || packet.len() <= layout.headers_len {
-            return None;
+        (kind_fits && size != 0 && packet.len() > layout.headers_len).then_some(Cut { layout, size, len: packet.len() })
+    }
+}
+
+/// Where a super-packet is cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cut {
+    layout: Layout,
+    /// Payload of all segments but the last, which may have less.
+    size: usize,
+    /// Of the whole packet.
+    len: usize,
+}
+
+/// One of the ordinary packets that a super-packet becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Segment {
+    index: usize,
+    /// In the super-packet.
+    pub(super) payload: Range<usize>,
+    last: bool,
+}
+
+impl Cut {
+    pub(super) fn headers_len(&self) -> usize {
+        self.layout.headers_len
+    }
+
+    pub(super) fn segments(&self) -> impl Iterator<Item = Segment> + use<> {
+        let Self { layout: Layout { headers_len, .. }, size, len } = *self;
+        (headers_len..len).step_by(size).enumerate().map(move |(index, start)| {
+            let end = (start + size).min(len);
+            Segment { index, payload: start..end, last: end == len }
+        })
+    }
+
+    /// Makes a copy of the super-packet's headers those of its segment.
+    pub(super) fn finish(&self, headers: &mut [u8], packet: &[u8], segment: &Segment) {
+        let layout = &self.layout;
+        let payload = &packet[segment.payload.clone()];
+        let len = headers.len() + payload.len();
+        if layout.v6 {
+            headers[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
+        } else {
+            headers[2..4].copy_from_slice(&(len as u16).to_be_bytes());
+            let id = u16::from_be_bytes([headers[4], headers[5]]).wrapping_add(segment.index as u16);
+            headers[4..6].copy_from_slice(&id.to_be_bytes());
+            headers[10..12].fill(0);
+            let header = !fold(sum(0, &headers[..layout.ip_len]));
+            headers[10..12].copy_from_slice(&header.to_be_bytes());
         }
-        let (headers, payload) = packet.split_at(layout.headers_len);
-        let last = (payload.len() - 1) / size;
-        out.clear();
-        for (index, chunk) in payload.chunks(size).enumerate() {
-            let begin = out.len();
-            out.extend_from_slice(headers);
-            out.extend_from_slice(chunk);
-            layout.finish(&mut out[begin..], index, index * size, index == last);
+        let transport = &mut headers[layout.ip_len..];
+        if layout.protocol == UDP {
+            transport[4..6].copy_from_slice(&((len - layout.ip_len) as u16).to_be_bytes());
+        } else {
+            let first = u32::from_be_bytes([transport[4], transport[5], transport[6], transport[7]]);
+            let offset = segment.index * self.size;
+            transport[4..8].copy_from_slice(&first.wrapping_add(offset as u32).to_be_bytes());
+            let only_first = if segment.index == 0 { 0 } else { CWR };
+            let only_last = if segment.last { 0 } else { FIN | PSH };
+            transport[13] &= !(only_first | only_last);
         }
-        Some(layout.headers_len + size)
+        transport[layout.field..layout.field + 2].fill(0);
+        // Transport headers are of an even length, so that the payload's sum can be added to theirs.
+        let sum_of_headers = sum(layout.pseudo_of(headers, len), &headers[layout.ip_len..]);
+        let checksum = !fold(sum(sum_of_headers, payload));
+        let checksum = if checksum == 0 { 0xffff } else { checksum };
+        let at = layout.ip_len + layout.field;
+        headers[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
     }
 }
 
@@ -148,18 +208,18 @@ impl Frame for PacketFrame<'_> {
 
 /// Where things are in a TCP or UDP packet that is no fragment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Layout {
-    v6: bool,
-    protocol: u8,
-    ip_len: usize,
-    headers_len: usize,
+pub(super) struct Layout {
+    pub(super) v6: bool,
+    pub(super) protocol: u8,
+    pub(super) ip_len: usize,
+    pub(super) headers_len: usize,
     /// The checksum in the transport header.
-    field: usize,
+    pub(super) field: usize,
 }
 
 impl Layout {
     /// `packet` is exactly as long as its IP header says.
-    fn read(packet: &[u8]) -> Option<Self> {
+    pub(super) fn read(packet: &[u8]) -> Option<Self> {
         let (v6, protocol, ip_len) = match packet.first()? >> 4 {
             4 if u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]) & 0x3fff == 0 => {
                 (false, *packet.get(9)?, usize::from(packet[0] & 0x0f) * 4)
@@ -178,165 +238,49 @@ impl Layout {
     }
 
     /// The transport checksum's field; `None` where UDP has none.
-    fn checksum(&self, packet: &[u8]) -> Option<u16> {
+    pub(super) fn checksum(&self, packet: &[u8]) -> Option<u16> {
         let at = self.ip_len + self.field;
         let field = number(packet, at) as u16;
         (self.protocol == TCP || field != 0).then_some(field)
     }
 
     /// The sum of the pseudo-header (RFC 9293 3.1, RFC 8200 8.1).
-    fn pseudo(&self, packet: &[u8]) -> u32 {
-        let addresses = if self.v6 { &packet[8..40] } else { &packet[12..20] };
-        let len = (packet.len() - self.ip_len) as u32;
+    pub(super) fn pseudo(&self, packet: &[u8]) -> u32 {
+        self.pseudo_of(packet, packet.len())
+    }
+
+    /// Where the packet is `len` long, of which its headers are at hand.
+    pub(super) fn pseudo_of(&self, headers: &[u8], len: usize) -> u32 {
+        let addresses = if self.v6 { &headers[8..40] } else { &headers[12..20] };
+        let len = (len - self.ip_len) as u32;
         u32::from(fold(sum(u32::from(self.protocol), addresses))) + (len >> 16) + (len & 0xffff)
     }
-
-    /// Makes a copy of the super-packet's headers those of its segment at `offset` of the payload.
-    fn finish(&self, packet: &mut [u8], index: usize, offset: usize, last: bool) {
-        let len = packet.len();
-        if self.v6 {
-            packet[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
-        } else {
-            packet[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-            let id = u16::from_be_bytes([packet[4], packet[5]]).wrapping_add(index as u16);
-            packet[4..6].copy_from_slice(&id.to_be_bytes());
-            packet[10..12].fill(0);
-            let header = !fold(sum(0, &packet[..self.ip_len]));
-            packet[10..12].copy_from_slice(&header.to_be_bytes());
-        }
-        let transport = &mut packet[self.ip_len..];
-        if self.protocol == UDP {
-            transport[4..6].copy_from_slice(&((len - self.ip_len) as u16).to_be_bytes());
-        } else {
-            let first = u32::from_be_bytes([transport[4], transport[5], transport[6], transport[7]]);
-            transport[4..8].copy_from_slice(&first.wrapping_add(offset as u32).to_be_bytes());
-            let only_first = if index == 0 { 0 } else { CWR };
-            let only_last = if last { 0 } else { FIN | PSH };
-            transport[13] &= !(only_first | only_last);
-        }
-        transport[self.field..self.field + 2].fill(0);
-        let checksum = !fold(sum(self.pseudo(packet), &packet[self.ip_len..]));
-        let checksum = if checksum == 0 { 0xffff } else { checksum };
-        let at = self.ip_len + self.field;
-        packet[at..at + 2].copy_from_slice(&checksum.to_be_bytes());
-    }
-}
-
-/// How many of the packets, from the first, can be given to the kernel as one TCP super-packet (what its own GRO would merge), and what
-/// it then needs. One alone needs nothing.
-pub(super) fn run<'a>(mut packets: impl Iterator<Item = &'a [u8]>) -> (usize, Offload) {
-    let Some((first, layout)) = packets.next().and_then(|first| Some((first, mergeable(first)?))) else {
-        return (1, Offload::default());
-    };
-    let size = first.len() - layout.headers_len;
-    let mut total = first.len();
-    let mut count = 1;
-    let mut closed = size == 0 || first[layout.ip_len + 13] & PSH != 0;
-    while !closed
-        && let Some(next) = packets.next()
-        && follows(first, next, &layout, (total - layout.headers_len) as u32)
-        && next.len() <= first.len()
-        && total + next.len() - layout.headers_len <= usize::from(u16::MAX)
-    {
-        count += 1;
-        total += next.len() - layout.headers_len;
-        closed = next.len() < first.len() || next[layout.ip_len + 13] & PSH != 0;
-    }
-    if count == 1 {
-        return (1, Offload::default());
-    }
-    let offload = Offload {
-        flags: NEEDS_CHECKSUM,
-        kind: if layout.v6 { TCP_V6 } else { TCP_V4 },
-        headers_len: layout.headers_len as u16,
-        segment: size as u16,
-        start: layout.ip_len as u16,
-        field: layout.field as u16,
-    };
-    (count, offload)
-}
-
-/// Makes the first packet of a run the head of the super-packet: `payload` is what follows it. Where `push` is set the last one had it.
-pub(super) fn lead(first: &mut [u8], offload: &Offload, payload: usize, push: bool) {
-    let Some(layout) = Layout::read(first) else { return };
-    let len = first.len() + payload;
-    if layout.v6 {
-        first[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
-    } else {
-        first[2..4].copy_from_slice(&(len as u16).to_be_bytes());
-        first[10..12].fill(0);
-        let header = !fold(sum(0, &first[..layout.ip_len]));
-        first[10..12].copy_from_slice(&header.to_be_bytes());
-    }
-    if push {
-        first[layout.ip_len + 13] |= PSH;
-    }
-    let pseudo = fold(layout.pseudo(first) + payload as u32);
-    let at = usize::from(offload.start + offload.field);
-    first[at..at + 2].copy_from_slice(&pseudo.to_be_bytes());
-}
-
-/// Does the packet ask the receiver to hand over what it has?
-pub(super) fn pushes(packet: &[u8], offload: &Offload) -> bool {
-    packet.get(usize::from(offload.start) + 13).is_some_and(|flags| flags & PSH != 0)
-}
-
-/// Length of the headers that every packet of the run repeats.
-pub(super) fn repeated(offload: &Offload) -> usize {
-    usize::from(offload.headers_len)
-}
-
-/// Data of an established TCP connection, whole and unharmed, without IP options.
-fn mergeable(packet: &[u8]) -> Option<Layout> {
-    let layout = Layout::read(packet)?;
-    let claimed = if layout.v6 { 40 + number(packet, 4) } else { number(packet, 2) };
-    let plain = layout.protocol == TCP
-        && claimed == packet.len()
-        && (layout.v6 || layout.ip_len == 20)
-        // ACK, and perhaps PSH
-        && packet[layout.ip_len + 13] & !PSH == 0x10;
-    (plain && fold(sum(layout.pseudo(packet), &packet[layout.ip_len..])) == 0xffff).then_some(layout)
 }
 
 /// The 16-bit number at this place of a header.
-fn number(packet: &[u8], at: usize) -> usize {
+pub(super) fn number(packet: &[u8], at: usize) -> usize {
     usize::from(u16::from_be_bytes([packet[at], packet[at + 1]]))
 }
 
-/// Is `next` the same connection's next data, `sent` bytes after the first, all else equal?
-fn follows(first: &[u8], next: &[u8], layout: &Layout, sent: u32) -> bool {
-    let Some(other) = mergeable(next) else { return false };
-    let tcp = |packet: &[u8]| packet[layout.ip_len..].first_chunk::<20>().copied().unwrap_or_default();
-    let sequence = |tcp: [u8; 20]| u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-    let same_ip = if layout.v6 {
-        // version, class, flow label; hop limit and addresses
-        first[..4] == next[..4] && first[7..40] == next[7..40]
-    } else {
-        // version, length, service; flags; TTL, protocol; addresses
-        first[..2] == next[..2] && first[6..10] == next[6..10] && first[12..20] == next[12..20]
-    };
-    if other != *layout || !same_ip || next.len() == layout.headers_len {
-        return false;
+/// The one's complement sum of `bytes`, added to `seed`; an odd last byte counts as its high half. In the machine's own order, which
+/// gives the same sums as the wire's (RFC 1071, 2(B)), and by words into several sums at a time: a super-packet has many.
+pub(super) fn sum(seed: u32, bytes: &[u8]) -> u32 {
+    let (blocks, rest) = bytes.as_chunks::<32>();
+    let mut sums = [0_u64; 8];
+    for block in blocks {
+        let (words, _) = block.as_chunks::<4>();
+        for (sum, word) in sums.iter_mut().zip(words) {
+            *sum += u64::from(u32::from_ne_bytes(*word));
+        }
     }
-    let (a, b) = (tcp(first), tcp(next));
-    a[..4] == b[..4]
-        && a[8..13] == b[8..13]
-        // window; options are beyond the urgent pointer
-        && a[14..16] == b[14..16]
-        && first[layout.ip_len + 18..layout.headers_len] == next[layout.ip_len + 18..layout.headers_len]
-        && sequence(b) == sequence(a).wrapping_add(sent)
-}
-
-/// The one's complement sum of `bytes`, added to `seed`. Four bytes at a time: a super-packet has many.
-fn sum(seed: u32, bytes: &[u8]) -> u32 {
-    let (words, rest) = bytes.as_chunks::<4>();
-    let mut sum = words.iter().fold(u64::from(seed), |sum, word| sum + u64::from(u32::from_be_bytes(*word)));
+    let (words, rest) = rest.as_chunks::<4>();
     let mut tail = [0; 4];
     tail[..rest.len()].copy_from_slice(rest);
-    sum += u64::from(u32::from_be_bytes(tail));
+    let words = words.iter().chain([&tail]).map(|word| u64::from(u32::from_ne_bytes(*word)));
+    let sum = sums.into_iter().chain(words).sum::<u64>();
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
     let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    u32::from(fold(sum as u32))
+    u32::from(fold(seed)) + u32::from(u16::from_be_bytes(fold(sum as u32).to_ne_bytes()))
 }
 
 /// Takes a packet apart as the TUN device's header claims it is, and runs together whatever came of it, for the fuzzer. The first
@@ -345,15 +289,14 @@ fn sum(seed: u32, bytes: &[u8]) -> u32 {
 pub(crate) fn round_trip(bytes: &[u8]) {
     let Some((header, packet)) = bytes.split_first_chunk::<HEADER>() else { return };
     let offload = Offload::decode(*header);
-    let mut segments = Vec::new();
-    if let Some(stride) = offload.split(packet, &mut segments) {
+    if let Some((segments, stride)) = split(packet, &offload) {
         assert!(stride > 0 && !segments.is_empty(), "what is split has parts");
-        let (count, again) = run(segments.chunks(stride));
+        let (count, again) = merge::run(segments.chunks(stride), true);
         assert!(count > 0);
         let mut first = segments[..stride.min(segments.len())].to_vec();
         let rest = segments.len() - first.len();
         if count > 1 {
-            lead(&mut first, &again, rest, pushes(&segments, &again));
+            merge::lead(&mut first, &again, rest, merge::pushes(&segments, &again));
         }
     }
     let mut packet = packet.to_vec();
@@ -361,10 +304,25 @@ pub(crate) fn round_trip(bytes: &[u8]) {
     let _ = Offload::received(&packet, 1450);
 }
 
+/// All segments, side by side, and the length of all but the last.
+#[cfg(any(test, feature = "fuzzing"))]
+fn split(packet: &[u8], offload: &Offload) -> Option<(Vec<u8>, usize)> {
+    let cut = offload.cut(packet)?;
+    let mut out = Vec::new();
+    for segment in cut.segments() {
+        let begin = out.len();
+        out.extend_from_slice(&packet[..cut.headers_len()]);
+        cut.finish(&mut out[begin..], packet, &segment);
+        out.extend_from_slice(&packet[segment.payload]);
+    }
+    Some((out, cut.headers_len() + usize::from(offload.segment)))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::merge::{lead, mergeable, pushes, run};
     use super::*;
 
     const MTU: usize = 1450;
@@ -377,20 +335,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_split_can_be_run_together_again(v6: bool, len in 1..40_000_usize, push: bool) {
-            let (packet, offload) = super_packet(v6, len, push);
-            let mut segments = Vec::new();
-            let stride = offload.split(&packet, &mut segments).unwrap();
-            prop_assert_eq!(stride, offload.headers_len as usize + offload.segment as usize);
+        fn what_is_split_can_be_run_together_again(v6: bool, udp: bool, len in 1..40_000_usize, push: bool) {
+            let (packet, offload) = super_packet(v6, udp, len, push);
+            let (segments, stride) = split(&packet, &offload).unwrap();
             let pieces: Vec<&[u8]> = segments.chunks(stride).collect();
             for piece in &pieces {
-                prop_assert!(mergeable(piece).is_some(), "headers or checksum are wrong");
+                prop_assert!(mergeable(piece, true).is_some(), "headers or checksum are wrong");
                 prop_assert_eq!(Offload::received(piece, MTU), Offload::default());
             }
             let payload: Vec<u8> = pieces.iter().flat_map(|p| p[stride - 1000..].to_vec()).collect();
             prop_assert!(payload == packet[offload.headers_len as usize..], "payload has changed");
 
-            let (count, again) = run(pieces.iter().copied());
+            let (count, again) = run(pieces.iter().copied(), true);
             prop_assert_eq!(count, pieces.len());
             if count > 1 {
                 prop_assert_eq!(again, offload);
@@ -420,52 +376,70 @@ mod tests {
                 *first = if version == 1 { 0x45 } else { 0x60 };
             }
             let offload = Offload::decode(header);
-            let _ = offload.split(&packet, &mut Vec::new());
+            if let Some(cut) = offload.cut(&packet) {
+                let _ = cut.segments().count();
+                let _ = split(&packet, &offload);
+            }
             let _ = offload.complete(&mut packet.clone());
             let _ = Offload::received(&packet, 100);
-            let _ = run([&packet[..], &packet[..]].into_iter());
+            let _ = run([&packet[..], &packet[..]].into_iter(), true);
+        }
+    }
+
+    #[test]
+    fn a_sum_is_that_of_the_definition() {
+        let bytes: Vec<u8> = (0..1_500).map(|i| (i * 37 + 11) as u8).collect();
+        for range in [0..0, 0..1, 0..2, 3..34, 1..1_500, 0..1_499, 0..64, 7..8] {
+            let expected = netmanager_common::checksum::sum(0xfff0, &bytes[range.clone()]);
+            assert_eq!(fold(sum(0xfff0, &bytes[range.clone()])), fold(expected), "{range:?}");
         }
     }
 
     #[test]
     fn an_uncut_packet_from_the_same_machine_is_one_of_many() {
-        let (packet, offload) = super_packet(false, 20_000, true);
+        let (packet, offload) = super_packet(false, false, 20_000, true);
         let found = Offload::received(&packet, MTU);
         assert_eq!(found, Offload { segment: (MTU - 52) as u16, ..offload });
     }
 
     #[test]
     fn a_run_ends_where_the_connection_or_the_data_does() {
-        let (packet, offload) = super_packet(false, 5_000, false);
-        let mut segments = Vec::new();
-        let stride = offload.split(&packet, &mut segments).unwrap();
+        let (packet, offload) = super_packet(false, false, 5_000, false);
+        let (segments, stride) = split(&packet, &offload).unwrap();
         let pieces: Vec<&[u8]> = segments.chunks(stride).collect();
-        assert_eq!(run(pieces.iter().copied()).0, 5);
+        assert_eq!(run(pieces.iter().copied(), true).0, 5);
 
         let spoil = |at: usize, byte: usize| {
             let mut pieces: Vec<Vec<u8>> = pieces.iter().map(|piece| piece.to_vec()).collect();
             pieces[at][byte] ^= 1;
-            run(pieces.iter().map(Vec::as_slice)).0
+            run(pieces.iter().map(Vec::as_slice), true).0
         };
         assert_eq!(spoil(2, 60), 2, "a damaged packet goes alone, for the receiver to refuse");
         assert_eq!(spoil(3, 19), 3, "another destination");
         assert_eq!(spoil(1, 22), 1, "another port");
         let missing: Vec<&[u8]> = [&pieces[..2], &pieces[3..]].concat();
-        assert_eq!(run(missing.into_iter()).0, 2, "a gap");
+        assert_eq!(run(missing.into_iter(), true).0, 2, "a gap");
     }
 
-    /// A TCP super-packet of 1,000-byte segments, with a timestamp option, as the kernel hands it over.
-    fn super_packet(v6: bool, len: usize, push: bool) -> (Vec<u8>, Offload) {
-        let mut packet = headers(v6, TCP, 32, len);
-        let ip_len = packet.len() - 32;
-        packet[ip_len + 13] = if push { 0x18 } else { 0x10 };
+    /// A super-packet of 1,000-byte segments, as the kernel hands it over; of TCP, with a timestamp option.
+    fn super_packet(v6: bool, udp: bool, len: usize, push: bool) -> (Vec<u8>, Offload) {
+        let (protocol, transport_len, field) = if udp { (UDP, 8, 6) } else { (TCP, 32, 16) };
+        let mut packet = headers(v6, protocol, transport_len, len);
+        let ip_len = packet.len() - transport_len;
+        if !udp {
+            packet[ip_len + 13] = if push { 0x18 } else { 0x10 };
+        }
         packet.extend((0..len).map(|i| (i * 7) as u8));
         let layout = Layout::read(&packet).unwrap();
         let pseudo = fold(layout.pseudo(&packet));
-        packet[ip_len + 16..ip_len + 18].copy_from_slice(&pseudo.to_be_bytes());
-        let kind = if v6 { TCP_V6 } else { TCP_V4 };
+        packet[ip_len + field..ip_len + field + 2].copy_from_slice(&pseudo.to_be_bytes());
+        let kind = match (udp, v6) {
+            (true, _) => UDP_BOTH,
+            (false, true) => TCP_V6,
+            (false, false) => TCP_V4,
+        };
         let headers_len = layout.headers_len as u16;
-        (packet, Offload { flags: 1, kind, headers_len, segment: 1000, start: ip_len as u16, field: 16 })
+        (packet, Offload { flags: 1, kind, headers_len, segment: 1000, start: ip_len as u16, field: field as u16 })
     }
 
     fn partial_packet(v6: bool, udp: bool, len: usize) -> Vec<u8> {

@@ -1,8 +1,8 @@
 //! The UDP socket of the tunnel: every packet between two nodes that the kernel programs do not carry themselves.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket as StdSocket};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use netmanager_common::abi::Peer;
 use nix::cmsg_space;
@@ -11,16 +11,11 @@ use nix::sys::socket::{
     SockaddrLike, SockaddrStorage, bind, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
-use tokio::io::Interest;
-use tokio::net::UdpSocket;
 
 use super::DatapathError;
 
 /// Room for what arrives while the proxy is busy elsewhere; the reference system's size.
 const BUFFER: usize = 4 << 20;
-/// Datagrams that the kernel takes in one call (`UDP_MAX_SEGMENTS` of all kernels), and their bytes.
-const SEGMENTS: usize = 64;
-const SEGMENTS_LEN: usize = 65_507;
 
 /// What one read brings: datagrams of one sender, all but the last of length `stride`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,15 +74,7 @@ impl TunnelSocket {
             let _ = setsockopt(&fd, sockopt::UdpGroSegment, &true);
         }
         bind(fd.as_raw_fd(), address)?;
-        Ok(Self { socket: UdpSocket::from_std(StdSocket::from(fd))?, family })
-    }
-
-    pub(super) async fn readable(&self) -> io::Result<()> {
-        self.socket.readable().await
-    }
-
-    pub(super) async fn writable(&self) -> io::Result<()> {
-        self.socket.writable().await
+        Ok(Self { socket: UdpSocket::from(fd), family })
     }
 
     /// Where the kernel tells what it has merged; one for every reader.
@@ -96,62 +83,48 @@ impl TunnelSocket {
     }
 
     pub(super) fn try_recv(&self, buffer: &mut [u8], control: &mut [u8]) -> io::Result<Received> {
-        self.socket.try_io(Interest::READABLE, || {
-            let mut slices = [IoSliceMut::new(buffer)];
-            let fd = self.socket.as_raw_fd();
-            let message = recvmsg::<SockaddrStorage>(fd, &mut slices, Some(control), MsgFlags::empty())?;
-            let merged = message.cmsgs()?.find_map(|control| match control {
-                ControlMessageOwned::UdpGroSegments(stride) => usize::try_from(stride).ok(),
-                _ => None,
-            });
-            let from = message.address.as_ref().and_then(sender).ok_or(io::ErrorKind::InvalidData)?;
-            let stride = merged.unwrap_or(message.bytes).max(1);
-            Ok(Received { len: message.bytes, stride, from })
-        })
+        let mut slices = [IoSliceMut::new(buffer)];
+        let fd = self.socket.as_raw_fd();
+        let message = recvmsg::<SockaddrStorage>(fd, &mut slices, Some(control), MsgFlags::empty())?;
+        let merged = message.cmsgs()?.find_map(|control| match control {
+            ControlMessageOwned::UdpGroSegments(stride) => usize::try_from(stride).ok(),
+            _ => None,
+        });
+        let from = message.address.as_ref().and_then(sender).ok_or(io::ErrorKind::InvalidData)?;
+        let stride = merged.unwrap_or(message.bytes).max(1);
+        Ok(Received { len: message.bytes, stride, from })
     }
 
-    /// Carries a packet to a peer. Never sends an empty datagram: it would end the process of a peer of the reference system.
-    pub(super) fn try_send(&self, packet: &[u8], peer: &Peer) -> io::Result<()> {
-        self.socket.try_send_to(refuse_empty(packet)?, self.destination(address(peer))).map(drop)
-    }
-
-    /// Carries packets of length `stride` (the last may be shorter) to a peer, in as few calls as it takes. Returns how many were taken
-    /// and how many not.
-    pub(super) fn try_send_many(&self, packets: &[u8], stride: usize, peer: &Peer) -> (u64, u64) {
+    /// Carries `count` packets, pieced together of `slices`, to a peer in one call. All but the last are of length `stride`, which may be
+    /// shorter. Returns how many were taken. Never sends an empty datagram: it would end the process of a peer of the reference system.
+    pub(super) fn try_send_many(&self, slices: &[IoSlice<'_>], count: usize, stride: usize, peer: &Peer) -> u64 {
         let to = SockaddrStorage::from(self.destination(address(peer)));
-        let at_once = (SEGMENTS_LEN / stride).clamp(1, SEGMENTS) * stride;
-        let (mut sent, mut refused) = (0, 0);
-        for chunk in packets.chunks(at_once) {
-            let count = chunk.len().div_ceil(stride) as u64;
-            match self.try_send_merged(chunk, stride, &to) {
-                Ok(()) => sent += count,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => refused += count,
-                // A path too narrow for them, or a device without checksums: one by one the kernel can still do it.
-                Err(_) => {
-                    let taken =
-                        chunk.chunks(stride).filter(|packet| self.try_send(packet, peer).is_ok()).count() as u64;
-                    sent += taken;
-                    refused += count - taken;
-                }
+        match self.try_send(slices, (count > 1).then_some(stride), &to) {
+            Ok(()) => count as u64,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock || count == 1 => 0,
+            // A path too narrow for them, or a device without checksums: one by one the kernel can still do it.
+            Err(_) => {
+                apart(slices, stride).filter(|datagram| self.try_send(datagram, None, &to).is_ok()).count() as u64
             }
         }
-        (sent, refused)
     }
 
-    fn try_send_merged(&self, packets: &[u8], stride: usize, to: &SockaddrStorage) -> io::Result<()> {
-        let size = u16::try_from(stride).map_err(|_| io::ErrorKind::InvalidInput)?;
-        let merge = [ControlMessage::UdpGsoSegments(&size)];
-        let control = if packets.len() > stride { &merge[..] } else { &[] };
-        let slices = [IoSlice::new(refuse_empty(packets)?)];
-        self.socket.try_io(Interest::WRITABLE, || {
-            sendmsg(self.socket.as_raw_fd(), &slices, control, MsgFlags::empty(), Some(to))?;
-            Ok(())
-        })
+    fn try_send(&self, slices: &[IoSlice<'_>], stride: Option<usize>, to: &SockaddrStorage) -> io::Result<()> {
+        if slices.iter().all(|slice| slice.is_empty()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let size = stride.map(u16::try_from).transpose().map_err(|_| io::ErrorKind::InvalidInput)?;
+        let cut = size.as_ref().map(ControlMessage::UdpGsoSegments);
+        sendmsg(self.socket.as_raw_fd(), slices, cut.as_slice(), MsgFlags::empty(), Some(to))?;
+        Ok(())
     }
 
-    /// Sends a datagram when there is room for it.
-    pub(super) async fn send(&self, payload: &[u8], to: SocketAddr) -> io::Result<()> {
-        self.socket.send_to(refuse_empty(payload)?, self.destination(to)).await.map(drop)
+    /// Sends a control datagram.
+    pub(super) fn send(&self, payload: &[u8], to: SocketAddr) -> io::Result<()> {
+        if payload.is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.socket.send_to(payload, self.destination(to)).map(drop)
     }
 
     /// The address in the socket's own family.
@@ -175,54 +148,74 @@ fn sender(address: &SockaddrStorage) -> Option<SocketAddr> {
     Some(SocketAddr::new(any.ip().to_canonical(), any.port()))
 }
 
-fn refuse_empty(payload: &[u8]) -> io::Result<&[u8]> {
-    if payload.is_empty() { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(payload) }
+/// The slices of each datagram: as many as make `stride` bytes.
+fn apart<'a, 'b>(mut slices: &'a [IoSlice<'b>], stride: usize) -> impl Iterator<Item = &'a [IoSlice<'b>]> {
+    std::iter::from_fn(move || {
+        let mut len = 0;
+        let whole = slices.iter().position(|slice| {
+            len += slice.len();
+            len >= stride
+        });
+        let (datagram, rest) = slices.split_at(whole.map_or(slices.len(), |last| last + 1));
+        slices = rest;
+        (!datagram.is_empty()).then_some(datagram)
+    })
+}
+
+impl AsFd for TunnelSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use netmanager_common::addr::Addr;
 
+    use super::super::batch::Batch;
     use super::*;
 
-    #[tokio::test]
-    async fn both_families_meet_in_one_socket() {
+    #[test]
+    fn both_families_meet_in_one_socket() {
         let tunnel = TunnelSocket::open(0, true).unwrap();
         let port = tunnel.socket.local_addr().unwrap().port();
         for local in ["127.0.0.1:0", "[::1]:0"] {
-            let Ok(peer) = UdpSocket::bind(local).await else { continue };
+            let Ok(peer) = UdpSocket::bind(local) else { continue };
             let address = peer.local_addr().unwrap();
 
-            peer.send_to(b"in", (address.ip(), port)).await.unwrap();
+            peer.send_to(b"in", (address.ip(), port)).unwrap();
             let mut buffer = [0; 16];
-            let received = receive(&tunnel, &mut buffer).await;
+            let received = receive(&tunnel, &mut buffer);
             assert_eq!(
                 (&buffer[..received.len], received),
                 (&b"in"[..], Received { len: 2, stride: 2, from: address })
             );
 
             let row = Peer { host: Addr::from(address.ip()), port: address.port().to_be_bytes(), ..Peer::default() };
-            tunnel.writable().await.unwrap();
-            tunnel.try_send(b"out", &row).unwrap();
-            assert_eq!(peer.recv(&mut buffer).await.unwrap(), 3);
+            assert_eq!(tunnel.try_send_many(&[IoSlice::new(b"out")], 1, 3, &row), 1);
+            assert_eq!(peer.recv(&mut buffer).unwrap(), 3);
         }
     }
 
-    #[tokio::test]
-    async fn many_packets_go_and_come_in_one_call() {
+    #[test]
+    fn many_packets_go_and_come_in_one_call() {
         let (from, to) = (TunnelSocket::open(0, true).unwrap(), TunnelSocket::open(0, true).unwrap());
         let port = to.socket.local_addr().unwrap().port();
         let peer = Peer { host: Addr::v4([127, 0, 0, 1]), port: port.to_be_bytes(), ..Peer::default() };
         let packets: Vec<u8> = (0..100_000).map(|i| (i / 1000) as u8).collect();
-        from.writable().await.unwrap();
-        assert_eq!(from.try_send_many(&packets[..99_500], 1000, &peer), (100, 0));
+        let mut batch = Batch::default();
+        for at in 0..99 {
+            batch.add(1, &peer, at * 1000..(at + 1) * 1000);
+        }
+        batch.add(1, &peer, 99_000..99_500);
+        assert_eq!(batch.flush(&packets, &from), (100, 0));
 
         let mut buffer = vec![0; 65_535];
         let (mut bytes, mut reads) = (Vec::new(), 0);
         while bytes.len() < 99_500 {
-            let received = receive(&to, &mut buffer).await;
+            let received = receive(&to, &mut buffer);
             assert_eq!(received.stride.min(received.len), received.len.min(1000));
             bytes.extend_from_slice(&buffer[..received.len]);
             reads += 1;
@@ -231,27 +224,35 @@ mod tests {
         assert!(reads < 100, "{reads} reads for 100 datagrams");
     }
 
-    #[tokio::test]
-    async fn never_an_empty_datagram() {
-        let tunnel = TunnelSocket::open(0, true).unwrap();
-        let to: SocketAddr = "127.0.0.1:9".parse().unwrap();
-        assert_eq!(tunnel.send(&[], to).await.unwrap_err().kind(), io::ErrorKind::InvalidInput);
-        let row = Peer { host: Addr::from(to.ip()), port: [0, 9], ..Peer::default() };
-        assert_eq!(tunnel.try_send(&[], &row).unwrap_err().kind(), io::ErrorKind::InvalidInput);
-        assert_eq!(tunnel.try_send_many(&[], 1000, &row), (0, 0));
+    #[test]
+    fn a_call_that_is_refused_is_made_datagram_by_datagram() {
+        let pieces: [&[u8]; 5] = [b"ab", b"cd", b"efgh", b"i", b"j"];
+        let slices = pieces.map(IoSlice::new);
+        let lens: Vec<usize> =
+            apart(&slices, 4).map(|datagram| datagram.iter().map(|slice| slice.len()).sum()).collect();
+        assert_eq!(lens, [4, 4, 2]);
     }
 
-    async fn receive(tunnel: &TunnelSocket, buffer: &mut [u8]) -> Received {
-        tokio::time::timeout(Duration::from_secs(5), async {
-            loop {
-                tunnel.readable().await.unwrap();
-                match tunnel.try_recv(buffer, &mut TunnelSocket::control_buffer()) {
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    other => return other.unwrap(),
+    #[test]
+    fn never_an_empty_datagram() {
+        let tunnel = TunnelSocket::open(0, true).unwrap();
+        let to: SocketAddr = "127.0.0.1:9".parse().unwrap();
+        assert_eq!(tunnel.send(&[], to).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        let row = Peer { host: Addr::from(to.ip()), port: [0, 9], ..Peer::default() };
+        assert_eq!(tunnel.try_send_many(&[IoSlice::new(&[])], 1, 0, &row), 0);
+        assert_eq!(tunnel.try_send_many(&[], 0, 1000, &row), 0);
+    }
+
+    fn receive(tunnel: &TunnelSocket, buffer: &mut [u8]) -> Received {
+        let begin = Instant::now();
+        loop {
+            match tunnel.try_recv(buffer, &mut TunnelSocket::control_buffer()) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    assert!(begin.elapsed() < Duration::from_secs(5), "nothing arrived");
+                    std::thread::yield_now();
                 }
+                other => return other.unwrap(),
             }
-        })
-        .await
-        .expect("nothing arrived")
+        }
     }
 }

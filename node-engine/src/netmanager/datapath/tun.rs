@@ -3,19 +3,21 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use async_trait::async_trait;
 use netmanager_common::addr::Addr;
 use tokio::sync::{Mutex, mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tun_rs::{AsyncDevice, DeviceBuilder};
+use tun_rs::{DeviceBuilder, SyncDevice};
 
+use super::batch::Batch;
+use super::carry::Carrier;
 use super::counters::Counters;
 use super::fragments::Fragments;
 use super::held::Held;
 use super::host::HostFlows;
 use super::projection::Projection;
-use super::proxy::{Proxy, Request};
+use super::proxy::{Bell, Proxy, Request};
 use super::socket::TunnelSocket;
 use super::tables::MemoryTables;
 use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Underlay};
@@ -94,11 +96,13 @@ impl Datapath for Tun {
 /// A running proxy, seen from outside.
 #[derive(Debug)]
 pub(super) struct Proxied {
-    requests: mpsc::Sender<Request>,
+    /// `None` at its end.
+    requests: Option<mpsc::Sender<Request>>,
+    bell: Arc<Bell>,
     events: Mutex<mpsc::Receiver<Event>>,
     socket: Arc<TunnelSocket>,
     counters: Arc<Counters>,
-    task: JoinHandle<()>,
+    thread: Option<JoinHandle<()>>,
     /// Of the TUN device.
     ifindex: u32,
 }
@@ -115,7 +119,7 @@ impl Proxied {
         let counters = Arc::new(Counters::default());
         let (requests, inbox) = mpsc::channel(REQUESTS);
         let (events, outbox) = mpsc::channel(EVENTS);
-        let proxy = Proxy {
+        let carrier = Carrier {
             tables,
             device,
             socket: socket.clone(),
@@ -125,10 +129,22 @@ impl Proxied {
             fragments: Fragments::default(),
             host: HostFlows::new([Addr::v4(underlay.tun_v4.octets()), Addr::v6(underlay.tun_v6.octets())]),
             mtu: underlay.mtu as usize,
-            segments: Vec::new(),
+            batch: Batch::default(),
+            lone: Batch::default(),
         };
-        let task = tokio::spawn(proxy.run(inbox));
-        Ok(Self { requests, events: Mutex::new(outbox), socket, counters, task, ifindex })
+        let bell = Arc::new(Bell::new().map_err(|error| step("make the packet proxy's bell", &error))?);
+        let proxy = Proxy::new(carrier, inbox, bell.clone());
+        let thread = thread::Builder::new().name("packets".into()).spawn(move || proxy.run());
+        let thread = thread.map_err(|error| step("start the packet proxy", &error))?;
+        Ok(Self {
+            requests: Some(requests),
+            bell,
+            events: Mutex::new(outbox),
+            socket,
+            counters,
+            thread: Some(thread),
+            ifindex,
+        })
     }
 
     pub(super) fn ifindex(&self) -> u32 {
@@ -154,13 +170,13 @@ impl Proxied {
     pub(super) async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
         let (reply, answer) = oneshot::channel();
         // A proxy that has ended has chosen nobody.
-        let _ = self.requests.send(Request::Choices(slots, reply)).await;
+        self.send(Request::Choices(slots, reply)).await;
         answer.await.unwrap_or_default()
     }
 
     pub(super) async fn give_up(&self, address: Addr) {
         // A proxy that has ended holds nothing.
-        let _ = self.requests.send(Request::GiveUp(address)).await;
+        self.send(Request::GiveUp(address)).await;
     }
 
     pub(super) async fn event(&self) -> Event {
@@ -168,7 +184,7 @@ impl Proxied {
     }
 
     pub(super) async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
-        self.socket.send(payload, to).await.map_err(|error| step("send control datagram", &error))
+        self.socket.send(payload, to).map_err(|error| step("send control datagram", &error))
     }
 
     pub(super) fn counters(&self) -> Vec<(String, u64)> {
@@ -181,20 +197,34 @@ impl Proxied {
     ) -> Result<R, DatapathError> {
         let ended = || DatapathError::Step { step: "ask the packet proxy", reason: "it has ended".into() };
         let (reply, answer) = oneshot::channel();
-        self.requests.send(request(reply)).await.map_err(|_| ended())?;
+        self.send(request(reply)).await;
         answer.await.map_err(|_| ended())?
+    }
+
+    /// A proxy that has ended drops the request, and with it the answer.
+    async fn send(&self, request: Request) {
+        if let Some(requests) = &self.requests {
+            let _ = requests.send(request).await;
+            self.bell.ring();
+        }
     }
 }
 
 impl Drop for Proxied {
+    /// Device and port are free again when it returns.
     fn drop(&mut self) {
-        self.task.abort();
+        self.requests = None;
+        self.bell.ring();
+        if let Some(thread) = self.thread.take() {
+            // It has told its panic already.
+            let _ = thread.join();
+        }
     }
 }
 
 /// Makes the device, or takes over the one of an earlier run: it is persistent, so that its index, addresses and routes outlive the
 /// process and a restart is a matter of opening it.
-fn open_device(underlay: &Underlay) -> Result<AsyncDevice, DatapathError> {
+fn open_device(underlay: &Underlay) -> Result<SyncDevice, DatapathError> {
     let mtu = u16::try_from(underlay.mtu).map_err(|_| DatapathError::Step {
         step: "make TUN device",
         reason: format!("MTU {} is too large", underlay.mtu),
@@ -202,7 +232,7 @@ fn open_device(underlay: &Underlay) -> Result<AsyncDevice, DatapathError> {
     let builder = DeviceBuilder::new().name(&underlay.tun_name).mtu(mtu).enable(true).with(|options| {
         options.offload(true);
     });
-    let device = builder.build_async().map_err(|error| DatapathError::Unsupported {
+    let device = builder.build_sync().map_err(|error| DatapathError::Unsupported {
         what: "make TUN device",
         reason: match error.raw_os_error() {
             _ if !Path::new("/dev/net/tun").exists() => "/dev/net/tun is missing: load the kernel module tun".into(),
@@ -212,6 +242,7 @@ fn open_device(underlay: &Underlay) -> Result<AsyncDevice, DatapathError> {
         },
     })?;
     device.persist().map_err(|error| step("keep TUN device", &error))?;
+    device.set_nonblocking(true).map_err(|error| step("read TUN device without waiting", &error))?;
     Ok(device)
 }
 
