@@ -135,7 +135,7 @@ fn every_setting_is_read_from_the_file() {
     assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));
     assert_ne!(telemetry.sensors, defaults.telemetry.sensors);
     assert_eq!(telemetry.metrics.map(|address| address.port()), Some(9640));
-    assert!(telemetry.gps.is_some() && telemetry.roots.sys == PathBuf::from("/t/sys"));
+    assert!(telemetry.gps.is_some() && telemetry.roots.sys == Path::new("/t/sys"));
     assert_ne!(
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)

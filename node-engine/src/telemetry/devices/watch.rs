@@ -145,7 +145,7 @@ mod tests {
         let events = Events::default();
         let (a, b) = (device(DeviceKind::Usb, "a", "A"), device(DeviceKind::Usb, "b", "B"));
         tell(std::slice::from_ref(&a), &[a.clone(), b.clone()], &events);
-        tell(&[a.clone(), b.clone()], std::slice::from_ref(&b), &events);
+        tell(&[a, b.clone()], std::slice::from_ref(&b), &events);
         tell(std::slice::from_ref(&b), std::slice::from_ref(&b), &events);
         let mut heard = events.watch(10).unwrap();
         let mut words = Vec::new();
