@@ -86,6 +86,8 @@ async fn feed(mut input: CommandInput, terminal: bool) {
                 }
             },
             Some(()) = resized.recv(), if terminal => input.resize(size()).await,
+            // Whoever lets go of the input hangs up: it is held until the command's end is known.
+            else => std::future::pending().await,
         }
     }
 }

@@ -113,7 +113,11 @@ fn reading(reading: &Reading) -> String {
         "1" => "",
         other => &format!(" {other}"),
     };
-    let digits = if reading.value.abs() >= 1000.0 { 0 } else { 3 };
+    let digits = match reading.value.abs() {
+        1000.0.. => 0,
+        0.0..0.01 => 6,
+        _ => 3,
+    };
     let number = format!("{:.digits$}", reading.value);
     let number = if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { &number };
     format!("{} {number}{unit}", reading.channel)
@@ -142,5 +146,7 @@ mod tests {
         assert_eq!(one("fan1", 1200.0, "rpm"), "fan1 1200 rpm");
         assert_eq!(one("state", 0.0, "1"), "state 0");
         assert_eq!(one("x", 100.0, "volts"), "x 100 V");
+        assert_eq!(one("magn_x", 0.0001, "teslas"), "magn_x 0.0001 T");
+        assert_eq!(one("x", -3.5, "celsius"), "x -3.5 °C");
     }
 }
