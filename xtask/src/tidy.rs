@@ -71,10 +71,11 @@ const IMPORTS: [(&str, &[&str]); 7] = [
 const MAY_NAME_ENGINE: [&str; 4] = ["main", "lib", "cli", "engine"];
 
 /// A client crate and the places that may name it.
-const CLIENTS: [(&str, &[&str]); 9] = [
+const CLIENTS: [(&str, &[&str]); 10] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
+    ("redb", &["store/database"]),
     ("rtnetlink", &["netmanager/link"]),
     ("netlink_packet_route", &["netmanager/link"]),
     ("netlink_packet_core", &["netmanager/link"]),
