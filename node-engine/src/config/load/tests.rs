@@ -107,6 +107,8 @@ fn every_setting_is_read_from_the_file() {
         process = true
         process_user = "web"
         control_group = "/edge"
+        restart_limit = 2
+        restart_window = 90
         [telemetry]
         reports = "changes"
         sensors = "bme280"
@@ -140,6 +142,7 @@ fn every_setting_is_read_from_the_file() {
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
     );
+    assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
 }
 
 #[test]
