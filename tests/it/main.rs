@@ -36,6 +36,7 @@ mod ports;
 mod process;
 mod restart;
 mod standalone;
+mod survive;
 mod underlay;
 mod uninstall;
 mod update;

@@ -17,7 +17,7 @@ struct Need {
     purpose: &'static str,
 }
 
-const NEEDS: [Need; 14] = [
+const NEEDS: [Need; 15] = [
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -25,6 +25,7 @@ const NEEDS: [Need; 14] = [
     Need { program: "iptables", package: "iptables", purpose: "is what dockerd filters with" },
     Need { program: "busybox", package: "busybox-static", purpose: "is the user land of the test image" },
     Need { program: "mosquitto", package: "mosquitto", purpose: "is a real broker for the cluster" },
+    Need { program: "faketime", package: "faketime", purpose: "lets a clock jump by years" },
     Need { program: "mosquitto_pub", package: "mosquitto-clients", purpose: "speaks to the broker as a foreigner" },
     Need { program: "iperf3", package: "iperf3", purpose: "measures streams" },
     Need { program: "nft", package: "nftables", purpose: "shows the packet filter" },
