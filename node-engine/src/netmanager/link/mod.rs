@@ -6,6 +6,7 @@ mod bridge;
 mod changes;
 mod framing;
 mod guard;
+mod guest;
 mod journal;
 mod kernel;
 mod legacy;
@@ -286,6 +287,10 @@ impl fmt::Debug for Links {
 #[cfg(test)]
 pub(super) fn counted() -> impl Iterator<Item = &'static str> {
     guard::REASONS.into_iter().chain([guard::DROP_LOOPBACK, guard::DROP_TUNNEL])
+}
+
+fn gone(name: &str, reason: &str) -> LinkError {
+    LinkError::Kernel { step: "look up", object: name.to_owned(), reason: reason.to_owned() }
 }
 
 /// A stable number for a name (FNV-1a): interface names and MACs are derived from it, and must be the same after an upgrade.

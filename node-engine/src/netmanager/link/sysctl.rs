@@ -43,6 +43,11 @@ pub(super) fn settle_own_interface(name: &str) -> Result<(), LinkError> {
     Ok(())
 }
 
+/// Lets the calling thread's namespace forward, which is an instance's with a guest in it and ends with it.
+pub(super) fn forward_here() -> io::Result<()> {
+    fs::write(full("net/ipv4/ip_forward"), "1")
+}
+
 /// For a device on which the host has nothing to say, not even who its neighbours are.
 pub(super) fn silence(name: &str) -> Result<(), LinkError> {
     if has_ipv6() { set(&format!("net/ipv6/conf/{name}/disable_ipv6"), "1") } else { Ok(()) }

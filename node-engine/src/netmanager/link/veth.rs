@@ -19,7 +19,7 @@ use crate::netns::Netns;
 
 use super::journal::Undo;
 use super::kernel::{LinkState, Netlink};
-use super::{LinkError, Links, Veth, gateway, stable_hash, stable_mac, sysctl};
+use super::{LinkError, Links, Veth, gateway, gone, guest, stable_hash, stable_mac, sysctl};
 
 /// In every namespace.
 const LOOPBACK: u32 = 1;
@@ -147,6 +147,7 @@ impl Links {
         let instance_side = host.peer.ok_or_else(|| gone(name, "its other end has disappeared"))?;
         let new_mac = create.then(|| stable_mac(&instance.to_string()));
         let mac = furnish(&inside, instance_side, new_mac, subnet, addresses).await?;
+        guest::ensure(&inside, netns, INSTANCE_SIDE, self.config.mtu, addresses).await?;
         Ok(Veth { name: host.name, ifindex: host.index, mac })
     }
 
@@ -227,10 +228,6 @@ async fn furnish(
     // All are sent before the first answer is awaited, and the kernel takes them in this order.
     try_join_all(steps).await?;
     Ok(mac)
-}
-
-fn gone(name: &str, reason: &str) -> LinkError {
-    LinkError::Kernel { step: "look up", object: name.to_owned(), reason: reason.to_owned() }
 }
 
 #[cfg(test)]

@@ -55,6 +55,8 @@ pub(in super::super) enum Expression {
     Masquerade,
     /// The destination becomes this address and port.
     TranslateTo(IpAddr, u16),
+    /// The destination becomes this address; the port stays.
+    TranslateToAddress(IpAddr),
     Accept,
     Drop,
     Jump(String),
@@ -136,10 +138,7 @@ impl Expression {
             Self::Counter => element(list, "counter", |_| {}),
             Self::Masquerade => element(list, "masq", |_| {}),
             Self::TranslateTo(address, port) => {
-                match address {
-                    IpAddr::V4(v4) => immediate(list, REG_1, &v4.octets()),
-                    IpAddr::V6(v6) => immediate(list, REG_1, &v6.octets()),
-                }
+                load_address(list, *address);
                 immediate(list, REG_2, &port.to_be_bytes());
                 element(list, "nat", |data| {
                     data.be32(1, NAT_DESTINATION);
@@ -147,6 +146,14 @@ impl Expression {
                     data.be32(3, REG_1);
                     data.be32(5, REG_2);
                     data.be32(7, NAT_PORT_GIVEN);
+                });
+            }
+            Self::TranslateToAddress(address) => {
+                load_address(list, *address);
+                element(list, "nat", |data| {
+                    data.be32(1, NAT_DESTINATION);
+                    data.be32(2, if address.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 });
+                    data.be32(3, REG_1);
                 });
             }
             Self::Accept => verdict(list, NF_ACCEPT, None),
@@ -259,6 +266,13 @@ fn immediate(list: &mut Writer, register: u32, value: &[u8]) {
         data.be32(1, register);
         data.nest(2, |nested| nested.put(DATA_VALUE, value));
     });
+}
+
+fn load_address(list: &mut Writer, address: IpAddr) {
+    match address {
+        IpAddr::V4(v4) => immediate(list, REG_1, &v4.octets()),
+        IpAddr::V6(v6) => immediate(list, REG_1, &v6.octets()),
+    }
 }
 
 fn verdict(list: &mut Writer, code: i32, chain: Option<&str>) {

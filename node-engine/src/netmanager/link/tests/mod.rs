@@ -5,6 +5,7 @@ mod bridge;
 mod changes;
 mod filter;
 mod guard;
+mod guest;
 mod ports;
 mod undo;
 mod veth;
