@@ -29,6 +29,19 @@ pub fn load(host: &Host) -> Result<()> {
     Ok(())
 }
 
+/// Puts the image into the host's Podman, whose service answers at the socket.
+pub fn load_into_podman(host: &Host, socket: &str) -> Result<()> {
+    let archive = archive()?;
+    output(
+        host.command("podman")
+            .args(["--url", &format!("unix://{socket}"), "import", "--change", r#"ENTRYPOINT ["/bin/probe"]"#])
+            .args(["--change", r#"CMD ["serve"]"#, "--change", "ENV PATH=/bin"])
+            .arg(&archive)
+            .arg(format!("docker.io/{PROBE}")),
+    )?;
+    Ok(())
+}
+
 /// The root file system as an archive; made again when the program's source is newer.
 fn archive() -> Result<PathBuf> {
     let _one_at_a_time = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,7 +9,8 @@ use bollard::{API_DEFAULT_VERSION, Docker};
 
 use crate::runtime::RuntimeError;
 
-const DEFAULT_SOCKET: &str = "/var/run/docker.sock";
+/// Docker's own, and that of Podman, which speaks the same.
+const SOCKETS: [&str; 2] = ["/var/run/docker.sock", "/run/podman/podman.sock"];
 /// Until an answer begins; a daemon under load, or one that was stopped for a while, still answers within it.
 const TIMEOUT_SECONDS: u64 = 120;
 
@@ -21,13 +22,13 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// `host`, else `DOCKER_HOST`, else the platform's socket.
+    /// `host`, else `DOCKER_HOST`, else the first of the usual sockets that is there.
     ///
     /// # Errors
     /// An address that is not a local socket: namespaces and cgroups of containers elsewhere are out of reach.
     pub(super) fn new(host: Option<&str>) -> Result<Self, RuntimeError> {
         let environment = std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
-        let host = host.map(str::to_owned).or(environment).unwrap_or_else(|| DEFAULT_SOCKET.to_owned());
+        let host = host.map(str::to_owned).or(environment).unwrap_or_else(|| usual(&SOCKETS));
         let path = host.strip_prefix("unix://").unwrap_or(&host);
         if !path.starts_with('/') {
             let reason = format!("{host:?} is not a local socket; give unix:///path/to/docker.sock");
@@ -82,6 +83,11 @@ impl Client {
     }
 }
 
+/// Where none is there yet, the first will be.
+fn usual(sockets: &[&str]) -> String {
+    sockets.iter().find(|socket| Path::new(socket).exists()).unwrap_or(&sockets[0]).to_string()
+}
+
 /// The answer to a call about something that is not there.
 pub(super) fn not_found(error: &Error) -> bool {
     matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
@@ -112,6 +118,18 @@ mod tests {
         for bad in ["tcp://10.0.0.1:2375", "ssh://host", "docker.sock", ""] {
             assert!(matches!(Client::new(Some(bad)), Err(RuntimeError::Refused { .. })), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_first_socket_that_is_there_is_taken() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (docker, podman) = (dir.path().join("docker.sock"), dir.path().join("podman.sock"));
+        let (docker, podman) = (docker.to_str().expect("text"), podman.to_str().expect("text"));
+        assert_eq!(usual(&[docker, podman]), docker, "it may come yet");
+        std::fs::write(podman, "").expect("write");
+        assert_eq!(usual(&[docker, podman]), podman);
+        std::fs::write(docker, "").expect("write");
+        assert_eq!(usual(&[docker, podman]), docker);
     }
 
     #[tokio::test]

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 
 use bollard::models::{
-    ContainerCreateBody, DeviceMapping, DeviceRequest, HostConfig, HostConfigLogConfig, RestartPolicy,
-    RestartPolicyNameEnum,
+    ContainerCreateBody, DeviceMapping, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType,
+    RestartPolicy, RestartPolicyNameEnum,
 };
 
 use super::image::PAUSE;
@@ -79,6 +79,8 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
             memory_swap: memory,
             devices: spec.privileged.then(|| vec![fuse]),
             device_requests: (spec.limits.vgpus > 0).then(|| vec![gpus]),
+            storage_opt: spec.limits.storage_mib.map(|mib| HashMap::from([("size".into(), format!("{mib}M"))])),
+            mounts: (!spec.mounts.is_empty()).then(|| spec.mounts.iter().map(bound).collect()),
             log_config: Some(HostConfigLogConfig {
                 typ: Some("json-file".into()),
                 config: Some(log_options.map(|(name, value)| (name.to_owned(), value.to_owned())).into()),
@@ -87,6 +89,16 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
             ..HostConfig::default()
         }),
         ..ContainerCreateBody::default()
+    }
+}
+
+fn bound(mount: &crate::model::Mount) -> Mount {
+    Mount {
+        typ: Some(MountType::BIND),
+        source: Some(mount.source.to_string_lossy().into_owned()),
+        target: Some(mount.target.clone()),
+        read_only: Some(mount.read_only),
+        ..Mount::default()
     }
 }
 
@@ -127,7 +139,7 @@ pub(super) mod tests {
         assert_eq!(host.privileged, None);
         assert_eq!(bare.env, Some(vec!["HOSTNAME=instance-3".to_owned()]));
 
-        let limits = Limits { vcpus: Some(2), memory_mib: Some(100), vgpus: 1 };
+        let limits = Limits { vcpus: Some(2), memory_mib: Some(100), vgpus: 1, ..Limits::default() };
         let full = workload(&InstanceSpec { limits, privileged: true, ..spec(3) }, "sandbox", 4);
         let host = full.host_config.expect("a host config");
         assert_eq!((host.nano_cpus, host.memory), (Some(2_000_000_000), Some(100 << 20)));
@@ -139,7 +151,7 @@ pub(super) mod tests {
 
     #[test]
     fn limits_that_docker_would_refuse_are_brought_into_its_range() {
-        let limits = Limits { vcpus: Some(64), memory_mib: Some(1), vgpus: 0 };
+        let limits = Limits { vcpus: Some(64), memory_mib: Some(1), ..Limits::default() };
         let host = workload(&InstanceSpec { limits, ..spec(0) }, "s", 4).host_config.expect("a host config");
         assert_eq!((host.nano_cpus, host.memory), (None, Some(6 << 20)));
         let limits = Limits { memory_mib: Some(u64::MAX), ..Limits::default() };

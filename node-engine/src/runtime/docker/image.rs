@@ -9,7 +9,8 @@ use super::client::{Client, not_found};
 use crate::runtime::{RuntimeError, pause};
 
 /// Carries a version: another program gets another name.
-pub(super) const PAUSE: &str = "node-engine/pause:1";
+/// `localhost` is no registry: Podman, which takes any other name without one for its usual registry's, finds what was imported.
+pub(super) const PAUSE: &str = "localhost/node-engine/pause:1";
 
 const LONGEST_REFERENCE: usize = 512;
 
@@ -46,13 +47,9 @@ pub(super) async fn ensure_pause(client: &Client) -> Result<(), RuntimeError> {
     })?;
     let root_fs = pause::root_fs(&program)
         .map_err(|error| RuntimeError::Step { step: "make the sandbox image", reason: error.to_string() })?;
-    let (repo, tag) = split(PAUSE);
-    let options = CreateImageOptions {
-        from_src: Some("-".into()),
-        repo: Some(repo.into()),
-        tag: Some(tag.into()),
-        ..CreateImageOptions::default()
-    };
+    // With its tag: Podman does not look at one beside it.
+    let options =
+        CreateImageOptions { from_src: Some("-".into()), repo: Some(PAUSE.into()), ..CreateImageOptions::default() };
     let import = docker.create_image(Some(options), Some(bollard::body_full(root_fs.into())), None);
     let import = import.try_for_each(|_| async { Ok(()) }).await;
     import.map_err(|error| client.failed("import the sandbox image", error))

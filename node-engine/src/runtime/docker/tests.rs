@@ -79,7 +79,7 @@ async fn limits_hold_in_the_cgroup() {
     let _up = DAEMON.read().await;
     let runtime = runtime().await;
     let script = "cd /sys/fs/cgroup; cat memory/memory.limit_in_bytes cpu/cpu.cfs_quota_us 2>/dev/null || cat memory.max cpu.max";
-    let limits = Limits { vcpus: Some(1), memory_mib: Some(48), vgpus: 0 };
+    let limits = Limits { vcpus: Some(1), memory_mib: Some(48), ..Limits::default() };
     let spec = InstanceSpec { limits, ..shell(20, script) };
     assert!(cgroup::online_cpus() > 1, "on one CPU a limit of one is none");
     run(&runtime, &spec).await;

@@ -63,7 +63,7 @@ async fn follow(inner: &Inner, exits: &mpsc::Sender<Exit>, away: &mut bool) -> R
     while let Some(event) = events.next().await {
         let event = event.map_err(|error| inner.client.failed("watch events", error))?;
         if let Some((container, code)) = died(event) {
-            tell(inner, exits, &container, Some(code)).await;
+            tell(inner, exits, &container, code).await;
         }
     }
     Ok(())
@@ -113,8 +113,9 @@ async fn tell(inner: &Inner, exits: &mpsc::Sender<Exit>, container: &str, code: 
     let _ = exits.send(Exit { instance, code, out_of_memory }).await;
 }
 
-fn died(event: EventMessage) -> Option<(String, i64)> {
+/// Podman does not say the code in its events.
+fn died(event: EventMessage) -> Option<(String, Option<i64>)> {
     let actor = event.actor?;
-    let code = actor.attributes?.get("exitCode")?.parse().ok()?;
+    let code = actor.attributes.as_ref().and_then(|said| said.get("exitCode")?.parse().ok());
     Some((actor.id?, code))
 }
