@@ -5,11 +5,13 @@ mod nearest;
 mod settings;
 mod telemetry;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use crate::model::Generation;
+use crate::model::ServicePattern;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use load::load_text;
 pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
@@ -114,9 +116,18 @@ pub struct RuntimeConfig {
     pub process: bool,
     /// User of such commands, `user` or `user:group`.
     pub process_user: String,
+    /// Run virtual machines when the cluster says so.
+    pub unikernel: bool,
+    /// Take images from files of this machine (`file://`).
+    pub image_files: bool,
+    /// Services that may be privileged.
+    pub privileged: Vec<ServicePattern>,
+    /// Volume drivers by name, each with its socket.
+    pub volume_drivers: BTreeMap<String, PathBuf>,
+    /// Where the bundled driver keeps volumes; `None`: it does not run.
+    pub host_path_volumes: Option<PathBuf>,
     /// Parent of the control groups that we make ourselves, such as `/node-engine`.
     pub control_group: String,
-    pub restarts: Restarts,
 }
 
 impl Default for RuntimeConfig {
@@ -125,24 +136,13 @@ impl Default for RuntimeConfig {
             docker_host: None,
             process: false,
             process_user: "nobody".into(),
+            unikernel: false,
+            image_files: false,
+            privileged: Vec::new(),
+            volume_drivers: BTreeMap::new(),
+            host_path_volumes: None,
             control_group: "/node-engine".into(),
-            restarts: Restarts::default(),
         }
-    }
-}
-
-/// How often an instance that falls is raised again before the cluster hears of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Restarts {
-    /// 0: never, each end is told at once.
-    pub limit: u32,
-    /// Restarts longer ago than this do not count.
-    pub window: Duration,
-}
-
-impl Default for Restarts {
-    fn default() -> Self {
-        Self { limit: 5, window: Duration::from_secs(600) }
     }
 }
 

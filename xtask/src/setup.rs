@@ -17,7 +17,14 @@ struct Need {
     purpose: &'static str,
 }
 
-const NEEDS: [Need; 15] = [
+/// For guests of this machine's architecture.
+const QEMU: (&str, &str) = if cfg!(target_arch = "aarch64") {
+    ("qemu-system-aarch64", "qemu-system-arm")
+} else {
+    ("qemu-system-x86_64", "qemu-system-x86")
+};
+
+const NEEDS: [Need; 16] = [
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -25,13 +32,14 @@ const NEEDS: [Need; 15] = [
     Need { program: "iptables", package: "iptables", purpose: "is what dockerd filters with" },
     Need { program: "busybox", package: "busybox-static", purpose: "is the user land of the test image" },
     Need { program: "mosquitto", package: "mosquitto", purpose: "is a real broker for the cluster" },
-    Need { program: "faketime", package: "faketime", purpose: "lets a clock jump by years" },
     Need { program: "mosquitto_pub", package: "mosquitto-clients", purpose: "speaks to the broker as a foreigner" },
     Need { program: "iperf3", package: "iperf3", purpose: "measures streams" },
     Need { program: "nft", package: "nftables", purpose: "shows the packet filter" },
     Need { program: "ip", package: "iproute2", purpose: "builds and shows namespaces and links" },
     Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
     Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
+    Need { program: QEMU.0, package: QEMU.1, purpose: "runs guests" },
+    Need { program: "podman", package: "podman crun", purpose: "runs containers where Docker does not" },
     Need { program: "bpftool", package: "bpftool", purpose: "shows loaded programs" },
 ];
 

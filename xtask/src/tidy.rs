@@ -75,13 +75,13 @@ const CLIENTS: [(&str, &[&str]); 10] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
-    ("redb", &["store/database"]),
     ("rtnetlink", &["netmanager/link"]),
     ("netlink_packet_route", &["netmanager/link"]),
     ("netlink_packet_core", &["netmanager/link"]),
     ("rumqttc", &["control/mqtt", "standalone/client"]),
     ("rumqttd", &["standalone/broker"]),
     ("prometheus_client", &["metrics"]),
+    ("tonic", &["runtime/volumes"]),
 ];
 
 /// The places that may turn values into text and back.

@@ -1,13 +1,14 @@
 //! Every setting in one table: its key in the file, its names in the environment, and how its text is read. File, environment and
 //! command line all go through it, so that a value means the same wherever it stands.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use super::telemetry;
 use super::{
-    ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, TelemetryConfig,
+    ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, ServicePattern,
+    TelemetryConfig,
 };
 
 /// One setting.
@@ -168,22 +169,34 @@ pub(super) const SETTINGS: &[Setting] = &[
         set: |draft, text| user(text).map(|user| draft.config.runtime.process_user = user),
     },
     Setting {
+        key: "runtime.unikernel",
+        environment: &["NODE_ENGINE_UNIKERNEL"],
+        set: |draft, text| truth(text).map(|unikernel| draft.config.runtime.unikernel = unikernel),
+    },
+    Setting {
+        key: "runtime.image_files",
+        environment: &["NODE_ENGINE_IMAGE_FILES"],
+        set: |draft, text| truth(text).map(|files| draft.config.runtime.image_files = files),
+    },
+    Setting {
+        key: "runtime.privileged",
+        environment: &["NODE_ENGINE_PRIVILEGED"],
+        set: |draft, text| patterns(text).map(|patterns| draft.config.runtime.privileged = patterns),
+    },
+    Setting {
+        key: "runtime.volume_drivers",
+        environment: &["NODE_ENGINE_VOLUME_DRIVERS"],
+        set: |draft, text| drivers(text).map(|drivers| draft.config.runtime.volume_drivers = drivers),
+    },
+    Setting {
+        key: "runtime.host_path_volumes",
+        environment: &["NODE_ENGINE_HOST_PATH_VOLUMES"],
+        set: |draft, text| directory(text).map(|path| draft.config.runtime.host_path_volumes = Some(path)),
+    },
+    Setting {
         key: "runtime.control_group",
         environment: &["NODE_ENGINE_CONTROL_GROUP"],
         set: |draft, text| control_group(text).map(|group| draft.config.runtime.control_group = group),
-    },
-    Setting {
-        key: "runtime.restart_limit",
-        environment: &["NODE_ENGINE_RESTART_LIMIT"],
-        set: |draft, text| whole(text, 0..=1000).map(|limit| draft.config.runtime.restarts.limit = limit),
-    },
-    Setting {
-        key: "runtime.restart_window",
-        environment: &["NODE_ENGINE_RESTART_WINDOW"],
-        set: |draft, text| {
-            whole(text, 1..=86_400)
-                .map(|seconds| draft.config.runtime.restarts.window = Duration::from_secs(seconds.into()))
-        },
     },
     Setting {
         key: "telemetry.reports",
@@ -350,11 +363,6 @@ fn port(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "is not a port (1 to 65535)".into())
 }
 
-fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
-    let number = text.parse().ok().filter(|number| range.contains(number));
-    number.ok_or_else(|| format!("is not a whole number from {} to {}", range.start(), range.end()))
-}
-
 fn truth(text: &str) -> Result<bool, String> {
     match text {
         "true" | "yes" | "on" | "1" => Ok(true),
@@ -385,6 +393,26 @@ fn user(text: &str) -> Result<String, String> {
     let name = |text: &str| !text.is_empty() && text.len() <= 32 && text.bytes().all(plain);
     let (user, group) = text.split_once(':').unwrap_or((text, "0"));
     if name(user) && name(group) { Ok(text.to_owned()) } else { Err("is not USER or USER:GROUP".into()) }
+}
+
+/// Separated by commas.
+fn patterns(text: &str) -> Result<Vec<ServicePattern>, String> {
+    let patterns = text.split(',').map(str::trim).filter(|pattern| !pattern.is_empty()).map(str::parse);
+    let expected = "is not a list of services such as app.default.web.test, app.*.*.*";
+    patterns.collect::<Result<_, _>>().map_err(|_| expected.to_owned())
+}
+
+/// `NAME=SOCKET`, separated by commas.
+fn drivers(text: &str) -> Result<BTreeMap<String, PathBuf>, String> {
+    let expected = || "is not a list of drivers such as csi.example/nfs=/run/csi/nfs.sock".to_owned();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b'/');
+    let driver = |entry: &str| {
+        let (name, socket) = entry.split_once('=').ok_or_else(expected)?;
+        let socket = socket.strip_prefix("unix://").unwrap_or(socket);
+        let good = !name.is_empty() && name.len() <= 128 && name.bytes().all(plain) && socket.starts_with('/');
+        if good { Ok((name.to_owned(), PathBuf::from(socket))) } else { Err(expected()) }
+    };
+    text.split(',').map(str::trim).filter(|entry| !entry.is_empty()).map(driver).collect()
 }
 
 fn control_group(text: &str) -> Result<String, String> {

@@ -4,6 +4,7 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
@@ -18,7 +19,6 @@ use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::{Adopted, Runtime};
-use crate::store::Desired;
 
 /// How long an engine that runs workloads may take to say what it holds.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -52,10 +52,6 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
     network(config, &mut left).await;
     directory("run directory", &config.run_dir, &mut left);
     drop(lock);
-    // Whoever starts it again wants what the cluster says then, not what was taken down here.
-    if let Err(error) = Desired::forget(&config.state_dir) {
-        left.push(format!("what was to run here ({error})"));
-    }
     if purge {
         directory("state directory", &config.state_dir, &mut left);
     }
@@ -76,9 +72,10 @@ pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
 }
 
 async fn containers(config: &Config, left: &mut Vec<String>) {
-    let docker = match DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1) {
-        Ok(docker) => docker,
-        Err(error) => return left.push(format!("containers ({error})")),
+    let made = DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1).map(Arc::new);
+    let (docker, furniture) = match (made, runtimes::Furniture::of(config)) {
+        (Ok(docker), Ok(furniture)) => (docker, furniture),
+        (Err(error), _) | (_, Err(error)) => return left.push(format!("containers ({error})")),
     };
     let held = match timeout(ANSWER, docker.adopt()).await {
         Ok(Ok(held)) => held,
@@ -88,7 +85,7 @@ async fn containers(config: &Config, left: &mut Vec<String>) {
         Ok(Err(error)) => return left.push(format!("containers, if there are any ({error})")),
         Err(_) => return left.push(format!("containers, if there are any (Docker is silent for {ANSWER:?})")),
     };
-    stop(&docker, held, left).await;
+    stop(&*furniture.given_to(docker.clone()), held, left).await;
     if let Err(error) = docker.remove_sandbox_image().await {
         left.push(format!("the sandbox image ({error})"));
     }

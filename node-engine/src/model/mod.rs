@@ -4,6 +4,7 @@
 pub mod budget;
 pub mod device;
 pub mod event;
+pub mod furniture;
 pub mod message;
 pub mod node;
 pub mod service;
@@ -12,12 +13,14 @@ pub mod status;
 pub use budget::{Purpose, Sent, Volume};
 pub use device::{Channel, Device, DeviceKind, Reading, Sample, Unit};
 pub use event::{Event, EventKind};
-pub use message::{Command, FamilyPair, Policy, Query, Receipt, Report, SemanticAddress, TableAnswer, TableRow};
+pub use furniture::{AddedFile, Mount, VolumeRequest};
+pub use message::{Command, FamilyPair, Policy, Query, Report, SemanticAddress, TableAnswer, TableRow};
 pub use node::{
     Clock, DiskUsage, Generation, GpuUsage, InstanceCounters, InstanceDetails, InstanceUsage, NetworkUsage, NodeFacts,
     NodeHealth, NodeId, NodeIdentity, NodeUsage, Pressure, Subnet, Wear,
 };
 pub use service::{
-    Addresses, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName, Technology,
+    Addresses, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName, ServicePattern,
+    Technology,
 };
 pub use status::Status;

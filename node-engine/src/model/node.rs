@@ -88,6 +88,8 @@ pub struct NodeFacts {
     pub cpus_physical: u32,
     pub cpus_logical: u32,
     pub technologies: Vec<Technology>,
+    /// Names of volume drivers, and their sockets.
+    pub volume_drivers: Vec<(String, String)>,
 }
 
 /// A sample of what the node uses now.

@@ -5,6 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::furniture::{AddedFile, Mount, VolumeRequest};
+
 /// `<app>.<app namespace>.<service>.<service namespace>`, each part `[a-zA-Z0-9]{1,30}`.
 ///
 /// The cluster calls it `job_name`. Checked once here; nothing behind this type meets a path separator,
@@ -64,6 +66,29 @@ impl fmt::Display for ServiceName {
 impl fmt::Debug for ServiceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
+    }
+}
+
+/// Services by name, where any of the four parts may be `*`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePattern([Option<String>; 4]);
+
+impl ServicePattern {
+    pub fn matches(&self, service: &ServiceName) -> bool {
+        let fits = |(wanted, part): (&Option<String>, &str)| wanted.as_deref().is_none_or(|wanted| wanted == part);
+        self.0.iter().zip(service.as_str().split('.')).all(fits)
+    }
+}
+
+impl FromStr for ServicePattern {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        // What is a name with a letter in place of each star is a pattern.
+        let as_name: Vec<_> = text.split('.').map(|part| if part == "*" { "x" } else { part }).collect();
+        as_name.join(".").parse::<ServiceName>()?;
+        let mut parts = text.split('.').map(|part| (part != "*").then(|| part.to_owned()));
+        Ok(Self(std::array::from_fn(|_| parts.next().flatten())))
     }
 }
 
@@ -159,6 +184,10 @@ pub struct InstanceSpec {
     /// Absolute; `None`: the image's.
     pub directory: Option<String>,
     pub limits: Limits,
+    pub volumes: Vec<VolumeRequest>,
+    pub files: Vec<AddedFile>,
+    /// What the node mounts into the instance. No description asks for it by itself.
+    pub mounts: Vec<Mount>,
     /// Exit code 0 means completed, not dead.
     pub one_shot: bool,
     pub privileged: bool,
@@ -182,6 +211,9 @@ impl InstanceSpec {
             user: None,
             directory: None,
             limits: Limits::default(),
+            volumes: Vec::new(),
+            files: Vec::new(),
+            mounts: Vec::new(),
             one_shot: false,
             privileged: false,
             document: "".into(),
@@ -194,6 +226,8 @@ impl InstanceSpec {
 pub struct Limits {
     pub vcpus: Option<u32>,
     pub memory_mib: Option<u64>,
+    /// Of what it writes beside its volumes.
+    pub storage_mib: Option<u64>,
     pub vgpus: u32,
 }
 
@@ -245,6 +279,23 @@ mod tests {
         let long = format!("{}.b.c.d", "a".repeat(31));
         for bad in ["", "a", "a.b.c", "a.b.c.d.e", "a..c.d", "a.b.c.d/..", "a.b.c.\n", "ä.b.c.d", &long] {
             assert!(bad.parse::<ServiceName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn patterns_match_part_by_part() {
+        let name: ServiceName = "app.default.web.test".parse().unwrap();
+        for (pattern, matches) in [
+            ("app.default.web.test", true),
+            ("*.*.*.*", true),
+            ("app.*.web.test", true),
+            ("app.*.db.test", false),
+            ("ap.default.web.test", false),
+        ] {
+            assert_eq!(pattern.parse::<ServicePattern>().unwrap().matches(&name), matches, "{pattern}");
+        }
+        for bad in ["", "*", "app.default.web", "app.*.w*b.test", "a.b.c.d.e"] {
+            assert!(bad.parse::<ServicePattern>().is_err(), "{bad:?}");
         }
     }
 

@@ -124,6 +124,11 @@ impl MemoryRuntime {
         }
     }
 
+    /// The description that the instance was prepared with.
+    pub fn prepared(&self, instance: &InstanceId) -> Option<Arc<InstanceSpec>> {
+        self.state().instances.get(instance).map(|held| held.spec.clone())
+    }
+
     /// Instances that hold anything, and whether their process runs.
     pub fn instances(&self) -> Vec<(InstanceId, bool)> {
         self.state().instances.iter().map(|(id, held)| (id.clone(), held.phase == Phase::Running)).collect()

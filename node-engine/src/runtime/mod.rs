@@ -5,6 +5,7 @@
 
 mod cgroup;
 pub mod docker;
+pub mod furnished;
 mod interfaces;
 pub mod memory;
 mod output;
@@ -13,6 +14,8 @@ pub mod process;
 pub mod session;
 pub mod supervised;
 mod surroundings;
+pub mod unikernel;
+pub mod volumes;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::model::{InstanceId, Query, ServiceName, Technology};
 use crate::wire::json::{MAX_DOCUMENT, MAX_MESSAGE, Members, excerpt};
 use crate::wire::table::{Update, subnet_result, updates_available};
-use crate::wire::{self, GENERATION, ToNode};
+use crate::wire::{self, ToNode};
 
 use super::core::{Change, DeployOrder, Message, Row, Table};
 use super::inventory::{Needs, Request};
@@ -99,9 +99,7 @@ pub(super) fn request(bytes: &[u8]) -> Result<Request, ClusterApiError> {
     let fields = Members::parse(bytes, MAX_MESSAGE).map_err(refuse)?;
     let name = service(&fields)?;
     let mut document: Map<String, Value> = serde_json::from_slice(bytes).map_err(refuse)?;
-    for runtime_state in
-        ["instance_number", "instance_list", "next_instance_progressive_number", GENERATION, "_id", "id", "name"]
-    {
+    for runtime_state in ["instance_number", "instance_list", "next_instance_progressive_number", "_id", "id", "name"] {
         document.remove(runtime_state);
     }
     document.insert("job_name".into(), name.as_str().into());
@@ -211,9 +209,8 @@ fn needs(fields: &Members<'_>, spec: &crate::model::InstanceSpec) -> Result<Need
 pub(super) fn publication(message: &Message, cluster: &str) -> (String, String) {
     match message {
         Message::Deploy(order) => (ToNode::Deploy.topic(&order.node), deploy(order)),
-        Message::Delete { node, instance, virtualization, generation } => {
+        Message::Delete { node, instance, virtualization } => {
             let payload = json!({
-                (GENERATION): generation,
                 "job_name": instance.service.as_str(),
                 "virtualization": virtualization,
                 "instance_number": instance.number,
@@ -264,7 +261,6 @@ fn deploy(order: &DeployOrder) -> String {
         ("microserviceID", order.job.as_str().into()),
         ("job_name", name.as_str().into()),
         ("status", "NODE_SCHEDULED".into()),
-        (GENERATION, order.generation.into()),
         ("instance_number", order.instance.number.into()),
         ("instance_list", json!([instance])),
         ("next_instance_progressive_number", order.next_number.into()),

@@ -113,6 +113,7 @@ pub(super) fn facts(node_name: &str, technologies: Vec<Technology>) -> NodeFacts
         cpus_physical: count(System::physical_core_count().unwrap_or(0)),
         cpus_logical: count(std::thread::available_parallelism().map_or(1, usize::from)),
         technologies,
+        volume_drivers: Vec::new(),
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use super::furniture::{self, FileDocument, VolumeDocument};
 use super::json::{MAX_DOCUMENT, Malformed, Members, excerpt};
 use super::service_name;
 use crate::model::{
@@ -50,8 +51,10 @@ pub enum DeployFault {
     Environment(String),
     #[error("port mapping {text}: {reason} (expected host:container/tcp|udp, several joined by `;`)")]
     Port { text: String, reason: &'static str },
-    #[error("this node has no volume driver, and the job wants {0} volumes")]
-    Volumes(usize),
+    #[error("volume {id}: {reason}")]
+    Volume { id: String, reason: &'static str },
+    #[error("added file {path}: {reason}")]
+    AddedFile { path: String, reason: &'static str },
     #[error("none of the images is for {0} (offered: {1})")]
     Architecture(&'static str, String),
 }
@@ -88,10 +91,6 @@ pub(super) fn read(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec
 
 fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployFault> {
     let technology = technology(members)?.unwrap_or(Technology::Container);
-    let volumes = members.objects("volumes")?.len();
-    if volumes > 0 {
-        return Err(DeployFault::Volumes(volumes));
-    }
     let mut command = members.texts("cmd")?;
     if command.is_empty() {
         command = first_generation_command(members)?;
@@ -115,6 +114,9 @@ fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, De
         user: user(members)?,
         directory: directory(members)?,
         limits: limits(members)?,
+        volumes: furniture::volumes(members)?,
+        files: furniture::files(members)?,
+        mounts: Vec::new(),
         one_shot: members.flag("one_shot")?,
         privileged: members.flag("privileged")?,
         document: Arc::from(""),
@@ -342,6 +344,7 @@ fn limits(members: &Members<'_>) -> Result<Limits, DeployFault> {
     Ok(Limits {
         vcpus: vcpus.filter(|number| *number > 0).map(narrow),
         memory_mib: memory.filter(|number| *number > 0),
+        storage_mib: members.whole("storage")?.filter(|number| *number > 0),
         vgpus: members.whole("vgpus")?.map(narrow).unwrap_or_default(),
     })
 }
@@ -376,8 +379,14 @@ pub struct Document {
     pub vcpus: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage: Option<u64>,
     #[serde(skip_serializing_if = "is_zero")]
     pub vgpus: u32,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    volumes: Vec<VolumeDocument>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    added_files: Vec<FileDocument>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub one_shot: bool,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -405,7 +414,10 @@ impl From<&InstanceSpec> for Document {
             directory: spec.directory.clone(),
             vcpus: spec.limits.vcpus,
             memory: spec.limits.memory_mib,
+            storage: spec.limits.storage_mib,
             vgpus: spec.limits.vgpus,
+            volumes: VolumeDocument::of(spec),
+            added_files: FileDocument::of(spec),
             one_shot: spec.one_shot,
             privileged: spec.privileged,
         }

@@ -127,6 +127,19 @@ impl<'a> Members<'a> {
         self.get(member).map(Self::of).transpose()
     }
 
+    /// All members, each of which is a text.
+    pub(crate) fn entries(&self) -> Result<Vec<(String, String)>, Malformed> {
+        let text = |(name, raw): (&String, &&RawValue)| match serde_json::from_str(raw.get()) {
+            Ok(text) => Ok((name.clone(), text)),
+            Err(_) => Err(Malformed::Member {
+                member: "config",
+                expected: "texts by name",
+                found: excerpt(raw.get().as_bytes()),
+            }),
+        };
+        self.0.iter().map(text).collect()
+    }
+
     /// The entries of a list of objects.
     pub(crate) fn objects(&self, member: &'static str) -> Result<Vec<Members<'a>>, Malformed> {
         let entries: Vec<&'a RawValue> = self.read(member, "a list")?.unwrap_or_default();

@@ -5,6 +5,7 @@
 //! clusters lose their receive thread over a single bad message (protocol 2). No I/O here, and no panic over any input.
 
 pub mod deploy;
+mod furniture;
 pub mod json;
 pub mod node;
 pub mod order;
@@ -16,7 +17,7 @@ pub mod topic;
 
 pub use deploy::{DeployError, deploy};
 pub use json::Malformed;
-pub use order::{GENERATION, Order, OrderError, generation, order};
+pub use order::{Order, OrderError, order};
 pub use sensor::sensor;
 pub use topic::{FromNode, ToNode, sensor_topic};
 

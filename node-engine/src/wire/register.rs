@@ -25,9 +25,15 @@ struct Registration<'a> {
     virtualization: Vec<&'a str>,
     technology: Vec<&'a str>,
     supported_addons: [&'static str; 0],
-    csi_drivers: [&'static str; 0],
+    csi_drivers: Vec<CsiDriver<'a>>,
     #[serde(flatten)]
     usage: serde_json::Value,
+}
+
+#[derive(Serialize)]
+struct CsiDriver<'a> {
+    csi_driver_name: &'a str,
+    csi_driver_endpoint: String,
 }
 
 #[derive(Serialize)]
@@ -55,7 +61,11 @@ pub fn registration(generation: Generation, facts: &NodeFacts, usage: &NodeUsage
         virtualization: technologies.clone(),
         technology: technologies,
         supported_addons: [],
-        csi_drivers: [],
+        csi_drivers: facts
+            .volume_drivers
+            .iter()
+            .map(|(name, socket)| CsiDriver { csi_driver_name: name, csi_driver_endpoint: format!("unix://{socket}") })
+            .collect(),
         usage: super::node::usage_members(generation, usage),
     })
 }

@@ -68,7 +68,7 @@ fn a_real_job_document_becomes_a_description() {
     assert_eq!(spec.command, Vec::<String>::new());
     assert_eq!(spec.environment, ["A=b"]);
     assert_eq!(spec.ports, [PortMapping { host: 8080, container: 80, protocol: Protocol::Tcp }]);
-    assert_eq!(spec.limits, Limits { vcpus: Some(1), memory_mib: Some(100), vgpus: 0 });
+    assert_eq!(spec.limits, Limits { vcpus: Some(1), memory_mib: Some(100), ..Limits::default() });
     assert_eq!((spec.platform.as_deref(), spec.one_shot, spec.privileged), (None, false, false));
 }
 
@@ -81,12 +81,50 @@ fn the_stored_document_reads_back_into_the_same_description() {
 }
 
 #[test]
+fn what_an_instance_is_given_is_read_and_kept() {
+    let mut document: serde_json::Value = serde_json::from_str(JOB).unwrap();
+    document["volumes"] = serde_json::json!([
+        {"volume_id": "data", "csi_driver": "csi.example/nfs", "mount_path": "/data", "config": {"server": "x"}},
+        {"volume_id": "logs", "csi_driver": "csi.example/nfs", "mount_path": null, "config": null},
+    ]);
+    document["added_files"] =
+        serde_json::json!([{"path": "/etc/x", "content": "text", "mode": "0600"}, {"path": "/y"}]);
+    document["storage"] = 10.into();
+    document["user"] = "web:80".into();
+    document["working_directory"] = "/srv".into();
+    let spec = deploy(document.to_string().as_bytes(), None).unwrap();
+    let mounted: Vec<_> = spec.volumes.iter().map(|volume| (volume.id.as_str(), volume.mount_path.as_str())).collect();
+    assert_eq!(mounted, [("data", "/data"), ("logs", "/mnt/csi/logs")]);
+    assert_eq!(spec.volumes[0].config, [("server".to_owned(), "x".to_owned())]);
+    let modes: Vec<_> = spec.files.iter().map(|file| (file.content.as_str(), file.mode)).collect();
+    assert_eq!(modes, [("text", 0o600), ("", 0o644)]);
+    assert_eq!(spec.limits.storage_mib, Some(10));
+    assert_eq!((spec.user.as_deref(), spec.directory.as_deref()), (Some("web:80"), Some("/srv")));
+    assert_eq!(deploy(spec.document.as_bytes(), None).unwrap(), spec);
+}
+
+#[test]
+fn a_process_needs_an_image_or_a_command() {
+    let process = |image: &str, command: &str| {
+        let mut document: serde_json::Value = serde_json::from_str(&job_with("virtualization", "\"process\"")).unwrap();
+        document["image"] = serde_json::from_str(image).unwrap();
+        document["cmd"] = serde_json::from_str(command).unwrap();
+        deploy(document.to_string().as_bytes(), None)
+    };
+    for (image, command) in [("\"\"", "[\"sh\"]"), ("null", "[\"sh\"]"), ("\"/bin/sh\"", "[]")] {
+        let spec = process(image, command).unwrap();
+        assert_eq!(deploy(spec.document.as_bytes(), None).unwrap(), spec);
+    }
+    assert!(process("\"\"", "[]").unwrap_err().to_string().contains("neither image"));
+}
+
+#[test]
 fn a_first_generation_document_means_our_instance_without_an_address() {
     let spec = deploy(FIRST_GENERATION_JOB.as_bytes(), Some(&node("node1"))).unwrap();
     assert_eq!(spec.id, instance(2));
     assert_eq!(spec.command, ["nginx", "-g", "x"]);
     assert_eq!(spec.ports, [PortMapping { host: 80, container: 80, protocol: Protocol::Tcp }]);
-    assert_eq!(spec.limits, Limits { vcpus: Some(1), memory_mib: Some(100), vgpus: 0 });
+    assert_eq!(spec.limits, Limits { vcpus: Some(1), memory_mib: Some(100), ..Limits::default() });
     assert_eq!(deploy(spec.document.as_bytes(), None).unwrap(), spec);
     for stranger in [None, Some(node("node9"))] {
         let error = deploy(FIRST_GENERATION_JOB.as_bytes(), stranger.as_ref()).unwrap_err();
@@ -105,8 +143,7 @@ fn job_with(member: &str, value: &str) -> String {
 
 #[test]
 fn unused_members_may_be_anything() {
-    for member in ["code", "state", "added_files", "constraints", "addresses", "RR_ip", "storage", "status", "whatever"]
-    {
+    for member in ["code", "state", "added_files", "constraints", "addresses", "RR_ip", "status", "whatever"] {
         for value in ["null", "3", "\"x\"", "[[[]]]", "{\"a\":{}}"] {
             let spec = deploy(job_with(member, value).as_bytes(), None).unwrap();
             assert_eq!(spec.id, instance(0), "{member}={value}");
@@ -156,7 +193,26 @@ fn a_wrong_member_fails_its_instance_and_says_which() {
         ("virtualization", "\"a b\"", "technology"),
         ("virtualization", "[]", "`virtualization` is not a text"),
         ("platform", "\"linux/arm64;rm\"", "os/architecture"),
-        ("volumes", "[{\"volume_id\":\"v\"}]", "no volume driver"),
+        ("platform", "7", "`platform` is not a text"),
+        ("storage", "\"much\"", "`storage` is not a whole number"),
+        ("vgpus", "-1", "`vgpus` is not a whole number"),
+        ("user", "\"a b\"", "user or user:group"),
+        ("user", "\":0\"", "user or user:group"),
+        ("working_directory", "\"tmp\"", "absolute path"),
+        ("volumes", "[{\"volume_id\":\"v\"}]", "`csi_driver` is missing"),
+        ("volumes", "[{\"csi_driver\":\"d\"}]", "`volume_id` is missing"),
+        ("volumes", "[{\"volume_id\":\"..\",\"csi_driver\":\"d\"}]", "its id is not"),
+        ("volumes", "[{\"volume_id\":\"v\",\"csi_driver\":\"a~b\"}]", "its driver is not"),
+        ("volumes", "[{\"volume_id\":\"v\",\"csi_driver\":\"d\",\"mount_path\":\"/a/../b\"}]", "without `..`"),
+        ("volumes", "[{\"volume_id\":\"v\",\"csi_driver\":\"d\",\"config\":{\"a\":1}}]", "not texts by name"),
+        (
+            "volumes",
+            "[{\"volume_id\":\"v\",\"csi_driver\":\"d\",\"mount_path\":\"/m\"},{\"volume_id\":\"w\",\"csi_driver\":\"d\",\"mount_path\":\"/m\"}]",
+            "another volume is mounted there",
+        ),
+        ("added_files", "[{\"path\":\"etc/x\"}]", "absolute path of a file"),
+        ("added_files", "[{\"path\":\"/etc/x\",\"mode\":\"0888\"}]", "octal digits"),
+        ("added_files", "[{\"path\":\"/etc/x\",\"content\":3}]", "`content` is not a text"),
     ] {
         let error = deploy(job_with(member, value).as_bytes(), None).unwrap_err();
         assert_eq!(error.instance, Some(instance(0)), "{member}={value}");

@@ -13,7 +13,7 @@ use std::error::Error;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -37,6 +37,7 @@ const USAGE: &str = "usage: probe serve [TEXT]
        probe connect ADDRESS:PORT SECONDS
        probe stream ADDRESS:PORT SECONDS
        probe say ADDRESS:PORT TEXT [FROM:PORT]
+       probe shell SCRIPT
        probe lookup NAME A|AAAA
        probe nameserver ADDRESS NAME IPV4";
 
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         ["stream", to, seconds] => stream(to, seconds),
         ["lookup", name, kind] => names::lookup(name, kind),
         ["nameserver", at, name, address] => names::serve(at, name, address),
+        ["shell", script] => shell(script),
         ["say", to, text] => say(to, text, None),
         ["say", to, text, from] => say(to, text, Some(from)),
         _ => Err(USAGE.into()),
@@ -66,6 +68,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn shell(script: &str) -> Outcome {
+    let ended = process::Command::new("/bin/sh").args(["-c", script]).status()?;
+    if ended.success() { Ok(()) } else { Err(format!("the script ended with {ended}").into()) }
 }
 
 fn serve(text: &str) -> Outcome {

@@ -106,9 +106,12 @@ fn every_setting_is_read_from_the_file() {
         docker_host = "unix:///d.sock"
         process = true
         process_user = "web"
+        unikernel = true
+        image_files = true
+        privileged = "a.b.c.d"
+        volume_drivers = "d=/d.sock"
+        host_path_volumes = "/srv/volumes"
         control_group = "/edge"
-        restart_limit = 2
-        restart_window = 90
         [telemetry]
         reports = "changes"
         sensors = "bme280"
@@ -142,7 +145,10 @@ fn every_setting_is_read_from_the_file() {
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
     );
-    assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
+    assert!(config.runtime.process && config.runtime.unikernel && config.runtime.image_files);
+    assert_eq!(config.runtime.host_path_volumes.as_deref(), Some(Path::new("/srv/volumes")));
+    assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));
+    assert_eq!((config.runtime.privileged.len(), config.runtime.volume_drivers.len()), (1, 1));
 }
 
 #[test]
@@ -221,5 +227,28 @@ proptest::proptest! {
         let _ = load_from(&file, &[], &[("cluster.host", &host)]);
         let _ = load_from("", &[], &[("network.service_v4", &network), ("network.service_v6", &network)]);
         let _ = load_from(&format!("node_name = \"x\"\n[cluster]\nhost = {host:?}\n"), &[], &[]);
+    }
+}
+
+#[test]
+fn what_a_node_grants_is_read_and_checked() {
+    let file = "[runtime]\nprocess = true\nprocess_user = \"web:80\"\nprivileged = \"a.b.c.d, tools.*.*.*\"\n\
+                volume_drivers = \"csi.example/nfs=unix:///run/nfs.sock\"\ncontrol_group = \"/a/b\"";
+    let runtime = load_from(file, &[], &[]).unwrap().config.runtime;
+    assert!(runtime.process && !runtime.unikernel && !runtime.image_files);
+    assert_eq!((runtime.process_user.as_str(), runtime.privileged.len()), ("web:80", 2));
+    assert_eq!(runtime.volume_drivers["csi.example/nfs"], Path::new("/run/nfs.sock"));
+    assert_eq!(runtime.control_group, "/a/b");
+    for (setting, reason) in [
+        ("process_user = \"a b\"", "is not USER or USER:GROUP"),
+        ("privileged = \"everybody\"", "is not a list of services"),
+        ("volume_drivers = \"nfs\"", "is not a list of drivers"),
+        ("volume_drivers = \"nfs=run/x\"", "is not a list of drivers"),
+        ("control_group = \"/a/../b\"", "is not the path of a control group"),
+        ("host_path_volumes = \"volumes\"", "is not an absolute path"),
+        ("process = \"maybe\"", "is not true or false"),
+    ] {
+        let error = load_from(&format!("[runtime]\n{setting}"), &[], &[]).unwrap_err();
+        assert!(error.contains(reason), "{setting}: {error}");
     }
 }

@@ -59,7 +59,7 @@ impl ProcessRuntime {
             host_name: "trial".into(),
             ..Launch::default()
         };
-        if let Err(error) = self.keeper.trial(&spec, launch, TRIAL).await {
+        if let Err(error) = self.keeper.trial(&spec, launch, 0, TRIAL).await {
             tracing::warn!(%error, "processes are allowed by the configuration, and do not run on this machine");
             return false;
         }
@@ -85,7 +85,16 @@ impl ProcessRuntime {
         if !directory.is_dir() {
             return Err(refused("working directory", format!("{} is no directory of this node", directory.display())));
         }
+        for mount in &spec.mounts {
+            let target = Path::new(&mount.target);
+            if !target.exists() || target.is_dir() != mount.source.is_dir() {
+                let reason =
+                    format!("{} is not there to be mounted on: a process sees the node's own files", mount.target);
+                return Err(refused("mount path", reason));
+            }
+        }
         Ok(Launch {
+            mounts: spec.mounts.clone(),
             program: program(name, path)?,
             arguments: arguments.to_vec(),
             user: Some(self.user(spec)?),

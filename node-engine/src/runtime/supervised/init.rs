@@ -16,6 +16,8 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Gid, Pid, Uid, sethostname};
 
+use crate::model::Mount;
+
 use super::launch::{Launch, Order};
 use super::place::Place;
 use super::supervisor::{ASK, FORCE, GO, HOST_NAME, MOUNTS, OWN, PROCESSES, READY};
@@ -110,18 +112,34 @@ fn furnish(place: &Place, launch: &Launch, own: &str) -> io::Result<()> {
     let step = |what: &'static str| move |error: Errno| io::Error::other(format!("{what}: {error}"));
     let own = |namespace: &str| own.split(',').any(|name| name == namespace);
     if own(MOUNTS) {
-        mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOTHING).map_err(step("private mounts"))?;
+        mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_SLAVE, NOTHING).map_err(step("own mounts"))?;
         if own(PROCESSES) {
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
             mount(Some("proc"), "/proc", Some("proc"), flags, NOTHING).map_err(step("mount /proc"))?;
         }
         bind_resolver(place, launch)?;
+        for mount in &launch.mounts {
+            bind(mount)?;
+        }
+    } else if !launch.mounts.is_empty() {
+        return Err(io::Error::other("this kernel has no mount namespaces, and volumes and added files need one"));
     }
     if own(HOST_NAME) {
         sethostname(&launch.host_name).map_err(step("host name"))?;
     }
     // In the command's own network nobody else is to be protected from it: it may serve port 80 as whoever it is.
     let _ = fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    Ok(())
+}
+
+fn bind(asked: &Mount) -> io::Result<()> {
+    let failed = |error: Errno| io::Error::other(format!("mount {}: {error}", asked.target));
+    let target = Path::new(&asked.target);
+    mount(Some(&asked.source), target, NOTHING, MsFlags::MS_BIND, NOTHING).map_err(failed)?;
+    if asked.read_only {
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(NOTHING, target, NOTHING, flags, NOTHING).map_err(failed)?;
+    }
     Ok(())
 }
 

@@ -132,11 +132,17 @@ impl Keeper {
         self.begin(instance, true).await
     }
 
-    /// Runs a command that ends by itself, as a trial of everything a workload needs.
+    /// Waits for the end of a command that was asked to end by other means; not for ever.
+    pub(in crate::runtime) async fn until_ended(&self, instance: &InstanceId, patience: Duration) {
+        ended(&self.inner.place(instance), patience).await;
+    }
+
+    /// Runs a command that ends by itself with the code `good`, as a trial of everything a workload needs.
     pub(in crate::runtime) async fn trial(
         &self,
         spec: &InstanceSpec,
         launch: Launch,
+        good: i64,
         limit: Duration,
     ) -> Result<(), RuntimeError> {
         let run = async {
@@ -146,7 +152,7 @@ impl Keeper {
             let place = self.inner.place(&spec.id);
             loop {
                 match place.state() {
-                    State::Ended(ended) if ended.code == 0 => return Ok(()),
+                    State::Ended(ended) if ended.code == good => return Ok(()),
                     State::Ended(ended) => {
                         let said = self.logs(&spec.id, TAIL).await?;
                         let reason = format!("exit code {}: {}", ended.code, output::text(&said).trim());

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::model::Mount;
+
 /// A command and the surroundings it runs in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Launch {
@@ -16,6 +18,8 @@ pub struct Launch {
     /// User and group; `None`: those of the daemon.
     pub user: Option<(u32, u32)>,
     pub host_name: String,
+    /// Made in its own mount namespace, on files or directories that are there.
+    pub mounts: Vec<Mount>,
     /// Text of its `/etc/resolv.conf`; empty: the host's.
     pub resolver: String,
 }
@@ -52,6 +56,11 @@ impl Order {
             put("group", &group.to_string());
         }
         put("host_name", &launch.host_name);
+        for mount in &launch.mounts {
+            let kind = if mount.read_only { "ro" } else { "rw" };
+            // No path of a description has a control character.
+            put("mount", &format!("{kind}\u{1f}{}\u{1f}{}", mount.target, shown(&mount.source)));
+        }
         put("resolver", &launch.resolver);
         put("netns", &shown(&self.netns));
         self.groups.iter().for_each(|group| put("control_group", &shown(group)));
@@ -79,6 +88,7 @@ impl Order {
                 "user" => user = Some(number()?),
                 "group" => group = Some(number()?),
                 "host_name" => launch.host_name = value.into(),
+                "mount" => launch.mounts.push(mount(value).ok_or_else(wrong)?),
                 "resolver" => launch.resolver = value.into(),
                 "netns" => order.netns = value.into(),
                 "control_group" => order.groups.push(value.into()),
@@ -91,6 +101,12 @@ impl Order {
         order.launch.user = user.zip(group);
         Ok(order)
     }
+}
+
+fn mount(record: &str) -> Option<Mount> {
+    let mut parts = record.splitn(3, '\u{1f}');
+    let (kind, target, source) = (parts.next()?, parts.next()?, parts.next()?);
+    Some(Mount { source: source.into(), target: target.into(), read_only: kind == "ro" })
 }
 
 #[cfg(test)]
@@ -108,6 +124,7 @@ mod tests {
             directory: "/".into(),
             user: Some((1, 2)),
             host_name: "instance-0".into(),
+            mounts: vec![Mount { source: "/a b".into(), target: "/c".into(), read_only: true }],
             resolver: "nameserver 10.0.0.1\n".into(),
         };
         let order = Order {

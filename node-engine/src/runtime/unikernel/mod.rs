@@ -1,0 +1,218 @@
+//! Unikernels and other small kernels as virtual machines: QEMU in the instance's network namespace, looked after like a plain command.
+//! The image is an archive with a `kernel` and what it needs; the guest gets an address of its own behind the instance's (the network
+//! wires any namespace that holds the device [`tap::DEVICE`]), its serial console is the log, and QMP asks it to end.
+
+mod archive;
+mod fetch;
+mod machine;
+mod qmp;
+mod tap;
+mod trial;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{OnceCell, Semaphore};
+use tokio::task::spawn_blocking;
+
+use super::supervised::{Home, Keeper, Launch};
+use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, surroundings};
+use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
+use machine::{Accelerator, Guest};
+
+/// Memory of a guest whose description asks for none.
+const MEMORY_MIB: u64 = 256;
+/// What QEMU itself may use beside the guest's memory.
+const OVERHEAD_MIB: u64 = 256;
+/// Archives that are fetched and unpacked at the same time.
+const FETCHES: usize = 2;
+/// What is left of the grace for QEMU itself to end, once the guest has had its time.
+const LAST: Duration = Duration::from_secs(2);
+
+/// Virtual machines of this node.
+#[derive(Debug)]
+pub struct UnikernelRuntime {
+    keeper: Keeper,
+    policy: Policy,
+    /// Archives, and what was unpacked for each instance.
+    cache: PathBuf,
+    instances: PathBuf,
+    /// Where it is noted until the next boot which way works.
+    noted: PathBuf,
+    accelerator: OnceCell<Result<Accelerator, String>>,
+    fetches: Semaphore,
+}
+
+/// What the node's configuration allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    pub allowed: bool,
+    /// Images may be files of this node.
+    pub files: bool,
+}
+
+impl UnikernelRuntime {
+    /// `state_dir` keeps archives over a reboot. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// If the end of guests cannot be watched.
+    pub fn new(home: Home, state_dir: &Path, policy: Policy) -> Result<Self, RuntimeError> {
+        Ok(Self {
+            noted: home.run.with_file_name("unikernel-trial").join("accelerator"),
+            keeper: Keeper::new(Technology::Unikernel, home)?,
+            policy,
+            cache: state_dir.join("unikernel/archives"),
+            instances: state_dir.join("unikernel/instances"),
+            accelerator: OnceCell::new(),
+            fetches: Semaphore::new(FETCHES),
+        })
+    }
+
+    /// Whether virtual machines are allowed and really run here, found out by booting one.
+    pub async fn works(&self) -> bool {
+        if !self.policy.allowed {
+            return false;
+        }
+        match self.accelerator().await {
+            Ok(accelerator) => {
+                tracing::info!(accelerator = accelerator.name(), "virtual machines run on this node");
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%error, "unikernels are allowed by the configuration, and do not run on this machine");
+                false
+            }
+        }
+    }
+
+    /// The first way to run a guest that a trial has shown to work; the answer holds until the next boot.
+    async fn accelerator(&self) -> Result<Accelerator, RuntimeError> {
+        let found = self.accelerator.get_or_init(|| async {
+            let noted = fs::read_to_string(&self.noted).ok().and_then(|name| Accelerator::named(name.trim()));
+            if let Some(accelerator) = noted {
+                return Ok(accelerator);
+            }
+            let found = trial::first_that_works(&self.keeper, self.noted.parent().unwrap_or(Path::new("/"))).await?;
+            // Only costs another trial where it cannot be kept.
+            let _ = fs::write(&self.noted, found.name());
+            Ok(found)
+        });
+        found.await.clone().map_err(|reason| RuntimeError::Step { step: "trial boot", reason })
+    }
+
+    /// What the archive holds, unpacked for this instance.
+    async fn unpack(&self, spec: &InstanceSpec) -> Result<PathBuf, RuntimeError> {
+        let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
+        let archive = fetch::archive(&spec.image, &self.cache, self.policy.files).await?;
+        let (to, image) = (self.directory(&spec.id), spec.image.clone());
+        let unpacked = spawn_blocking(move || {
+            remove(&to)?;
+            fs::create_dir_all(&to)?;
+            archive::unpack(&archive, &to).map(|()| to)
+        });
+        let unpacked = unpacked.await.map_err(|error| step("unpack", &error))?;
+        unpacked.map_err(|error| RuntimeError::Image { image, reason: error.to_string() })
+    }
+
+    fn directory(&self, instance: &InstanceId) -> PathBuf {
+        self.instances.join(instance.to_string())
+    }
+}
+
+#[async_trait]
+impl Runtime for UnikernelRuntime {
+    fn technology(&self) -> Technology {
+        Technology::Unikernel
+    }
+
+    async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
+        if !self.policy.allowed {
+            let reason = "the configuration of this node does not allow virtual machines (runtime.unikernel)".into();
+            return Err(RuntimeError::Refused { what: "unikernel", reason });
+        }
+        if !spec.mounts.is_empty() {
+            let reason = "a guest shares nothing but `files` of its archive: it has no volumes or added files".into();
+            return Err(RuntimeError::Refused { what: "unikernel", reason });
+        }
+        let accelerator = self.accelerator().await?;
+        let directory = self.unpack(spec).await?;
+        let guest = Guest::new(&directory, spec, accelerator).map_err(|error| step("machine", &error))?;
+        let sandbox = self.keeper.make(spec).await?;
+        let netns = sandbox.netns.clone();
+        let tap = spawn_blocking(move || tap::ensure(&netns)).await.map_err(|error| step("tap", &error))?;
+        tap.map_err(|error| step("tap", &error))?;
+        let launch = Launch {
+            program: machine::program(),
+            arguments: guest.arguments(),
+            environment: vec!["PATH=/usr/bin:/bin".into()],
+            directory,
+            host_name: surroundings::host_name(&spec.id),
+            ..Launch::default()
+        };
+        let limits = Limits { memory_mib: Some(guest.memory_mib + OVERHEAD_MIB), ..spec.limits };
+        self.keeper.supervise(&spec.id, launch, limits).await?;
+        Ok(sandbox)
+    }
+
+    async fn start(&self, instance: &InstanceId) -> Result<(), RuntimeError> {
+        self.keeper.start(instance).await
+    }
+
+    async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError> {
+        let directory = self.directory(instance);
+        if !grace.is_zero() && directory.exists() {
+            match qmp::power_down(&directory).await {
+                Ok(()) => self.keeper.until_ended(instance, grace).await,
+                Err(error) => tracing::debug!(%instance, %error, "the guest cannot be asked to end"),
+            }
+        }
+        self.keeper.stop(instance, grace.min(LAST)).await?;
+        remove(&directory).map_err(|error| step("remove what was unpacked", &error))
+    }
+
+    async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
+        let adopted = self.keeper.adopt().await?;
+        for entry in fs::read_dir(&self.instances).into_iter().flatten().flatten() {
+            let known = |one: &Adopted| entry.file_name().to_str() == Some(one.instance.to_string().as_str());
+            if !adopted.iter().any(known) {
+                // Of a run before the last reboot.
+                let _ = remove(&entry.path());
+            }
+        }
+        Ok(adopted)
+    }
+
+    async fn usage(&self) -> Result<Vec<InstanceUsage>, RuntimeError> {
+        self.keeper.usage().await
+    }
+
+    async fn logs(&self, instance: &InstanceId, tail: usize) -> Result<Vec<u8>, RuntimeError> {
+        self.keeper.logs(instance, tail).await
+    }
+
+    async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
+        self.keeper.inspect(instance).await
+    }
+
+    async fn follow(&self, instance: &InstanceId, tail: usize) -> Result<Follow, RuntimeError> {
+        self.keeper.follow(instance, tail).await
+    }
+
+    async fn exited(&self) -> Exit {
+        self.keeper.exited().await
+    }
+}
+
+fn remove(directory: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn step(step: &'static str, error: &dyn std::error::Error) -> RuntimeError {
+    RuntimeError::Step { step, reason: error.to_string() }
+}
