@@ -33,7 +33,6 @@ mod look;
 mod miss;
 mod names;
 mod overlay;
-mod podman;
 mod ports;
 mod process;
 mod restart;

@@ -24,7 +24,7 @@ const QEMU: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("qemu-system-x86_64", "qemu-system-x86")
 };
 
-const NEEDS: [Need; 16] = [
+const NEEDS: [Need; 15] = [
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -39,7 +39,6 @@ const NEEDS: [Need; 16] = [
     Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
     Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
     Need { program: QEMU.0, package: QEMU.1, purpose: "runs guests" },
-    Need { program: "podman", package: "podman crun", purpose: "runs containers where Docker does not" },
     Need { program: "bpftool", package: "bpftool", purpose: "shows loaded programs" },
 ];
 
