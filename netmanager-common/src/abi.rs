@@ -57,6 +57,10 @@ pub const POLICY_ANY: u32 = 1;
 pub const POLICY_TURN: u32 = 2;
 /// By the client's own address: the same of the list for the same client, on every node.
 pub const POLICY_CLIENT: u32 = 3;
+/// The bits of the policy that say which.
+pub const POLICY_MASK: u32 = 0xff;
+/// Added to a policy: the next new flow is a trial for the slot in the service's row of `TRIALS`, if it is still there.
+pub const POLICY_TRIAL: u32 = 0x100;
 
 /// Key of `CANDIDATES`; its value is a slot number (`u32`).
 #[repr(C)]
@@ -196,7 +200,30 @@ pub struct Flow {
     pub kind: u8,
     /// Bits of `FLOW_SEEN` and `FLOW_CLOSING`.
     pub state: u8,
-    pub _pad: [u8; 2],
+    /// Of what comes back: the slot that was chosen.
+    pub server: u16,
+}
+
+const _: () = assert!(crate::MAX_SLOTS <= u16::MAX as u32 + 1, "a slot's number must fit a flow's `server`");
+
+impl Flow {
+    /// Will the next packet on this row be the first that answers?
+    #[inline(always)]
+    pub const fn unanswered(&self) -> bool {
+        self.kind == FLOW_REPLY && self.state & FLOW_SEEN == 0
+    }
+}
+
+/// What became of the TCP connections for which a slot was chosen. Index: slot number; slot 0 has the sums of `asked` and of what ICMP refused.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answers {
+    /// It was chosen for so many.
+    pub asked: u32,
+    /// The first thing that came back was anything but the end,
+    pub answered: u32,
+    /// or was the end.
+    pub refused: u32,
 }
 
 /// A packet came on an existing row; on that of replies: somebody has answered.
@@ -226,5 +253,5 @@ macro_rules! layouts {
 }
 
 layouts! {
-    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52,
+    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52, Answers = 12,
 }

@@ -146,6 +146,9 @@ pub const fn control_framing() -> [u8; FRAMING_LEN] {
     [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p, q, r, s, t, u, v]
 }
 
+/// With this byte a bare control datagram begins, which is no packet of either family.
+pub const CONTROL_FIRST: u8 = 0x9e;
+
 pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const ICMP: u8 = 1;

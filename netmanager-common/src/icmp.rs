@@ -12,7 +12,7 @@
 //! the overlay have no addresses that anybody could see.
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, Endpoint, FLOW_HOST, FLOW_REPLY, FlowKey, Mac, PEER_OURS, POLICY_INSTANCE, Slot,
+    CONFIG_RELAX_SOURCE, Endpoint, FLOW_HOST, FLOW_REPLY, Flow, FlowKey, Mac, PEER_OURS, POLICY_INSTANCE, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum::{self, Change};
@@ -133,6 +133,9 @@ pub fn outbound(packet: &mut [u8], tables: &mut impl Tables, host: bool) -> Resu
     // The instance that did not want the packet.
     let own = error.about.destination;
     let sender = tables.endpoint(&own).filter(|_| host || error.source == own).ok_or(DropReason::Spoofed)?;
+    if let Some(flow) = tables.flow(&error.mirrored()) {
+        error.count(packet, tables, &flow);
+    }
     let (slot, source) = match route(tables, &error.mirrored(), &sender)? {
         Route::To(slot, source) => (slot, source),
         Route::Host => return Ok(Verdict::Slow(Miss::Host)),
@@ -202,7 +205,10 @@ pub fn inbound(packet: &mut [u8], tables: &mut impl Tables, outer: &Addr) -> Res
     let noted = tables.flow(&key).or_else(|| tables.flow(&FlowKey { source: Addr::NONE, ..key }));
     let source = match noted {
         Some(flow) if flow.kind == FLOW_HOST => return Ok(Verdict::Slow(Miss::Host)),
-        Some(flow) if flow.kind == FLOW_REPLY => flow.source,
+        Some(flow) if flow.kind == FLOW_REPLY => {
+            error.count(packet, tables, &flow);
+            flow.source
+        }
         Some(_) => error.source,
         // Nothing has come back on the flow yet, and nobody chose an instance for it.
         None if tables.flow(&error.about).is_some() => error.source,
@@ -253,6 +259,19 @@ impl Message {
         let transport = ip.transport + HEADER + inner.transport;
         let Ip { family, source, destination, transport: at, .. } = ip;
         Ok(Self { family, source, destination, at, about, transport })
+    }
+
+    /// Who says that a first packet cannot be delivered refuses, and that is counted; also in the sum, as a datagram is not asked for there.
+    fn count(&self, packet: &[u8], tables: &mut impl Tables, flow: &Flow) {
+        let unreachable = match (self.family, packet.get(self.at..self.at + 2)) {
+            (Family::V4, Some([3, code])) => *code != 4,
+            (Family::V6, Some([1, _])) => true,
+            _ => false,
+        };
+        if unreachable && flow.unanswered() {
+            tables.answered(flow.server, true);
+            tables.answered(0, true);
+        }
     }
 
     /// The flow that the error takes its way by.

@@ -8,11 +8,12 @@ use core::ops::Deref;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_HOST, FLOW_REPLY, FLOW_SEEN,
-    Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
+    Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN, Peer,
+    Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum::Change;
-use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, Tcp, UDP, Udp};
+use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, TCP_SYN, Tcp, UDP, Udp};
 use crate::icmp;
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
@@ -32,7 +33,8 @@ pub trait Tables {
     fn peer(&mut self, index: u32) -> Option<Self::Row<Peer>>;
     fn endpoint(&mut self, address: &Addr) -> Option<Self::Row<Endpoint>>;
     fn flow(&mut self, key: &FlowKey) -> Option<Self::Row<Flow>>;
-    /// Notes that a packet of the flow has been seen, and whether it closes the flow.
+    /// Notes that a packet of the flow has been seen, and whether it closes the flow. The first that answers over TCP
+    /// ([`Flow::unanswered`]) is counted by [`Self::answered`].
     fn touch(&mut self, key: &FlowKey, flow: &Self::Row<Flow>, closes: bool);
     /// Remembers a flow, seen now; false where its account has no room. `new`: there is no row under this key.
     fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool;
@@ -40,8 +42,12 @@ pub trait Tables {
     fn pick(&mut self) -> u32;
     /// How often this was asked of the service before: whose turn it is.
     fn turn(&mut self, service: u32) -> u32;
-    /// Counts that the slot was chosen for a new flow.
-    fn chosen(&mut self, slot: u32);
+    /// Takes the slot that a flow to the service shall try, if none has taken it yet.
+    fn trial(&mut self, service: u32) -> Option<u32>;
+    /// Counts that the slot was chosen for a new flow, and whether it is TCP.
+    fn chosen(&mut self, slot: u32, tcp: bool);
+    /// Counts that the slot has answered to a TCP connection for which it was chosen, or refused it, or a datagram.
+    fn answered(&mut self, slot: u16, refused: bool);
 }
 
 /// A row by value.
@@ -80,11 +86,12 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
     let mut fresh;
     let flow: &Flow = match &known {
         Some(flow) if flow.epoch == config.epoch && (port == 0 || flow.port == port) && sends(tables, flow) => {
-            tables.touch(&key, flow, transport.closes);
+            tables.touch(&key, flow, transport.stage == Stage::Ends);
             flow
         }
         _ => {
             fresh = Fresh::default();
+            fresh.midway = transport.stage != Stage::Begins;
             send_first(tables, &key, port, &mut fresh);
             match fresh.outcome {
                 Outcome::Ready => &fresh.flow,
@@ -102,6 +109,8 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
 #[derive(Default)]
 struct Fresh {
     flow: Flow,
+    /// The packet belongs to a connection that began earlier.
+    midway: bool,
     outcome: Outcome,
 }
 
@@ -123,7 +132,7 @@ fn sends(tables: &mut impl Tables, flow: &Flow) -> bool {
 
 #[inline(never)]
 fn send_first<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, fresh: &mut Fresh) {
-    fresh.outcome = match open(tables, key, port, &mut fresh.flow) {
+    fresh.outcome = match open(tables, key, port, fresh.midway, &mut fresh.flow) {
         Ok(None) => Outcome::Ready,
         Ok(Some(miss)) => Outcome::Slow(miss),
         Err(reason) => Outcome::Dropped(reason),
@@ -132,7 +141,13 @@ fn send_first<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, fresh: &mut F
 
 /// Finds out, and remembers, where the flow of an instance here goes.
 #[inline(always)]
-fn open<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, flow: &mut Flow) -> Result<Option<Miss>, DropReason> {
+fn open<T: Tables>(
+    tables: &mut T,
+    key: &FlowKey,
+    port: u32,
+    midway: bool,
+    flow: &mut Flow,
+) -> Result<Option<Miss>, DropReason> {
     let sender = tables.endpoint(&key.source).filter(|sender| port == 0 || sender.ifindex == port);
     let sender = sender.ok_or(DropReason::Spoofed)?;
     if sender.instance.is_none() {
@@ -142,15 +157,26 @@ fn open<T: Tables>(tables: &mut T, key: &FlowKey, port: u32, flow: &mut Flow) ->
     if known.as_ref().is_some_and(|flow| flow.kind == FLOW_HOST) {
         return Ok(Some(Miss::Host));
     }
-    let Some(service) = tables.service(&key.destination) else { return Ok(Some(Miss::Service)) };
-    let slot = target(tables, &service, &sender, known.as_deref(), flow)?;
+    let lost = midway && known.as_ref().is_some_and(|flow| has_gone(tables, flow));
+    let Some(service) = tables.service(&key.destination) else {
+        return Ok(Some(if lost { Miss::Gone } else { Miss::Service }));
+    };
+    // Another instance would not know the connection. Behind an instance's own address it is the same one, come back.
+    if lost && service.policy != POLICY_INSTANCE {
+        return Ok(Some(Miss::Gone));
+    }
+    let tcp = key.protocol == u32::from(TCP);
+    let slot = match target(tables, &service, &sender, known.as_deref(), tcp, flow) {
+        Err(DropReason::NoInstance) => return Ok(Some(Miss::Gone)),
+        slot => slot?,
+    };
     flow.epoch = tables.config().map_or(0, |config| config.epoch);
     flow.port = sender.ifindex;
     flow.account = sender.account;
     if slot.peer == 0 {
         let receiver = tables.endpoint(&slot.namespace).ok_or(DropReason::NoInstance)?;
         (flow.ifindex, flow.mac) = (receiver.ifindex, Mac(receiver.mac));
-    } else if key.protocol != u32::from(TCP) && key.protocol != u32::from(UDP) {
+    } else if !tcp && key.protocol != u32::from(UDP) {
         let peer = tables.peer(slot.peer).ok_or(DropReason::NoInstance)?;
         if peer.flags & PEER_OURS == 0 {
             return Err(DropReason::PeerProtocol);
@@ -210,7 +236,7 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
     let mut fresh;
     let flow: &Flow = match &known {
         Some(flow) if flow.epoch == config.epoch && flow.port == 0 && arrives(tables, flow, relaxed, outer) => {
-            tables.touch(&key, flow, transport.closes);
+            tables.touch(&key, flow, transport.stage == Stage::Ends);
             flow
         }
         _ => {
@@ -227,6 +253,26 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
         rewrite(frame, &key, &Place::of(&ip), &flow.source, &key.destination)?;
     }
     Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac })
+}
+
+/// Why a packet through the tunnel from `outer` is not even worth a look, if that is certain from its addresses alone: whatever this
+/// refuses, [`inbound`] would drop, too. A sender that nobody knows yet is not refused.
+#[inline(always)]
+pub fn refuses(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -> Option<DropReason> {
+    let ip = match Ip::read(frame) {
+        Ok(Some(ip)) => ip,
+        Ok(None) => return Some(DropReason::Malformed),
+        Err(reason) => return Some(reason),
+    };
+    let config = tables.config()?;
+    if tables.endpoint(&Addr::from_words(ip.destination)).is_none() {
+        return Some(DropReason::NotOurs);
+    }
+    if config.flags & CONFIG_RELAX_SOURCE != 0 {
+        return None;
+    }
+    let sender = tables.service(&Addr::from_words(ip.source))?;
+    (!belongs(tables, &sender, outer)).then_some(DropReason::ForeignSource)
 }
 
 /// Is the sender still there, on the node that sends in its name?
@@ -270,7 +316,11 @@ fn admit<T: Tables>(tables: &mut T, key: &FlowKey, outer: &Addr, flow: &mut Flow
     if let Some(noted) = noted
         && noted.kind == FLOW_REPLY
     {
-        (flow.kind, flow.source, flow.state) = (FLOW_REPLY, noted.source, noted.state | FLOW_SEEN);
+        if noted.unanswered() && key.protocol == u32::from(TCP) {
+            tables.answered(noted.server, false);
+        }
+        (flow.kind, flow.source, flow.server) = (FLOW_REPLY, noted.source, noted.server);
+        flow.state = noted.state | FLOW_SEEN;
     }
     if let Some(sender) = sender
         && sender.policy == POLICY_INSTANCE
@@ -290,6 +340,7 @@ fn target<T: Tables>(
     service: &Service,
     sender: &Endpoint,
     known: Option<&Flow>,
+    tcp: bool,
     flow: &mut Flow,
 ) -> Result<T::Row<Slot>, DropReason> {
     flow.source = sender.instance;
@@ -300,7 +351,7 @@ fn target<T: Tables>(
     {
         (flow.slot, flow.generation, flow.kind, flow.state) = (known.slot, known.generation, known.kind, known.state);
         if known.kind == FLOW_REPLY {
-            flow.source = known.source;
+            (flow.source, flow.server) = (known.source, known.server);
         }
         return Ok(slot);
     }
@@ -314,19 +365,30 @@ fn target<T: Tables>(
     }
     let slot = tables.slot(flow.slot).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
     if flow.kind == FLOW_CHOSEN {
-        tables.chosen(flow.slot);
+        tables.chosen(flow.slot, tcp);
     }
     flow.generation = slot.generation;
     Ok(slot)
 }
 
+/// Is the instance of the flow not there any more?
+#[inline(always)]
+fn has_gone(tables: &mut impl Tables, flow: &Flow) -> bool {
+    tables.slot(flow.slot).is_none_or(|slot| slot.generation != flow.generation)
+}
+
 /// The slot that a new flow of `client` to the service gets.
 #[inline(always)]
 fn choose(tables: &mut impl Tables, service: &Service, client: &Addr) -> u32 {
+    if service.policy & POLICY_TRIAL != 0
+        && let Some(tried) = tables.trial(service.id)
+    {
+        return tried;
+    }
     if service.count == 1 {
         return service.first;
     }
-    let number = match service.policy {
+    let number = match service.policy & POLICY_MASK {
         POLICY_TURN => tables.turn(service.id),
         POLICY_CLIENT => policy::cell(client),
         _ => tables.pick(),
@@ -355,6 +417,7 @@ fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow:
         ifindex: flow.port,
         mac: Mac(sender.mac),
         port: 0,
+        server: flow.slot as u16,
         ..*flow
     };
     if slot.peer == 0 {
@@ -467,8 +530,16 @@ struct Transport {
     source: [u8; 2],
     /// The receiver's port; the identifier of an echo reply, 0 of a request.
     destination: [u8; 2],
+    stage: Stage,
+}
+
+/// Where in its connection a packet stands; what has no connection always begins.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Begins,
+    Midway,
     /// TCP that says FIN or RST.
-    closes: bool,
+    Ends,
 }
 
 impl Transport {
@@ -480,11 +551,16 @@ impl Transport {
         match (ip.family, ip.protocol) {
             (_, TCP) => {
                 let Tcp { source, destination, flags, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
-                Ok(Ok(Self { source, destination, closes: flags & (TCP_FIN | TCP_RST) != 0 }))
+                let stage = match flags {
+                    _ if flags & (TCP_FIN | TCP_RST) != 0 => Stage::Ends,
+                    _ if flags & TCP_SYN != 0 => Stage::Begins,
+                    _ => Stage::Midway,
+                };
+                Ok(Ok(Self { source, destination, stage }))
             }
             (_, UDP) => {
                 let Udp { source, destination, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
-                Ok(Ok(Self { source, destination, closes: false }))
+                Ok(Ok(Self { source, destination, stage: Stage::Begins }))
             }
             (Family::V4, ICMP) | (Family::V6, ICMPV6) => Self::read_icmp(frame, ip),
             // Hop-by-hop, routing, ESP, AH, destination options, mobility: something may follow that is ours.
@@ -503,7 +579,7 @@ impl Transport {
             (family, kind) if icmp::is_error(family, kind) => return Ok(Err(Miss::Error)),
             _ => return Err(DropReason::Protocol),
         };
-        Ok(Ok(Self { source, destination, closes: false }))
+        Ok(Ok(Self { source, destination, stage: Stage::Begins }))
     }
 
     #[inline(always)]

@@ -9,12 +9,12 @@ use std::vec;
 use std::vec::Vec;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS,
-    POLICY_ANY, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TURN, Peer, Service, Slot,
+    Answers, CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Mac,
+    PEER_OURS, POLICY_ANY, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TRIAL, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum;
-use crate::frame::{ICMP, ICMPV6, TCP, UDP};
+use crate::frame::{ICMP, ICMPV6, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, UDP};
 use crate::pipeline::{Owned, Tables};
 use crate::verdict::{DropReason, Miss, Verdict};
 
@@ -39,6 +39,9 @@ pub struct World {
     pub turns: HashMap<u32, u32>,
     /// Flows that each slot was chosen for.
     pub chosen: HashMap<u32, u64>,
+    pub answers: HashMap<u32, Answers>,
+    /// Slots to be tried, by service.
+    pub trials: HashMap<u32, u32>,
 }
 
 impl Tables for World {
@@ -73,7 +76,10 @@ impl Tables for World {
         self.flows.get(key).copied().map(Owned)
     }
 
-    fn touch(&mut self, key: &FlowKey, _: &Owned<Flow>, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+        if flow.unanswered() && key.protocol == u32::from(TCP) {
+            self.answered(flow.server, closes);
+        }
         if let Some(flow) = self.flows.get_mut(key) {
             flow.seen = self.now;
             flow.state |= FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
@@ -100,8 +106,22 @@ impl Tables for World {
         *turn - 1
     }
 
-    fn chosen(&mut self, slot: u32) {
+    fn trial(&mut self, service: u32) -> Option<u32> {
+        self.trials.remove(&service)
+    }
+
+    fn chosen(&mut self, slot: u32, tcp: bool) {
         *self.chosen.entry(slot).or_default() += 1;
+        if tcp {
+            for index in [0, slot] {
+                self.answers.entry(index).or_default().asked += 1;
+            }
+        }
+    }
+
+    fn answered(&mut self, slot: u16, refused: bool) {
+        let answers = self.answers.entry(slot.into()).or_default();
+        *(if refused { &mut answers.refused } else { &mut answers.answered }) += 1;
     }
 }
 
@@ -150,6 +170,8 @@ pub const EMPTY_SERVICE: Pair = Pair([10, 30, 50, 9], 0xfdff, 0x2009);
 /// By turns: db#1, web, db#0. By the client: db#0 and db#1.
 pub const TURN_SERVICE: Pair = Pair([10, 30, 50, 3], 0xfdff, 0x2003);
 pub const STICKY_SERVICE: Pair = Pair([10, 30, 50, 4], 0xfdff, 0x2004);
+/// db#0, and db#1 is to be tried once.
+pub const TRIED_SERVICE: Pair = Pair([10, 30, 50, 5], 0xfdff, 0x2005);
 pub const UNKNOWN_SERVICE: Pair = Pair([10, 30, 99, 99], 0xfdff, 0x9999);
 pub const OUTSIDE: Pair = Pair([198, 51, 100, 1], 0x2001, 1);
 /// Outer addresses: this node, the node of db#0, the node of db#1.
@@ -220,6 +242,8 @@ impl World {
         // Many, so that two clients rarely share one.
         let sticky: Vec<u32> = (0..61).map(|cell| first + 2 + cell % 2).collect();
         self.serve(STICKY_SERVICE.of(v6), first + 104, POLICY_CLIENT, &sticky);
+        self.serve(TRIED_SERVICE.of(v6), first + 105, POLICY_TURN | POLICY_TRIAL, &[first + 2]);
+        self.trials.insert(first + 105, first + 3);
     }
 
     fn serve(&mut self, address: Addr, id: u32, policy: u32, slots: &[u32]) {
@@ -240,7 +264,10 @@ fn mask(bits: u32) -> Addr {
 /// What a packet carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Payload {
+    /// The first of a connection.
     Tcp(u16, u16),
+    /// TCP with these flags.
+    Segment(u16, u16, u8),
     Udp(u16, u16),
     /// UDP over IPv4 without a checksum.
     UdpBare(u16, u16),
@@ -257,7 +284,7 @@ pub fn packet(source: Addr, destination: Addr, payload: Payload) -> Vec<u8> {
     let v6 = !source.is_v4();
     let mut transport = transport(v6, payload);
     let protocol = match payload {
-        Payload::Tcp(..) => TCP,
+        Payload::Tcp(..) | Payload::Segment(..) => TCP,
         Payload::Udp(..) | Payload::UdpBare(..) => UDP,
         Payload::EchoRequest(_) | Payload::EchoReply(_) | Payload::Message(_) => {
             if v6 {
@@ -287,9 +314,10 @@ pub fn packet(source: Addr, destination: Addr, payload: Payload) -> Vec<u8> {
 
 fn transport(v6: bool, payload: Payload) -> Vec<u8> {
     let mut bytes = match payload {
-        Payload::Tcp(source, destination) => {
+        Payload::Tcp(source, destination) => return transport(v6, Payload::Segment(source, destination, TCP_SYN)),
+        Payload::Segment(source, destination, flags) => {
             let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-            header.extend([0, 0, 0, 9, 0, 0, 0, 0, 0x50, 0x02, 0xff, 0xff, 0, 0, 0, 0]);
+            header.extend([0, 0, 0, 9, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
             header
         }
         Payload::Udp(source, destination) | Payload::UdpBare(source, destination) => {
@@ -451,7 +479,8 @@ fn outbound_cases(v6: bool) -> Vec<Case> {
             None,
         ),
         case("ipv6 underlay is user space's", from_client(DB2_INSTANCE, tcp), 0, slow(Miss::Underlay), None),
-        case("a service without instances", from_client(EMPTY_SERVICE, tcp), 0, Err(DropReason::NoInstance), None),
+        case("a service without instances", from_client(EMPTY_SERVICE, tcp), 0, slow(Miss::Gone), None),
+        case("a trial", from_client(TRIED_SERVICE, tcp), 0, to_peer(2), Some((CLIENT_INSTANCE, DB1))),
         case("a service nobody knows", from_client(UNKNOWN_SERVICE, tcp), 0, slow(Miss::Service), None),
         case("no service address", from_client(OUTSIDE, tcp), 0, Ok(Verdict::Pass), None),
         case(
@@ -576,10 +605,11 @@ impl Frames {
     /// A direction and a packet for it: well-formed, odd, mutated, or cut.
     pub fn frame(&mut self) -> (Direction, Vec<u8>) {
         const SENDERS: [Pair; 8] = [CLIENT, CLIENT, WEB, WEB, NEWBORN, NEIGHBOUR, OUTSIDE, DB0];
-        const TARGETS: [Pair; 12] = [
+        const TARGETS: [Pair; 13] = [
             DB_SERVICE,
             TURN_SERVICE,
             STICKY_SERVICE,
+            TRIED_SERVICE,
             WEB_SERVICE,
             WEB_SERVICE,
             EMPTY_SERVICE,
@@ -630,7 +660,11 @@ impl Frames {
         let (low, high) = (self.of(&[53, 80, 443]), self.of(&[40_000, 40_001, 50_000]));
         let (source, destination) = if self.below(2) == 0 { (low, high) } else { (high, low) };
         match self.below(16) {
-            0..=5 => Payload::Tcp(source, destination),
+            0..=2 => Payload::Tcp(source, destination),
+            3..=5 => {
+                let flags = self.of(&[TCP_ACK, TCP_SYN | TCP_ACK, TCP_RST | TCP_ACK, TCP_FIN | TCP_ACK]);
+                Payload::Segment(source, destination, flags)
+            }
             6..=9 => Payload::Udp(source, destination),
             10 => Payload::UdpBare(source, destination),
             11 | 12 => Payload::EchoRequest(source),

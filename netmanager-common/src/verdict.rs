@@ -35,6 +35,8 @@ pub enum Miss {
     Host = 6,
     /// An ICMP error: only user space reads the packet in it ([`crate::icmp`]).
     Error = 7,
+    /// Nobody is there any more: the service has no instance, or that of an established connection has gone. The sender is to be told.
+    Gone = 8,
 }
 
 /// Why a frame is dropped. The discriminant is its index in the counters.

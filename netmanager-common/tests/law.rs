@@ -1,8 +1,8 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{Endpoint, Mac, Slot};
+use netmanager_common::abi::{Answers, Endpoint, Mac, PEER_OURS, Slot};
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::SliceFrame;
+use netmanager_common::frame::{SliceFrame, TCP_ACK, TCP_RST, TCP_SYN};
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::testing::*;
 use netmanager_common::verdict::{DropReason, Miss, Verdict};
@@ -129,6 +129,104 @@ fn a_flow_stays_with_its_instance_until_that_goes() {
     assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 2 }), "its instance is gone: it chooses again");
     world.slots.insert(3, Slot { generation: 3, ..gone });
     assert_eq!(to(&mut world), Ok(Verdict::Send { peer: 2 }), "another instance in the old slot does not draw it back");
+}
+
+#[test]
+fn a_connection_whose_instance_has_gone_is_not_another_ones() {
+    for v6 in [false, true] {
+        for (service, semantic) in [(DB_SERVICE, true), (DB0_INSTANCE, false)] {
+            let mut world = World::sample();
+            let ports = Payload::Tcp(40_000, 80);
+            let mut first = packet(CLIENT.of(v6), service.of(v6), ports);
+            assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut first), Ok(Verdict::Send { peer: 1 }));
+            let send = |world: &mut World, mut segment: Vec<u8>| judge(world, Direction::Outbound(PORT), &mut segment);
+            let later = || packet(CLIENT.of(v6), service.of(v6), Payload::Segment(40_000, 80, TCP_ACK));
+            assert_eq!(send(&mut world, later()), Ok(Verdict::Send { peer: 1 }));
+
+            let slot = if v6 { 13 } else { 3 };
+            world.slots.insert(slot, Slot { generation: 2, ..Slot::default() });
+            world.services.remove(&DB0_INSTANCE.of(v6));
+            world.pick = 1;
+            assert_eq!(send(&mut world, later()), Ok(Verdict::Slow(Miss::Gone)), "of {service:?}");
+            assert_eq!(send(&mut world, later()), Ok(Verdict::Slow(Miss::Gone)), "as long as it is tried");
+
+            // A connection of the same ports that begins now is a new one.
+            let new = send(&mut world, packet(CLIENT.of(v6), service.of(v6), ports));
+            match semantic {
+                true => assert_eq!(new, Ok(Verdict::Send { peer: 2 })),
+                false => assert_eq!(new, Ok(Verdict::Slow(Miss::Service))),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_connection_binds_chooses_again() {
+    for payload in [Payload::Udp(5_000, 53), Payload::EchoRequest(7)] {
+        let mut world = World::sample();
+        let mut first = packet(CLIENT.v4(), DB_SERVICE.v4(), payload);
+        judge(&mut world, Direction::Outbound(PORT), &mut first).expect("carried");
+        world.slots.insert(3, Slot { generation: 2, ..Slot::default() });
+        world.peers.get_mut(&2).unwrap().flags = PEER_OURS;
+        world.pick = 1;
+        let mut next = packet(CLIENT.v4(), DB_SERVICE.v4(), payload);
+        assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut next), Ok(Verdict::Send { peer: 2 }));
+    }
+}
+
+#[test]
+fn a_client_that_has_gone_is_not_answered_in_silence() {
+    let mut world = World::sample();
+    let mut request = packet(DB0_INSTANCE.v4(), WEB.v4(), Payload::Tcp(40_000, 80));
+    judge(&mut world, Direction::Inbound(OURS), &mut request).expect("delivered");
+    let mut answer = packet(WEB.v4(), DB0_INSTANCE.v4(), Payload::Tcp(80, 40_000));
+    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut answer), Ok(Verdict::Send { peer: 1 }));
+    world.slots.insert(3, Slot { generation: 2, ..Slot::default() });
+    world.services.remove(&DB0_INSTANCE.v4());
+    let mut more = packet(WEB.v4(), DB0_INSTANCE.v4(), Payload::Segment(80, 40_000, TCP_ACK));
+    assert_eq!(judge(&mut world, Direction::Outbound(PORT), &mut more), Ok(Verdict::Slow(Miss::Gone)));
+}
+
+/// First answers of TCP connections, here and elsewhere, by whether they are refusals.
+#[test]
+fn who_answers_and_who_refuses_is_counted_once() {
+    let cases = [(DB_SERVICE, 3, DB0_INSTANCE, CLIENT, true), (WEB_SERVICE, 1, WEB, CLIENT_INSTANCE, false)];
+    for (service, slot, from, to, remote) in cases {
+        for (flags, answered, refused) in [(TCP_SYN | TCP_ACK, 1, 0), (TCP_RST | TCP_ACK, 0, 1)] {
+            let mut world = World::sample();
+            let mut request = packet(CLIENT.v4(), service.v4(), Payload::Tcp(40_000, 80));
+            for _ in 0..2 {
+                judge(&mut world, Direction::Outbound(PORT), &mut request.clone()).expect("carried");
+            }
+            let direction = if remote { Direction::Inbound(OURS) } else { Direction::Outbound(PORT) };
+            for _ in 0..3 {
+                let mut answer = packet(from.v4(), to.v4(), Payload::Segment(80, 40_000, flags));
+                judge(&mut world, direction, &mut answer).expect("delivered");
+            }
+            let expected = Answers { asked: 1, answered, refused };
+            assert_eq!(world.answers[&slot], expected, "{service:?} {flags}");
+            assert_eq!(world.answers[&0].asked, 1);
+            // Datagrams prove nothing.
+            request = packet(CLIENT.v4(), service.v4(), Payload::Udp(40_000, 80));
+            judge(&mut world, Direction::Outbound(PORT), &mut request).expect("carried");
+            judge(&mut world, direction, &mut packet(from.v4(), to.v4(), Payload::Udp(80, 40_000))).expect("delivered");
+            assert_eq!((world.answers[&slot], world.chosen[&slot]), (expected, 2));
+        }
+    }
+}
+
+#[test]
+fn a_trial_is_one_flow() {
+    let mut world = World::sample();
+    let mut peers = Vec::new();
+    for port in 0..4 {
+        let request = packet(CLIENT.v4(), TRIED_SERVICE.v4(), Payload::Tcp(40_000 + port, 80));
+        for _ in 0..2 {
+            peers.push(judge(&mut world, Direction::Outbound(PORT), &mut request.clone()));
+        }
+    }
+    let to = |peer| Ok(Verdict::Send { peer });
+    assert_eq!(peers, [to(2), to(2), to(1), to(1), to(1), to(1), to(1), to(1)]);
 }
 
 #[test]

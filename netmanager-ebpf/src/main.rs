@@ -1,7 +1,7 @@
 //! The overlay's datapath in the kernel: a thin shell around `netmanager-common`.
 //!
 //! `tc_veth_ingress` sits at the host end of each instance's veth and sees what the instance sends; `tc_uplink_ingress` sits at the
-//! uplink and takes in what peers send to the tunnel port. What the law does not want goes on to the kernel's ordinary path, or to the
+//! uplink and takes in what peers send to the tunnel port; before it, where the driver has XDP, `xdp_uplink_ingress` drops what does not belong. What the law does not want goes on to the kernel's ordinary path, or to the
 //! TUN device behind which user space runs the same law.
 #![no_std]
 #![no_main]
@@ -10,6 +10,7 @@ mod maps;
 mod neighbour;
 mod skb;
 mod tunnel;
+mod xdp;
 
 use aya_ebpf::bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC};
 use aya_ebpf::helpers::{bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer};

@@ -6,9 +6,11 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, PerCpuArray};
 use netmanager_common::abi::{
-    CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Neighbour, Peer, Service, Slot,
+    Answers, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Neighbour, Peer,
+    Service, Slot,
 };
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::Tables;
 use netmanager_common::verdict::COUNTERS as COUNTERS_LEN;
 use netmanager_common::{MAX_ACCOUNTS, MAX_CANDIDATES, MAX_ENDPOINTS, MAX_FLOWS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
@@ -35,6 +37,9 @@ static CLOCK: Array<u32> = Array::with_max_entries(1, 0);
 static OPENED: Array<u64> = Array::with_max_entries(MAX_ACCOUNTS, 0);
 #[map]
 static ALLOWED: Array<u64> = Array::with_max_entries(MAX_ACCOUNTS, 0);
+/// The nodes that are known, by their address; each has a peer's number.
+#[map]
+static HOSTS: HashMap<Addr, u32> = HashMap::with_max_entries(MAX_PEERS, 0);
 /// The link address of the next hop to each peer, as long as it is fresh. By peer number; nobody but the programs writes it.
 #[map]
 static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(MAX_PEERS, 0);
@@ -44,6 +49,12 @@ static TURNS: Array<u32> = Array::with_max_entries(MAX_SERVICES, 0);
 /// Flows that each slot was chosen for, over all CPUs. Only a new flow writes here.
 #[map]
 static CHOSEN: Array<u64> = Array::with_max_entries(MAX_SLOTS, 0);
+/// What became of them, as far as they are TCP connections. Only a new flow and its first answer write here.
+#[map]
+static ANSWERS: Array<Answers> = Array::with_max_entries(MAX_SLOTS, 0);
+/// The slot that the next new flow to a service shall try, by the service's id; 0 once a flow has taken it.
+#[map]
+static TRIALS: Array<u32> = Array::with_max_entries(MAX_SERVICES, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_LEN, 0);
 
@@ -102,19 +113,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn touch(&mut self, _: &FlowKey, flow: &&'static Flow, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &&'static Flow, closes: bool) {
         let now = now();
         let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
         if flow.seen == now && flow.state == state {
             // Not written: another core may be reading its cache line.
             return;
         }
-        let flow = core::ptr::from_ref(*flow).cast_mut();
-        // SAFETY: a live, writable map value (see `row`); both fields are written whole, by whoever comes last.
-        unsafe {
-            (*flow).seen = now;
-            (*flow).state = state;
-        }
+        note(flow, now, state, key.protocol == u32::from(TCP) && flow.unanswered());
     }
 
     #[inline(always)]
@@ -150,10 +156,56 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn chosen(&mut self, slot: u32) {
+    fn trial(&mut self, service: u32) -> Option<u32> {
+        let trial = TRIALS.get_ptr_mut(service % MAX_SERVICES)?;
+        // SAFETY: as in `turn`; two CPUs at the same moment may both try.
+        let slot = unsafe { core::mem::replace(&mut *trial, 0) };
+        (slot != 0).then_some(slot)
+    }
+
+    #[inline(always)]
+    fn chosen(&mut self, slot: u32, tcp: bool) {
         if let Some(chosen) = CHOSEN.get_ptr_mut(slot) {
             // SAFETY: as in `turn`; two CPUs at the same moment may count as one.
             unsafe { *chosen += 1 };
+        }
+        if tcp {
+            for index in [0, slot] {
+                if let Some(answers) = ANSWERS.get_ptr_mut(index) {
+                    // SAFETY: as above.
+                    unsafe { (*answers).asked = (*answers).asked.wrapping_add(1) };
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn answered(&mut self, slot: u16, refused: bool) {
+        note_answer(slot.into(), refused);
+    }
+}
+
+/// Not in line, as it is rare and the programs have no stack to spare. `answers`: this is the first packet that does.
+#[inline(never)]
+fn note(flow: &'static Flow, now: u32, state: u8, answers: bool) {
+    if answers {
+        note_answer(flow.server.into(), state & FLOW_CLOSING != 0);
+    }
+    let flow = core::ptr::from_ref(flow).cast_mut();
+    // SAFETY: a live, writable map value (see `row`); both fields are written whole, by whoever comes last.
+    unsafe {
+        (*flow).seen = now;
+        (*flow).state = state;
+    }
+}
+
+#[inline(always)]
+fn note_answer(slot: u32, refused: bool) {
+    if let Some(answers) = ANSWERS.get_ptr_mut(slot) {
+        // SAFETY: as in `chosen`.
+        unsafe {
+            let count = if refused { &mut (*answers).refused } else { &mut (*answers).answered };
+            *count = count.wrapping_add(1);
         }
     }
 }
@@ -177,6 +229,12 @@ fn open(flow: &Flow) -> bool {
         *opened += 1;
     }
     true
+}
+
+/// Is there a node at this address?
+#[inline(always)]
+pub fn knows(host: &Addr) -> bool {
+    HOSTS.get_ptr(host).is_some()
 }
 
 /// The next hop to a peer, to be read and refreshed.

@@ -74,6 +74,10 @@ pub struct NetworkConfig {
     pub relax_source: bool,
     /// Frame packets between nodes of ours (as VXLAN, on the port after the tunnel's), so that the receiving kernel can join them.
     pub framing: bool,
+    /// An instance that vanishes from the cluster's table keeps the flows it has for so long, or until its node has it no more.
+    pub drain: Duration,
+    /// Drop what does not belong in the uplink's driver.
+    pub xdp: XdpChoice,
 }
 
 impl Default for NetworkConfig {
@@ -90,6 +94,8 @@ impl Default for NetworkConfig {
             bpffs: "/sys/fs/bpf".into(),
             relax_source: false,
             framing: true,
+            drain: Duration::from_secs(10),
+            xdp: XdpChoice::Auto,
         }
     }
 }
@@ -99,6 +105,14 @@ impl ClusterConfig {
     pub fn authority(&self, port: u16) -> String {
         if self.host.contains(':') { format!("[{}]:{port}", self.host) } else { format!("{}:{port}", self.host) }
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpChoice {
+    /// Where the driver is a real card's.
+    Auto,
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,8 +6,9 @@
 use std::path::PathBuf;
 
 use aya::maps::{Array, HashMap, MapData};
-use aya::programs::SchedClassifier;
+use aya::programs::{SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions};
+use netmanager_common::abi::Answers;
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
@@ -56,9 +57,17 @@ fn random_frames_are_decided_as_the_law_says() {
     for (seed, pick) in [(7, 0), (11, 1)] {
         let mut world = World::sample();
         world.pick = pick;
-        let kernel = Kernel::load(&world);
+        let mut kernel = Kernel::load(&world);
         let mut frames = Frames::new(seed);
         for number in 0..count / 2 {
+            if number == count / 4 {
+                // An instance has gone, another has come in the place of one.
+                for slot in [4, 13] {
+                    let row = world.slots.get_mut(&slot).expect("a slot of the sample");
+                    row.generation += if slot == 4 { 1 } else { 2 };
+                    kernel.array("SLOTS").set(slot, *row, 0).expect("SLOTS");
+                }
+            }
             let (direction, packet) = frames.frame();
             if runnable(direction, &packet) {
                 let action = check(&kernel, &mut world, direction, &packet, &format!("frame {number} of seed {seed}"));
@@ -204,6 +213,9 @@ impl Kernel {
                 ebpf.program_mut(name).expect("the program is there").try_into().expect("a classifier");
             program.load().unwrap_or_else(|error| panic!("{name}: {error:?}"));
         }
+        let filter: &mut Xdp =
+            ebpf.program_mut("xdp_uplink_ingress").expect("the program is there").try_into().expect("XDP");
+        filter.load().unwrap_or_else(|error| panic!("xdp_uplink_ingress: {error:?}"));
         let mut kernel = Self { ebpf };
         kernel.fill(world);
         kernel
@@ -216,6 +228,9 @@ impl Kernel {
         }
         for (index, peer) in &world.peers {
             self.array("PEERS").set(*index, *peer, 0).expect("PEERS");
+        }
+        for (service, slot) in &world.trials {
+            self.array("TRIALS").set(*service, *slot, 0).expect("TRIALS");
         }
         self.fill_hash("SERVICES", &world.services);
         self.fill_hash("CANDIDATES", &world.candidates);
@@ -263,6 +278,13 @@ impl Kernel {
             assert_eq!(chosen.get(slot, 0).expect("a count"), *flows, "choices of slot {slot}");
         }
         assert!(world.turns.len() == 2 && world.chosen.len() >= 6, "{:?} {:?}", world.turns, world.chosen);
+        let answers: Array<_, Answers> = self.ebpf.map("ANSWERS").expect("ANSWERS").try_into().expect("an array");
+        for (slot, expected) in &world.answers {
+            assert_eq!(answers.get(slot, 0).expect("counts"), *expected, "answers of slot {slot}");
+        }
+        let some = |count: fn(&Answers) -> u32| world.answers.values().any(|answers| count(answers) > 0);
+        assert!(some(|one| one.answered) && some(|one| one.refused), "{:?}", world.answers);
+        assert!(world.trials.is_empty(), "each was taken: {:?}", world.trials);
     }
 }
 

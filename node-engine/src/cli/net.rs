@@ -4,11 +4,14 @@ mod rows;
 
 use clap::Subcommand;
 
-use self::rows::Counters;
+use self::rows::{Counters, Details};
 use super::watch::{Repeat, show};
 use crate::api::Selector;
 use crate::api::client::Client;
 use crate::api::dto::net::{Choice, Counter, Flow, Page, Peer, Service};
+
+/// Services that may have the same short name.
+const MOST_NAMESAKES: usize = 100;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum NetCommand {
@@ -37,6 +40,14 @@ pub(super) enum NetCommand {
         #[command(flatten)]
         repeat: Repeat,
     },
+    /// One service: whom new flows are sent to, how far each is, how often it was chosen, who is passed over or on its way out
+    Service {
+        /// Its name
+        #[arg(value_name = "NAME")]
+        service: Selector,
+        #[command(flatten)]
+        repeat: Repeat,
+    },
     /// Other nodes that this one knows
     Peers {
         #[command(flatten)]
@@ -62,6 +73,10 @@ impl NetCommand {
             Self::Services { service, limit, repeat } => {
                 let choice = choice(service, None, limit);
                 show::<Page<Service>, _>(repeat, async || client.services(&choice).await).await
+            }
+            Self::Service { service, repeat } => {
+                let choice = choice(Some(service), None, MOST_NAMESAKES);
+                show::<Details, _>(repeat, async || client.services(&choice).await.map(Details)).await
             }
             Self::Peers { repeat } => show::<Vec<Peer>, _>(repeat, async || client.peers().await).await,
             Self::Drops { all, repeat } => {

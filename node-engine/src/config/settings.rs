@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::telemetry;
 use super::{
     ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, ServicePattern,
-    TelemetryConfig,
+    TelemetryConfig, XdpChoice,
 };
 
 /// One setting.
@@ -152,6 +153,12 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "network.framing",
         environment: &["NODE_ENGINE_FRAMING"],
         set: |draft, text| truth(text).map(|framing| draft.config.network.framing = framing),
+    },
+    Setting { key: "network.xdp", environment: &["NODE_ENGINE_XDP"], set: xdp },
+    Setting {
+        key: "network.drain",
+        environment: &["NODE_ENGINE_DRAIN"],
+        set: |draft, text| seconds(text).map(|drain| draft.config.network.drain = drain),
     },
     Setting {
         key: "runtime.docker_host",
@@ -300,6 +307,16 @@ fn datapath(draft: &mut Draft, text: &str) -> Result<(), String> {
     Ok(())
 }
 
+fn xdp(draft: &mut Draft, text: &str) -> Result<(), String> {
+    draft.config.network.xdp = match text {
+        "auto" => XdpChoice::Auto,
+        "on" | "true" => XdpChoice::On,
+        "off" | "false" => XdpChoice::Off,
+        _ => return Err("is not one of auto, on, off".into()),
+    };
+    Ok(())
+}
+
 fn on_exit(draft: &mut Draft, text: &str) -> Result<(), String> {
     draft.config.on_exit = match text {
         "leave" => OnExit::Leave,
@@ -361,6 +378,11 @@ fn public_ip(text: &str) -> Result<IpAddr, String> {
 
 fn port(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|port| *port != 0).ok_or_else(|| "is not a port (1 to 65535)".into())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| *seconds <= 3_600);
+    seconds.map(Duration::from_secs).ok_or_else(|| "is not a number of seconds (0 to 3600)".into())
 }
 
 fn truth(text: &str) -> Result<bool, String> {

@@ -6,7 +6,7 @@ use crate::api::dto::net;
 use crate::api::{NetChoice, NodeApiError};
 use crate::model::InstanceId;
 use crate::netmanager::datapath::Kind;
-use crate::netmanager::view::{Choice, CounterView, FlowView, Page, PeerView, ServiceView};
+use crate::netmanager::view::{AddressView, Choice, CounterView, FlowView, Page, PeerView, ServiceView, State};
 use crate::netmanager::{NetError, NetManager};
 
 pub(super) async fn flows(of: &NetManager, choice: NetChoice) -> Result<net::Page<net::Flow>, NodeApiError> {
@@ -53,12 +53,25 @@ fn flow(flow: FlowView) -> net::Flow {
 }
 
 fn service(service: ServiceView) -> net::Service {
-    let address = |(policy, address): (&'static str, IpAddr)| net::ServiceAddress {
-        policy: policy.into(),
-        address: text(address),
+    let candidate = |(number, share)| net::Candidate { number, share };
+    let address = |address: AddressView| net::ServiceAddress {
+        policy: address.policy.into(),
+        address: text(address.address),
+        candidates: address.candidates.into_iter().map(candidate).collect(),
     };
     let instances = service.instances.into_iter().map(|instance| net::ServiceInstance {
         number: instance.number,
+        state: state(instance.state).into(),
+        reason: if let State::PassedOver(reason, _) = instance.state { reason.into() } else { String::new() },
+        seconds_left: match instance.state {
+            State::Well => None,
+            State::PassedOver(_, left) | State::Draining(left) => left.map(|left| left.as_secs_f64()),
+        },
+        weight: instance.weight,
+        rtt_ms: instance.rtt.map(|rtt| rtt.as_secs_f64() * 1_000.0),
+        chosen: instance.picks.map(|picks| picks.chosen),
+        answered: instance.picks.map(|picks| picks.answered),
+        refused: instance.picks.map(|picks| picks.refused),
         node: place(instance.node),
         namespace: instance.namespace.into_iter().map(text).collect(),
         addresses: instance.own.into_iter().map(text).collect(),
@@ -68,6 +81,14 @@ fn service(service: ServiceView) -> net::Service {
         addresses: service.addresses.into_iter().map(address).collect(),
         instances: instances.collect(),
         flows: service.flows,
+    }
+}
+
+const fn state(state: State) -> &'static str {
+    match state {
+        State::Well => "well",
+        State::PassedOver(..) => "passed over",
+        State::Draining(_) => "draining",
     }
 }
 

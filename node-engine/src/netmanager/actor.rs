@@ -2,7 +2,7 @@
 //! tables through one lane that keeps their order. Ends with an error when the datapath does, and takes nothing down at its end.
 
 use std::any::Any;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::future::Future;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::connect::{Made, Step};
 use super::core::{Core, Effect, Event, Remains, Settings, Waiter};
-use super::datapath::{self, Datapath, DatapathError, Event as DatapathEvent, FlowRow, TableDelta, Underlay};
+use super::datapath::{self, Datapath, DatapathError, Event as DatapathEvent, FlowRow, TableDelta, Tally, Underlay};
 use super::framing;
 use super::lease::Leases;
 use super::link::{Bridge, LinkError, Links, Route, Veth};
@@ -29,10 +29,15 @@ use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
 use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
-use crate::model::{Addresses, Command, InstanceId, Report, Subnet};
+use crate::model::{Addresses, Command, InstanceId, Policy, Report, Subnet};
 use crate::netns;
 
 const TICK: Duration = Duration::from_secs(1);
+/// What became of flows is looked at so often, for so many slots at a time.
+const SAMPLE: Duration = Duration::from_millis(250);
+const SAMPLE_SLOTS: usize = 4_096;
+/// Flows are counted so often where somebody chooses by their number.
+const COUNT: Duration = Duration::from_secs(2);
 /// Changes that may wait for the datapath before nothing more is listened to.
 const LANE: usize = 1_024;
 /// Outer IP, UDP and VXLAN headers with the inner Ethernet header, on an IPv4 and on an IPv6 underlay.
@@ -52,7 +57,10 @@ enum Answer {
     /// The lane has done what it had.
     Lane(Vec<Event>),
     LeasesKept,
-    Looked(Look, Result<Vec<FlowRow>, DatapathError>),
+    Looked(Look, Result<Vec<FlowRow>, DatapathError>, Vec<(u32, Tally)>),
+    /// How many connections had been asked for, and what became of those of some slots.
+    Sampled(u32, Vec<(u32, Tally)>),
+    Counted(Result<Vec<FlowRow>, DatapathError>),
     Nothing,
 }
 
@@ -99,6 +107,10 @@ struct Actor {
     next_waiter: u64,
     lane: VecDeque<Change>,
     lane_runs: bool,
+    sampling: bool,
+    /// How many connections had been asked for when that was last looked at, and the last slot that was.
+    sampled: (u32, u32),
+    counting: bool,
     lease_file: PathBuf,
     /// The newest leases, where they are not in the file yet.
     leases: Option<Leases>,
@@ -134,6 +146,7 @@ pub(super) async fn start(
         service_v4: config.service_v4,
         service_v6: config.service_v6,
         pin_dir: pin_dir(config),
+        xdp: config.xdp,
     };
     let chosen =
         datapath::choose(config.datapath, &underlay).await.map_err(|error| NetError::NoDatapath(error.to_string()))?;
@@ -150,6 +163,7 @@ pub(super) async fn start(
         address: config.public_ip.unwrap_or(uplink.source),
         uplink: way(&uplink),
         subnet: setup.subnet.clone(),
+        drain: config.drain,
         seed: RandomState::new().hash_one(0),
     };
     tracing::info!(
@@ -183,6 +197,9 @@ pub(super) async fn start(
         next_waiter: 0,
         lane: VecDeque::new(),
         lane_runs: false,
+        sampling: false,
+        sampled: (0, 0),
+        counting: false,
         lease_file,
         leases: None,
         writing: false,
@@ -254,6 +271,10 @@ impl Actor {
         let (reports, drain) = (self.setup.reports.clone(), self.setup.drain.clone());
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sample = tokio::time::interval(SAMPLE);
+        sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut count = tokio::time::interval(COUNT);
+        count.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // A control plane that has gone takes no reports any more.
         let mut listening = true;
         let mut open = true;
@@ -275,6 +296,8 @@ impl Actor {
                 },
                 () = links.changed() => self.event(Event::HostChanged),
                 _ = tick.tick() => self.event(Event::Tick),
+                _ = sample.tick() => self.sample(),
+                _ = count.tick() => self.count(),
                 deadline = drain.wait() => return self.finish(deadline).await,
             }
         }
@@ -335,16 +358,74 @@ impl Actor {
     /// Flows are read beside everything else; there may be very many.
     fn look(&mut self, look: Look) {
         let datapath = Arc::clone(&self.datapath);
-        self.work.spawn(async move { Answer::Looked(look, datapath.flows().await) });
+        let slots = match &look {
+            Look::Services(choice, _) => self.core.table.slots(choice),
+            Look::Flows(..) => Vec::new(),
+        };
+        self.work.spawn(async move {
+            let tallies = datapath.tallies(slots.clone()).await;
+            Answer::Looked(look, datapath.flows().await, slots.into_iter().zip(tallies).collect())
+        });
     }
 
-    fn show(&self, look: Look, flows: Result<Vec<FlowRow>, DatapathError>) {
+    /// Where there is a choice, who answers and who does not. Nothing is read while nobody begins a connection.
+    fn sample(&mut self) {
+        let (before, last) = self.sampled;
+        let slots = self.core.table.watched(last, SAMPLE_SLOTS);
+        if self.sampling || slots.is_empty() {
+            return;
+        }
+        self.sampling = true;
+        let (datapath, ails) = (Arc::clone(&self.datapath), self.core.table.ails());
+        self.work.spawn(async move {
+            let sums = datapath.tallies(vec![0]).await;
+            let asked = sums.first().map_or(before, |sum| sum.answers.asked.wrapping_add(sum.answers.refused));
+            if asked == before && !ails {
+                return Answer::Sampled(asked, Vec::new());
+            }
+            let tallies = datapath.tallies(slots.clone()).await;
+            Answer::Sampled(asked, slots.into_iter().zip(tallies).collect())
+        });
+    }
+
+    fn sampled(&mut self, asked: u32, tallies: Vec<(u32, Tally)>) {
+        self.sampling = false;
+        self.sampled = (asked, tallies.last().map_or(self.sampled.1, |(slot, _)| *slot));
+        if !tallies.is_empty() {
+            self.event(Event::Tallied(tallies));
+        }
+    }
+
+    /// Where the choice is by the number of flows, how many each has.
+    fn count(&mut self) {
+        if !self.counting && self.core.table.uses(Policy::Underutilised) {
+            self.counting = true;
+            let datapath = Arc::clone(&self.datapath);
+            self.work.spawn(async move { Answer::Counted(datapath.flows().await) });
+        }
+    }
+
+    fn counted(&mut self, flows: Result<Vec<FlowRow>, DatapathError>) {
+        self.counting = false;
+        match flows {
+            Ok(rows) => {
+                let mut flows = HashMap::new();
+                rows.iter().for_each(|row| *flows.entry(row.slot).or_default() += 1);
+                self.event(Event::Flows(flows));
+            }
+            Err(error) => tracing::debug!(%error, "flows cannot be counted"),
+        }
+    }
+
+    fn show(&self, look: Look, flows: Result<Vec<FlowRow>, DatapathError>, tallies: &[(u32, Tally)]) {
         let table = &self.core.table;
         let flows = flows.map_err(|error| NetError::Link { step: "read the flows", reason: error.to_string() });
         // Whoever asked may have gone.
         match look {
             Look::Flows(choice, reply) => drop(reply.send(flows.map(|flows| table.flow_views(&choice, flows)))),
-            Look::Services(choice, reply) => drop(reply.send(flows.map(|flows| table.service_views(&choice, &flows)))),
+            Look::Services(choice, reply) => {
+                drop(reply.send(flows.map(|flows| table.service_views(&choice, &flows, tallies))));
+            }
         }
     }
 
@@ -374,7 +455,9 @@ impl Actor {
                 self.writing = false;
                 self.write_leases();
             }
-            Ok(Answer::Looked(look, flows)) => self.show(look, flows),
+            Ok(Answer::Looked(look, flows, tallies)) => self.show(look, flows, &tallies),
+            Ok(Answer::Sampled(asked, tallies)) => self.sampled(asked, tallies),
+            Ok(Answer::Counted(flows)) => self.counted(flows),
             Ok(Answer::Nothing) => {}
             Err(error) => self.failure = Some(anyhow!("a step of the overlay ended without an answer: {error}")),
         }

@@ -5,7 +5,7 @@
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,13 +14,13 @@ use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, Mac, PEER_OURS, Peer};
 use netmanager_common::addr::Addr;
 
 use super::connect::{Made, Member, Step};
-use super::datapath::{Event as DatapathEvent, Port, Snapshot, TableDelta};
+use super::datapath::{Event as DatapathEvent, Port, Snapshot, TableDelta, Tally};
 use super::hello::{Greetings, Known, Outcome as Greeting};
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
 use super::link::{Bridge, Veth};
-use super::table::{ServiceNets, ServiceTable, Way};
+use super::table::{Figures, ServiceNets, ServiceTable, Way};
 use super::{Attachment, Lease, NetError, NetStatus};
 use crate::model::{
     Addresses, Command, FamilyPair, InstanceId, NodeId, PortMapping, Query, Report, Subnet, TableAnswer,
@@ -67,6 +67,10 @@ pub(super) enum Event {
     },
     /// The ways to these nodes, as far as there are any.
     Ways(Vec<(IpAddr, Way)>),
+    /// What became of the flows for which slots were chosen.
+    Tallied(Vec<(u32, Tally)>),
+    /// Flows of this node by slot.
+    Flows(HashMap<u32, u32>),
     /// Links, addresses or routes of the host have changed.
     HostChanged,
     /// The datapath did not take a change.
@@ -130,6 +134,8 @@ pub(super) struct Settings {
     pub(super) uplink: Way,
     /// The subnet that was assigned, and to which node id.
     pub(super) subnet: Option<(NodeId, Subnet)>,
+    /// Whoever vanishes from the table keeps the flows it has for so long.
+    pub(super) drain: Duration,
     /// A random number.
     pub(super) seed: u64,
 }
@@ -154,6 +160,7 @@ pub(super) struct Core {
     pub(super) table: ServiceTable,
     pub(super) interests: Interests,
     greetings: Greetings,
+    figures: Figures,
     /// Instances whose service is watched because of them.
     pub(super) held: BTreeSet<InstanceId>,
     bridge: Option<Bridge>,
@@ -196,6 +203,7 @@ impl Core {
             table: ServiceTable::new(settings.nets, host),
             interests: Interests::new(),
             greetings: Greetings::new(settings.seed, settings.framed_port),
+            figures: Figures::default(),
             held: BTreeSet::new(),
             bridge: None,
             upkeep: None,
@@ -216,6 +224,7 @@ impl Core {
             settings,
         };
         let mut out = Vec::new();
+        core.table.set_drain(core.settings.drain);
         core.adopt(remains, &mut out);
         (core, out)
     }
@@ -223,6 +232,7 @@ impl Core {
     pub(super) fn handle(&mut self, event: Event, now: Duration) -> Vec<Effect> {
         let mut out = Vec::new();
         self.now = now;
+        self.table.set_now(now);
         match event {
             Event::Attach(attachment, waiter) => self.attach(attachment, waiter, &mut out),
             Event::Detach(instance, waiter) => self.detach(&instance, Some(waiter), &mut out),
@@ -236,6 +246,14 @@ impl Core {
             Event::Ways(ways) => {
                 let delta = self.table.set_ways(ways.into_iter().map(|(host, way)| (Addr::from(host), way)));
                 self.project(delta, &mut out);
+            }
+            Event::Tallied(tallies) => {
+                let delta = self.table.observe(&tallies);
+                self.project(delta, &mut out);
+            }
+            Event::Flows(flows) => {
+                self.figures.flows = flows;
+                self.weigh(&mut out);
             }
             Event::HostChanged => {
                 self.host_changed = true;
@@ -419,7 +437,8 @@ impl Core {
                 None => out.push(Effect::GiveUp(address)),
             },
             DatapathEvent::Control { from, payload } => {
-                let greetings = self.greetings.receive(from, &payload, self.now);
+                let table = &self.table;
+                let greetings = self.greetings.receive(from, &payload, |address| table.hosts(address), self.now);
                 self.greet(greetings, out);
                 self.greet_who_is_due(out);
             }
@@ -434,6 +453,11 @@ impl Core {
         let jitter = self.random();
         let outcomes = self.interests.tick(jitter, self.now);
         self.pursue(outcomes, out);
+        let delta = self.table.tick();
+        self.project(delta, out);
+        let left = self.table.left().into_iter().map(|peer| (peer, self.table.leaving_at(peer))).collect();
+        self.greetings.ask(left, self.now);
+        self.measure(out);
         self.greet_who_is_due(out);
         for id in self.due_for_own_address() {
             let outcomes = self.interests.changed(&id.service, self.now);
@@ -447,6 +471,21 @@ impl Core {
             self.inquire(out);
         }
         self.look_after_host(out);
+    }
+
+    /// How far the peers are.
+    fn measure(&mut self, out: &mut Vec<Effect>) {
+        self.greetings.race(&self.table.raced(), self.now);
+        let rtts: HashMap<u32, Duration> = self.greetings.rtts().collect();
+        if rtts != self.figures.rtts {
+            self.figures.rtts = rtts;
+            self.weigh(out);
+        }
+    }
+
+    fn weigh(&mut self, out: &mut Vec<Effect>) {
+        let delta = self.table.weigh(self.figures.clone());
+        self.project(delta, out);
     }
 
     /// Asks whose the addresses of an earlier run are.
@@ -644,6 +683,10 @@ impl Core {
                 }
                 Greeting::Framed { peer, port } => {
                     let delta = self.table.set_framed(peer, port);
+                    self.project(delta, out);
+                }
+                Greeting::Gone { peer, namespaces } => {
+                    let delta = self.table.gone(peer, &namespaces);
                     self.project(delta, out);
                 }
             }

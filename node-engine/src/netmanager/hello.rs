@@ -16,23 +16,24 @@
 //! | option | value |
 //! |---|---|
 //! | 1 | the port on which the sender takes framed packets, 2 bytes; 0: on none |
+//! | 2 | namespace addresses (IPv4 mapped), 16 bytes each: in a hello, is an instance still there? In an answer: at these none is |
 //!
 //! A peer that offers a port gets framed packets once a hello in framing to that port was answered, so that a filter on the way costs
 //! nothing but a hello now and then; and bare ones again when such hellos remain without an answer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::control_framing;
+use netmanager_common::frame::{CONTROL_FIRST, control_framing};
 
 /// Takes more than TCP and UDP.
 pub const CAPABILITY_ANY_PROTOCOL: u32 = 1;
 /// What this node can do.
 pub const CAPABILITIES: u32 = CAPABILITY_ANY_PROTOCOL;
 
-const MAGIC: [u8; 2] = [0x9e, 0x6e];
+const MAGIC: [u8; 2] = [CONTROL_FIRST, 0x6e];
 const VERSION: u8 = 1;
 const HEADER: usize = 16;
 /// No datagram of this kind is longer; a longer one is not read.
@@ -48,6 +49,13 @@ const SILENCE: Duration = Duration::from_secs(3 * 60);
 
 /// The option with the port for framed packets.
 const OPTION_FRAMED: u8 = 1;
+/// The option with namespace addresses, and how many fit.
+const OPTION_ASKED: u8 = 2;
+const MOST_ASKED: usize = u8::MAX as usize / size_of::<Addr>();
+/// A peer whose round trip decides something is asked so often; of so many of its last answers the fastest counts, as the others have
+/// waited for a processor.
+const RACE: Duration = Duration::from_secs(2);
+const LAPS: usize = 8;
 /// A framed hello is repeated so long after the last that was answered,
 const FRAMED_PERIOD: Duration = Duration::from_secs(10);
 /// and so long after one that was not yet.
@@ -101,6 +109,21 @@ impl Hello {
     fn framed_port(&self) -> Option<u16> {
         let (_, value) = self.options.iter().find(|(option, _)| *option == OPTION_FRAMED)?;
         <[u8; 2]>::try_from(&value[..]).ok().map(u16::from_be_bytes).filter(|port| *port != 0)
+    }
+
+    /// Asks whether somebody is at these addresses, or says that nobody is.
+    fn asking(mut self, namespaces: &[Addr]) -> Self {
+        if !namespaces.is_empty() {
+            let value = namespaces.iter().take(MOST_ASKED).flat_map(|address| address.0).collect();
+            self.options.push((OPTION_ASKED, value));
+        }
+        self
+    }
+
+    /// The addresses that are asked about, or spoken of.
+    fn asked(&self) -> Vec<Addr> {
+        let values = self.options.iter().filter(|(option, _)| *option == OPTION_ASKED);
+        values.flat_map(|(_, value)| value.as_chunks().0).map(|bytes| Addr(*bytes)).collect()
     }
 
     /// The datagram. Options longer than a byte can say are left out.
@@ -180,6 +203,13 @@ struct Greeting {
     /// When silence began: the last answer, or the first hello.
     heard: Duration,
     framing: Framing,
+    /// At which addresses it may have nobody any more.
+    asking: Vec<Addr>,
+    /// Its round trip decides something.
+    raced: bool,
+    /// When the hello in flight was sent, and what the last ones took.
+    sent: Option<Duration>,
+    laps: VecDeque<Duration>,
 }
 
 /// What is known of a peer's framing.
@@ -251,6 +281,11 @@ pub enum Outcome {
         peer: u32,
         port: Option<u16>,
     },
+    /// The peer has no instance at these namespace addresses.
+    Gone {
+        peer: u32,
+        namespaces: Vec<Addr>,
+    },
 }
 
 /// What an earlier run knew of a peer.
@@ -279,8 +314,46 @@ impl Greetings {
             next: now,
         };
         let (token, ours) = (self.token(), known.ours);
-        let greeting = Greeting { to, token, ours, returned: None, unanswered: 0, next: now, heard: now, framing };
+        let greeting = Greeting {
+            to,
+            token,
+            ours,
+            returned: None,
+            unanswered: 0,
+            next: now,
+            heard: now,
+            framing,
+            asking: Vec::new(),
+            raced: false,
+            sent: None,
+            laps: VecDeque::new(),
+        };
         self.peers.insert(peer, greeting);
+    }
+
+    /// Asks these peers, now, at which of these namespace addresses they have nobody any more.
+    pub fn ask(&mut self, mut asking: BTreeMap<u32, Vec<Addr>>, now: Duration) {
+        for (peer, greeting) in &mut self.peers {
+            greeting.asking = asking.remove(peer).unwrap_or_default();
+            if !greeting.asking.is_empty() && greeting.ours {
+                greeting.next = now;
+            }
+        }
+    }
+
+    /// The round trips of these peers decide something.
+    pub fn race(&mut self, peers: &BTreeSet<u32>, now: Duration) {
+        for (peer, greeting) in &mut self.peers {
+            greeting.raced = peers.contains(peer);
+            if greeting.raced && greeting.ours {
+                greeting.next = greeting.next.min(now + RACE);
+            }
+        }
+    }
+
+    /// Round trips by peer, as far as they are known.
+    pub fn rtts(&self) -> impl Iterator<Item = (u32, Duration)> {
+        self.peers.iter().filter_map(|(peer, greeting)| Some((*peer, *greeting.laps.iter().min()?)))
     }
 
     fn token(&mut self) -> u64 {
@@ -305,15 +378,23 @@ impl Greetings {
             if greeting.next <= now {
                 greeting.next = now + RETRIES.get(greeting.unanswered).copied().unwrap_or(PERIOD);
                 greeting.unanswered += 1;
-                let payload = Hello::new(Kind::Hello, greeting.token).offering(self.framed_port).encode();
+                greeting.sent = Some(now);
+                let hello = Hello::new(Kind::Hello, greeting.token).offering(self.framed_port);
+                let payload = hello.asking(&greeting.asking).encode();
                 outcomes.push(Outcome::Send { to: greeting.to, payload });
             }
         }
         outcomes
     }
 
-    /// A control datagram arrived. Strangers and nonsense are met with silence.
-    pub fn receive(&mut self, from: SocketAddr, payload: &[u8], now: Duration) -> Vec<Outcome> {
+    /// A control datagram arrived. Strangers and nonsense are met with silence. `here`: is an instance of this node at a namespace address?
+    pub fn receive(
+        &mut self,
+        from: SocketAddr,
+        payload: &[u8],
+        here: impl Fn(Addr) -> bool,
+        now: Duration,
+    ) -> Vec<Outcome> {
         let Ok(hello) = Hello::decode(payload) else { return Vec::new() };
         let host = Addr::from(from.ip().to_canonical());
         let mut known = self.peers.iter_mut().filter(|(_, greeting)| Addr::from(greeting.to.ip()) == host);
@@ -329,7 +410,8 @@ impl Greetings {
                     greeting.unanswered = greeting.unanswered.min(1);
                 }
                 let answer = Hello::new(Kind::Answer, hello.token);
-                let full = answer.clone().offering(self.framed_port).encode();
+                let nobody: Vec<Addr> = hello.asked().into_iter().filter(|address| !here(*address)).collect();
+                let full = answer.clone().offering(self.framed_port).asking(&nobody).encode();
                 // No answer is longer than its question.
                 let answer = if full.len() <= payload.len() { full } else { answer.encode() };
                 vec![Outcome::Send { to: from, payload: answer }]
@@ -346,9 +428,18 @@ impl Greetings {
                 }
                 let news = !greeting.ours && hello.capabilities & CAPABILITY_ANY_PROTOCOL != 0;
                 greeting.ours |= news;
-                (greeting.unanswered, greeting.heard, greeting.next) = (0, now, now + PERIOD);
+                let pause = if greeting.raced { RACE } else { PERIOD };
+                (greeting.unanswered, greeting.heard, greeting.next) = (0, now, now + pause);
+                if let Some(sent) = greeting.sent.take() {
+                    if greeting.laps.len() == LAPS {
+                        greeting.laps.pop_front();
+                    }
+                    greeting.laps.push_back(now.saturating_sub(sent));
+                }
+                let namespaces = hello.asked();
+                let gone = (!namespaces.is_empty()).then_some(Outcome::Gone { peer, namespaces });
                 let framing = greeting.framing.tick(peer, greeting.to, self.framed_port, now);
-                news.then_some(Outcome::Ours { peer, ours: true }).into_iter().chain(framing).collect()
+                news.then_some(Outcome::Ours { peer, ours: true }).into_iter().chain(framing).chain(gone).collect()
             }
         }
     }
@@ -367,6 +458,10 @@ mod tests {
 
     use super::*;
 
+    fn nobody(_: Addr) -> bool {
+        false
+    }
+
     const fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
     }
@@ -380,7 +475,7 @@ mod tests {
             .iter()
             .filter_map(|outcome| match outcome {
                 Outcome::Send { payload, .. } => Some(Hello::decode(payload).unwrap()),
-                Outcome::Ours { .. } | Outcome::Framed { .. } => None,
+                Outcome::Ours { .. } | Outcome::Framed { .. } | Outcome::Gone { .. } => None,
             })
             .collect()
     }
@@ -416,11 +511,11 @@ mod tests {
         greetings.learn(4, peer(), Known::default(), at(0));
         let [hello] = &hellos(&greetings.tick(at(0)))[..] else { panic!("one hello") };
         let answer = Hello::new(Kind::Answer, hello.token).encode();
-        assert_eq!(greetings.receive(peer(), &answer, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
-        assert_eq!(greetings.receive(peer(), &answer, at(0)), [], "no news twice");
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [], "no news twice");
         assert_eq!(greetings.tick(at(59)), []);
         assert_eq!(greetings.tick(at(60)).len(), 1);
-        assert_eq!(greetings.receive(peer(), &answer, at(60)), []);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(60)), []);
         for second in 61..240 {
             let outcomes = greetings.tick(at(second));
             assert!(!outcomes.iter().any(|outcome| matches!(outcome, Outcome::Ours { .. })), "{second}");
@@ -444,7 +539,7 @@ mod tests {
         let from: SocketAddr = "[::ffff:192.0.2.2]:4000".parse().unwrap();
         for options in [vec![], vec![(1, vec![0, 0])]] {
             let hello = Hello { options, ..Hello::new(Kind::Hello, 77) };
-            let outcomes = greetings.receive(from, &hello.encode(), at(30));
+            let outcomes = greetings.receive(from, &hello.encode(), nobody, at(30));
             let mut answer = Hello::new(Kind::Answer, 77);
             if !hello.options.is_empty() {
                 answer = answer.offering(Some(50_104));
@@ -462,9 +557,57 @@ mod tests {
         let theirs = Hello::new(Kind::Hello, 77).encode();
         for (milliseconds, said) in [(10, 1), (20, 0), (509, 0), (510, 1), (511, 0)] {
             let now = Duration::from_millis(milliseconds);
-            greetings.receive(peer(), &theirs, now);
+            greetings.receive(peer(), &theirs, nobody, now);
             assert_eq!(hellos(&greetings.tick(now)).len(), said, "no flood can be drawn from us");
         }
+    }
+
+    #[test]
+    fn who_is_asked_says_where_nobody_is_and_is_believed_with_the_token_only() {
+        let (a, b) = (Addr::v4([10, 18, 1, 2]), Addr::v4([10, 18, 1, 3]));
+        let mut greetings = Greetings::new(1, None);
+        greetings.learn(4, peer(), Known { ours: true, framed_port: None }, at(0));
+        greetings.tick(at(0));
+        greetings.ask([(4, vec![a, b])].into(), at(1));
+        let asked = hellos(&greetings.tick(at(1))).remove(0);
+        assert_eq!(asked.asked(), [a, b]);
+
+        let mut other = Greetings::new(2, None);
+        other.learn(9, peer(), Known::default(), at(0));
+        let question = asked.encode();
+        let outcomes = other.receive(peer(), &question, |address| address == a, at(1));
+        let answer = hellos(&outcomes).remove(0);
+        assert_eq!((answer.kind, answer.asked()), (Kind::Answer, vec![b]));
+
+        let forged = Hello { token: asked.token ^ 1, ..answer.clone() };
+        assert_eq!(greetings.receive(peer(), &forged.encode(), nobody, at(2)), []);
+        let unasked = Hello { kind: Kind::Hello, ..answer.clone() };
+        let outcomes = greetings.receive(peer(), &unasked.encode(), nobody, at(2));
+        assert!(!outcomes.iter().any(|outcome| matches!(outcome, Outcome::Gone { .. })), "{outcomes:?}");
+        let outcomes = greetings.receive(peer(), &answer.encode(), nobody, at(2));
+        assert!(outcomes.contains(&Outcome::Gone { peer: 4, namespaces: vec![b] }), "{outcomes:?}");
+        greetings.ask(BTreeMap::new(), at(3));
+        assert_eq!(hellos(&greetings.tick(at(70)))[0].asked(), [], "nothing is asked any more");
+    }
+
+    #[test]
+    fn the_fastest_of_the_last_answers_is_the_round_trip() {
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
+        greetings.race(&[4].into(), at(0));
+        assert_eq!(greetings.rtts().count(), 0);
+        let mut now = at(0);
+        for (lap, expected) in [(9, 9), (5, 5), (30, 5), (7, 5)].into_iter().chain([(8, 5); 5]).chain([(8, 7), (8, 7)])
+        {
+            let token = hellos(&greetings.tick(now))[0].token;
+            let answer = Hello::new(Kind::Answer, token).encode();
+            let answered = now + Duration::from_millis(lap);
+            greetings.receive(peer(), &answer, nobody, answered);
+            assert_eq!(greetings.rtts().collect::<Vec<_>>(), [(4, Duration::from_millis(expected))], "{lap}");
+            greetings.receive(peer(), &answer, nobody, answered + at(1));
+            now = answered + at(1) + RACE;
+        }
+        greetings.race(&BTreeSet::new(), now);
     }
 
     /// What is said in framing, and where.
@@ -484,7 +627,7 @@ mod tests {
         greetings.learn(4, peer(), Known::default(), at(0));
         let token = hellos(&greetings.tick(at(0))).remove(0).token;
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        let outcomes = greetings.receive(peer(), &answer, at(0));
+        let outcomes = greetings.receive(peer(), &answer, nobody, at(0));
         let [(to, hello)] = &framed(&outcomes)[..] else { panic!("one framed hello: {outcomes:?}") };
         assert_eq!((to.ip(), to.port(), hello.framed_port()), (peer().ip(), 4_789, Some(50_104)));
         assert!(outcomes.contains(&Outcome::Ours { peer: 4, ours: true }));
@@ -496,20 +639,23 @@ mod tests {
         let mut greetings = Greetings::new(1, Some(50_104));
         let (hello, _) = offered(&mut greetings);
         let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
-        assert_eq!(greetings.receive(peer(), &answer, at(0)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
-        assert_eq!(greetings.receive(peer(), &answer, at(0)), [], "no news twice");
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [], "no news twice");
         for second in 1..50 {
             let outcomes = greetings.tick(at(second));
             assert_eq!(framed(&outcomes).len(), usize::from(second % 10 == 0), "{second}");
             assert_eq!(outcomes.len(), framed(&outcomes).len());
             if second % 10 == 0 {
-                assert_eq!(greetings.receive(peer(), &answer, at(second)), []);
+                assert_eq!(greetings.receive(peer(), &answer, nobody, at(second)), []);
             }
         }
         let silent: Vec<Outcome> = (50..60).flat_map(|second| greetings.tick(at(second))).collect();
         assert_eq!(framed(&silent).len(), FRAMED_TRIES);
         assert!(silent.contains(&Outcome::Framed { peer: 4, port: None }), "a filter has come in between: {silent:?}");
-        assert_eq!(greetings.receive(peer(), &answer, at(70)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
+        assert_eq!(
+            greetings.receive(peer(), &answer, nobody, at(70)),
+            [Outcome::Framed { peer: 4, port: Some(4_789) }]
+        );
     }
 
     #[test]
@@ -523,7 +669,7 @@ mod tests {
             assert!(!outcomes.iter().any(|outcome| matches!(outcome, Outcome::Framed { .. })), "{second}");
             tries += framed(&outcomes).len();
             if hellos_bare(&outcomes) {
-                greetings.receive(peer(), &answer, at(second));
+                greetings.receive(peer(), &answer, nobody, at(second));
             }
         }
         assert!((12..=16).contains(&tries), "four a minute: {tries}");
@@ -538,19 +684,19 @@ mod tests {
         let mut greetings = Greetings::new(1, Some(50_104));
         let (hello, token) = offered(&mut greetings);
         let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
-        greetings.receive(peer(), &answer, at(0));
+        greetings.receive(peer(), &answer, nobody, at(0));
 
         // It has come back without eBPF, says hello, and is asked whether that is true.
         let theirs = Hello::new(Kind::Hello, 77).offering(None).encode();
-        let outcomes = greetings.receive(peer(), &theirs, at(5));
+        let outcomes = greetings.receive(peer(), &theirs, nobody, at(5));
         assert!(!outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "anybody may have said so");
         assert!(hellos_bare(&greetings.tick(at(5))));
         let answer = Hello::new(Kind::Answer, token).offering(None).encode();
-        assert_eq!(greetings.receive(peer(), &answer, at(5)), [Outcome::Framed { peer: 4, port: None }]);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(5)), [Outcome::Framed { peer: 4, port: None }]);
 
         // And with it again.
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        let outcomes = greetings.receive(peer(), &answer, at(6));
+        let outcomes = greetings.receive(peer(), &answer, nobody, at(6));
         assert_eq!(framed(&outcomes).len(), 1);
     }
 
@@ -562,14 +708,14 @@ mod tests {
         assert!(outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "what an earlier run has agreed on");
         let token = hellos(&outcomes).remove(0).token;
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        assert_eq!(greetings.receive(peer(), &answer, at(0)), []);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), []);
 
         let v6: SocketAddr = "[2001:db8::2]:50103".parse().unwrap();
         let mut greetings = Greetings::new(1, Some(50_104));
         greetings.learn(4, v6, Known::default(), at(0));
         let token = hellos(&greetings.tick(at(0))).remove(0).token;
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        assert_eq!(greetings.receive(v6, &answer, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
+        assert_eq!(greetings.receive(v6, &answer, nobody, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
     }
 
     #[test]
@@ -578,11 +724,11 @@ mod tests {
         greetings.learn(4, peer(), Known::default(), at(0));
         let hello = hellos(&greetings.tick(at(0))).remove(0);
         let stranger: SocketAddr = "198.51.100.1:50103".parse().unwrap();
-        assert_eq!(greetings.receive(stranger, &Hello::new(Kind::Hello, 1).encode(), at(1)), []);
-        assert_eq!(greetings.receive(stranger, &Hello::new(Kind::Answer, hello.token).encode(), at(1)), []);
-        assert_eq!(greetings.receive(peer(), &Hello::new(Kind::Answer, hello.token ^ 1).encode(), at(1)), []);
+        assert_eq!(greetings.receive(stranger, &Hello::new(Kind::Hello, 1).encode(), nobody, at(1)), []);
+        assert_eq!(greetings.receive(stranger, &Hello::new(Kind::Answer, hello.token).encode(), nobody, at(1)), []);
+        assert_eq!(greetings.receive(peer(), &Hello::new(Kind::Answer, hello.token ^ 1).encode(), nobody, at(1)), []);
         greetings.forget(4);
-        assert_eq!(greetings.receive(peer(), &Hello::new(Kind::Hello, 1).encode(), at(1)), []);
+        assert_eq!(greetings.receive(peer(), &Hello::new(Kind::Hello, 1).encode(), nobody, at(1)), []);
         assert_eq!(greetings.tick(at(100)), []);
     }
 
@@ -604,7 +750,7 @@ mod tests {
             }
             let mut greetings = Greetings::new(1, Some(50_104));
             greetings.learn(4, peer(), Known::default(), at(0));
-            for outcome in greetings.receive(peer(), &bytes, at(1)) {
+            for outcome in greetings.receive(peer(), &bytes, nobody, at(1)) {
                 if let Outcome::Send { payload, .. } = outcome {
                     prop_assert!(!payload.is_empty() && payload.len() <= bytes.len());
                 }

@@ -179,6 +179,7 @@ mod tests {
             address: [192, 0, 2, 1].into(),
             uplink: Way::default(),
             subnet: None,
+            drain: Duration::ZERO,
             seed: 7,
         };
         let (mut core, _) = Core::new(settings, Remains::default());

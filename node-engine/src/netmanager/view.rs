@@ -70,26 +70,60 @@ pub enum Lookup {
 }
 
 /// A service this node knows of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct ServiceView {
     pub service: ServiceName,
-    /// Those that mean the service; each with the label of its policy.
-    pub addresses: Vec<(&'static str, IpAddr)>,
+    /// Those that mean the service.
+    pub addresses: Vec<AddressView>,
     pub instances: Vec<InstanceView>,
     /// Flows of this node to any of its addresses.
     pub flows: usize,
+}
+
+/// An address that means a service.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AddressView {
+    /// Label of its policy.
+    pub policy: &'static str,
+    pub address: IpAddr,
+    /// Numbers of the instances that new flows are sent to, each with its share of them in percent.
+    pub candidates: Vec<(u32, f64)>,
 }
 
 /// An instance, here or elsewhere.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstanceView {
     pub number: u32,
+    pub weight: u32,
+    /// Round trip to its node, where it is measured.
+    pub rtt: Option<Duration>,
+    /// Flows it was chosen for, where that was asked for; and TCP connections among them that it has answered and refused.
+    pub picks: Option<Picks>,
+    pub state: State,
     /// Its node; `None` for this one.
     pub node: Option<IpAddr>,
     /// Inside its node's subnets.
     pub namespace: Vec<IpAddr>,
     /// Those that mean exactly this instance.
     pub own: Vec<IpAddr>,
+}
+
+/// What became of flows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Picks {
+    pub chosen: u64,
+    pub answered: u64,
+    pub refused: u64,
+}
+
+/// Does an instance get new flows?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    Well,
+    /// It is passed over: what it did wrong, and for how long still; nothing where the next flow tries it.
+    PassedOver(&'static str, Option<Duration>),
+    /// It is on its way out and keeps what it has, for so long still where there is a limit.
+    Draining(Option<Duration>),
 }
 
 /// Another node.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use netmanager_common::abi::{Config, Endpoint, Mac, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt};
-use node_engine::config::DatapathChoice;
+use node_engine::config::{DatapathChoice, XdpChoice};
 use node_engine::netmanager::datapath::{Chosen, Datapath, Event, Port, TableDelta, Underlay, choose, uninstall};
 use node_engine::netns::{self, Netns};
 use tokio::sync::{mpsc, oneshot};
@@ -308,6 +308,7 @@ impl Node {
             service_v4: (Ipv4Addr::new(10, 30, 0, 0), 16),
             service_v6: ("fdff::".parse().unwrap(), 16),
             pin_dir: scratch.join(format!("bpf-{number}")),
+            xdp: XdpChoice::Off,
         };
         let (_, gateway_mac) = link(name, BRIDGE);
         Self { name: name.into(), address, instances, underlay, gateway_mac, running: None }
@@ -486,6 +487,11 @@ fn link(netns: &str, name: &str) -> (u32, [u8; 6]) {
         *byte = u8::from_str_radix(text, 16).expect("a MAC address");
     }
     (links[0]["ifindex"].as_u64().expect("an index") as u32, mac)
+}
+
+/// What `ip` says of an interface.
+pub fn shown(node: &Node, name: &str) -> String {
+    String::from_utf8_lossy(&output(&["-n", &node.name, "-d", "link", "show", "dev", name])).into_owned()
 }
 
 pub fn ip(args: &[&str]) {

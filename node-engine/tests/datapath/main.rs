@@ -1,6 +1,8 @@
 //! Real packets through both datapaths: two nodes, real namespaces, real TCP and UDP.
 #![expect(clippy::unwrap_used, reason = "a test panics where it cannot go on")]
 
+mod filter;
+mod gone;
 mod lab;
 
 use std::io::{self, Read, Write};
@@ -21,6 +23,10 @@ use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
 use node_engine::netmanager::datapath::{DatapathError, Event, TableDelta, Underlay, choose, uninstall};
 use node_engine::netns::Netns;
 
+use self::gone::{
+    a_flood_of_flows_costs_others_nothing, answers_are_counted_and_a_trial_is_one_flow,
+    who_calls_a_service_without_instances_is_told, who_has_a_connection_to_an_instance_that_goes_is_reset,
+};
 use self::lab::{Instance, Lab, Node, PATIENCE, Sniffer, TUNNEL_PORT, addr, blocking, service, until};
 
 const SERVICES: [&str; 2] = ["10.30.50.2", "fdff:2000::1"];
@@ -50,6 +56,10 @@ on_both! {
     a_sender_without_a_name_waits_for_it,
     an_ipv6_underlay_carries_both_families,
     a_restart_breaks_no_connection,
+    who_has_a_connection_to_an_instance_that_goes_is_reset,
+    who_calls_a_service_without_instances_is_told,
+    answers_are_counted_and_a_trial_is_one_flow,
+    a_flood_of_flows_costs_others_nothing,
 }
 
 async fn a_service_is_reached_across_nodes(choice: DatapathChoice) {

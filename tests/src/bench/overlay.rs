@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow};
 use netmanager_common::abi::{Config, Endpoint, Mac, PEER_OURS, POLICY_ANY, POLICY_INSTANCE, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::{TUNNEL_PORT, framed_port};
-use node_engine::config::DatapathChoice;
+use node_engine::config::{DatapathChoice, XdpChoice};
 use node_engine::netmanager::datapath::{self, Port, TableDelta, Underlay};
 use tokio::sync::oneshot;
 
@@ -147,6 +147,7 @@ fn underlay(side: &Side, pin_dir: PathBuf) -> Result<Underlay> {
         service_v4: (Ipv4Addr::new(10, 30, 0, 0), 16),
         service_v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16),
         pin_dir,
+        xdp: XdpChoice::Off,
     })
 }
 

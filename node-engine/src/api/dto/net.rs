@@ -58,17 +58,42 @@ pub struct Service {
     pub flows: usize,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ServiceAddress {
     pub policy: String,
     pub address: String,
+    /// Whom new flows are sent to.
+    pub candidates: Vec<Candidate>,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Candidate {
+    /// Number of the instance.
+    pub number: u32,
+    /// Percent of new flows.
+    pub share: f64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ServiceInstance {
     pub number: u32,
+    /// `well`, `passed over` or `draining`.
+    pub state: String,
+    /// Why it is passed over; empty otherwise.
+    pub reason: String,
+    /// Until it is tried again, or until its flows are ended, where that is known.
+    pub seconds_left: Option<f64>,
+    pub weight: u32,
+    /// Round trip to its node, where it is measured.
+    pub rtt_ms: Option<f64>,
+    /// Flows of this node that it was chosen for, where one service is asked for.
+    pub chosen: Option<u64>,
+    /// TCP connections among them that it has answered, and refused.
+    pub answered: Option<u64>,
+    pub refused: Option<u64>,
     /// Address of its node; `here` on this one.
     pub node: String,
     /// Inside its node's subnets.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::api::dto::net::{Counter, Flow, Page, Peer, Service};
+use crate::api::dto::net::{Candidate, Counter, Flow, Page, Peer, Service, ServiceAddress, ServiceInstance};
 use crate::cli::ask::dash;
 use crate::cli::table::table;
 use crate::cli::watch::Screen;
@@ -66,6 +66,72 @@ impl Screen for Page<Service> {
         let text = table(["SERVICE", "POLICY", "ADDRESS", "FLOWS", "INSTANCES"], &rows);
         format!("{text}{}", more("services", self.rows.len(), self.total, then))
     }
+}
+
+/// Services one by one, each instance in a row.
+#[derive(Clone, Debug, Serialize)]
+#[serde(transparent)]
+pub(super) struct Details(pub(super) Page<Service>);
+
+impl Screen for Details {
+    fn screen(&self, before: Option<(&Self, f64)>) -> String {
+        if self.0.rows.is_empty() {
+            return "no such service is known on this node\n".into();
+        }
+        let mut text = String::new();
+        for service in &self.0.rows {
+            let gap = if text.is_empty() { "" } else { "\n" };
+            let then = before.and_then(|(then, seconds)| {
+                let then = then.0.rows.iter().find(|other| other.service == service.service)?;
+                Some((then, seconds))
+            });
+            let flows = format!("{}{}", service.flows, change(service.flows, then.map(|(then, s)| (then.flows, s))));
+            let address = |known: &ServiceAddress| {
+                let share = |one: &Candidate| format!("#{} {:.0}%", one.number, one.share);
+                let candidates: Vec<String> = known.candidates.iter().map(share).collect();
+                let candidates = if candidates.is_empty() { "nobody".into() } else { candidates.join(", ") };
+                [known.policy.clone(), known.address.clone(), candidates]
+            };
+            let addresses: Vec<_> = service.addresses.iter().map(address).collect();
+            let instances: Vec<_> = service.instances.iter().map(|one| instance(one, then)).collect();
+            text = format!(
+                "{text}{gap}{}, {flows} flows\n{}{}",
+                service.service,
+                table(["POLICY", "ADDRESS", "NEW FLOWS GO TO"], &addresses),
+                table(["INSTANCE", "NODE", "STATE", "WEIGHT", "RTT", "CHOSEN", "ANSWERED", "REFUSED"], &instances)
+            );
+        }
+        text
+    }
+}
+
+fn instance(one: &ServiceInstance, before: Option<(&Service, f64)>) -> [String; 8] {
+    let then = before
+        .and_then(|(then, seconds)| Some((then.instances.iter().find(|other| other.number == one.number)?, seconds)));
+    let left = match one.seconds_left {
+        Some(left) => format!(" for {left:.0} s"),
+        None => String::new(),
+    };
+    let state = match (one.state.as_str(), one.reason.as_str(), one.seconds_left) {
+        ("passed over", reason, None) => format!("{reason}, to be tried"),
+        ("passed over", reason, Some(_)) => format!("{reason}, passed over{left}"),
+        (state, ..) => format!("{state}{left}"),
+    };
+    let count = |now: Option<u64>, count: fn(&ServiceInstance) -> Option<u64>| {
+        let Some(now) = now else { return "-".into() };
+        let then = then.and_then(|(then, seconds)| Some((count(then)? as usize, seconds)));
+        format!("{now}{}", change(now as usize, then))
+    };
+    [
+        format!("#{}", one.number),
+        one.node.clone(),
+        state,
+        one.weight.to_string(),
+        one.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.2} ms")),
+        count(one.chosen, |one| one.chosen),
+        count(one.answered, |one| one.answered),
+        count(one.refused, |one| one.refused),
+    ]
 }
 
 impl Screen for Vec<Peer> {
@@ -151,7 +217,6 @@ fn change(now: usize, before: Option<(usize, f64)>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::dto::net::{ServiceAddress, ServiceInstance};
 
     #[test]
     fn flows_have_names_and_a_bound() {
@@ -186,12 +251,16 @@ mod tests {
     fn a_service_is_one_row_for_each_address() {
         let service = Service {
             service: "app.default.web.default".into(),
-            addresses: vec![ServiceAddress { policy: "rr".into(), address: "10.30.0.0".into() }],
+            addresses: vec![ServiceAddress {
+                policy: "rr".into(),
+                address: "10.30.0.0".into(),
+                ..ServiceAddress::default()
+            }],
             instances: vec![ServiceInstance {
-                number: 0,
                 node: "here".into(),
                 namespace: vec!["10.18.0.2".into()],
                 addresses: vec!["10.30.0.1".into()],
+                ..ServiceInstance::default()
             }],
             flows: 3,
         };
@@ -202,6 +271,50 @@ mod tests {
              app.default.web.default  rr          10.30.0.0  3      #0@here\n\
              \x20                        instance-0  10.30.0.1\n"
         );
+    }
+
+    #[test]
+    fn a_service_in_detail_says_who_gets_new_flows_and_why_not() {
+        let instance = |number: u32, state: &str, reason: &str, seconds_left, chosen| ServiceInstance {
+            number,
+            state: state.into(),
+            reason: reason.into(),
+            seconds_left,
+            weight: 1,
+            rtt_ms: Some(0.5),
+            chosen: Some(chosen),
+            node: "192.0.2.2".into(),
+            ..ServiceInstance::default()
+        };
+        let service = |chosen| Service {
+            service: "app.default.web.default".into(),
+            addresses: vec![ServiceAddress {
+                policy: "rr".into(),
+                address: "10.30.0.0".into(),
+                candidates: vec![Candidate { number: 0, share: 100.0 }],
+            }],
+            instances: vec![
+                instance(0, "well", "", None, chosen),
+                instance(1, "passed over", "does not answer", Some(3.6), 7),
+                instance(2, "passed over", "refuses connections", None, 7),
+                instance(3, "draining", "", Some(9.0), 7),
+            ],
+            flows: 2,
+        };
+        let [then, now] = [10, 30].map(|chosen| Details(Page { total: 1, rows: vec![service(chosen)] }));
+        let text = now.screen(Some((&then, 2.0)));
+        for expected in [
+            "app.default.web.default, 2 (+0/s) flows\n",
+            "rr      10.30.0.0  #0 100%\n",
+            "well ",
+            "30 (+10/s)",
+            "does not answer, passed over for 4 s",
+            "refuses connections, to be tried",
+            "draining for 9 s",
+        ] {
+            assert!(text.contains(expected), "{expected:?} in {text}");
+        }
+        assert!(Details(Page::default()).screen(None).contains("no such service"));
     }
 
     #[test]

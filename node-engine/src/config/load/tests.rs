@@ -102,6 +102,8 @@ fn every_setting_is_read_from_the_file() {
         bpffs = "/bpf"
         relax_source = true
         framing = false
+        drain = 30
+        xdp = "off"
         [runtime]
         docker_host = "unix:///d.sock"
         process = true
@@ -135,6 +137,8 @@ fn every_setting_is_read_from_the_file() {
     assert_ne!(config.network.bpffs, defaults.network.bpffs);
     assert_ne!(config.network.relax_source, defaults.network.relax_source);
     assert_ne!(config.network.framing, defaults.network.framing);
+    assert_ne!(config.network.drain, defaults.network.drain);
+    assert_ne!(config.network.xdp, defaults.network.xdp);
     assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d.sock"));
     let telemetry = &config.telemetry;
     assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));

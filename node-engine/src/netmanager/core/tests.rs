@@ -724,6 +724,7 @@ fn settings(kept: Option<&str>) -> Settings {
         address: "192.0.2.1".parse().unwrap(),
         uplink: Way { source: ip("192.0.2.1"), ifindex: 2 },
         subnet: kept.map(|node| (node.parse().unwrap(), subnet(0))),
+        drain: Duration::from_secs(10),
         seed: 1,
     }
 }

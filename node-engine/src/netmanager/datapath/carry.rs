@@ -10,7 +10,7 @@ use std::time::Instant;
 use netmanager_common::addr::Addr;
 use netmanager_common::icmp;
 use netmanager_common::pipeline::{inbound, outbound};
-use netmanager_common::verdict::{Miss, Verdict};
+use netmanager_common::verdict::{DropReason, Miss, Verdict};
 use tokio::sync::mpsc;
 use tun_rs::SyncDevice;
 
@@ -23,6 +23,7 @@ use super::host::{self, HostFlows};
 use super::merge;
 use super::offload::{Offload, PacketFrame};
 use super::projection::Projection;
+use super::refusal::Limit;
 use super::socket::TunnelSocket;
 use super::{Event, TableDelta};
 
@@ -58,6 +59,8 @@ pub(super) struct Carrier<T> {
     pub(super) batch: Batch,
     /// For what does not wait.
     pub(super) lone: Batch,
+    /// How many senders are told that nobody is there.
+    pub(super) refusals: Limit,
 }
 
 impl<T: Projection> Carrier<T> {
@@ -211,11 +214,15 @@ impl<T: Projection> Carrier<T> {
             Ok(Verdict::Slow(Miss::Endpoint | Miss::Source)) => self.hold(source(packet), packet, origin, *offload),
             Ok(Verdict::Slow(Miss::Fragment)) => self.join(packet, origin),
             Ok(Verdict::Slow(Miss::Header)) => self.counters.add(Count::Header, 1),
-            Ok(Verdict::Slow(Miss::Host)) => match self.host.give_back(packet, offload, now()) {
+            Ok(Verdict::Slow(Miss::Host)) => match self.host.give_back(packet, &mut self.tables, offload, now()) {
                 Some(()) => self.deliver(packet, origin, offload),
                 None => self.counters.add(Count::Host, 1),
             },
             Ok(Verdict::Slow(Miss::Error)) => self.carry_error(packet, origin),
+            Ok(Verdict::Slow(Miss::Gone)) => {
+                self.counters.dropped(DropReason::NoInstance);
+                self.refuse(packet, origin, offload);
+            }
             // Asked only of the kernel; from here every underlay is reached.
             Ok(Verdict::Slow(Miss::Underlay)) => self.counters.add(Count::Send, 1),
             Ok(Verdict::Pass) => self.counters.add(Count::NotService, 1),
@@ -281,7 +288,10 @@ impl<T: Projection> Carrier<T> {
                 self.ask(address, origin);
             }
             Outcome::Waits => self.counters.add(Count::Held, 1),
-            Outcome::GivenUp => self.counters.add(Count::GivenUp, 1),
+            Outcome::GivenUp => {
+                self.counters.add(Count::GivenUp, 1);
+                self.refuse_unknown(address, &mut packet.to_vec(), origin, &offload);
+            }
             Outcome::Refused => self.counters.add(Count::HeldFull, 1),
         }
     }
@@ -325,7 +335,7 @@ pub(super) fn source(packet: &[u8]) -> Option<Addr> {
     address(packet, 12, 8)
 }
 
-fn destination(packet: &[u8]) -> Option<Addr> {
+pub(super) fn destination(packet: &[u8]) -> Option<Addr> {
     address(packet, 16, 24)
 }
 

@@ -39,10 +39,12 @@ pub(super) enum Count {
     Send,
     /// The TUN device did not take the packet.
     Write,
+    /// A sender was told that nobody is there.
+    Told,
 }
 
 impl Count {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Sent,
         Self::Local,
         Self::Received,
@@ -59,6 +61,7 @@ impl Count {
         Self::Control,
         Self::Send,
         Self::Write,
+        Self::Told,
     ];
 
     pub(super) const fn name(self) -> &'static str {
@@ -79,6 +82,7 @@ impl Count {
             Self::Control => "drop_control",
             Self::Send => "drop_send",
             Self::Write => "drop_tun",
+            Self::Told => "told_gone",
         }
     }
 }

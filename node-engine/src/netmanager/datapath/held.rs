@@ -89,13 +89,13 @@ impl<O> Held<O> {
         packets
     }
 
-    /// Nobody knows the address. Returns how many packets are dropped.
-    pub(super) fn give_up(&mut self, address: Addr, now: Instant) -> u64 {
-        let dropped = self.release(&address).len() as u64;
+    /// Nobody knows the address. Returns what has waited for it.
+    pub(super) fn give_up(&mut self, address: Addr, now: Instant) -> VecDeque<Packet<O>> {
+        let packets = self.release(&address);
         if self.given_up.len() < ADDRESSES {
             self.given_up.insert(address, now + GIVEN_UP);
         }
-        dropped
+        packets
     }
 
     /// Drops what has waited too long and returns how many packets. An address for which nothing waits any more is asked for again
@@ -193,7 +193,7 @@ mod tests {
     fn given_up_means_dropped_for_a_while() {
         let (mut held, start) = (Held::default(), Instant::now());
         held.hold(address(1), (), b"a", start);
-        assert_eq!(held.give_up(address(1), start), 1);
+        assert_eq!(held.give_up(address(1), start).len(), 1);
         assert_eq!(held.hold(address(1), (), b"b", start).0, Outcome::GivenUp);
         held.expire(start + GIVEN_UP);
         assert_eq!(held.hold(address(1), (), b"c", start + GIVEN_UP).0, Outcome::Ask);

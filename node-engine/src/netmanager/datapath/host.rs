@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use netmanager_common::abi::{FLOW_HOST, Flow, FlowKey, Slot};
+use netmanager_common::abi::{FLOW_CHOSEN, FLOW_HOST, Flow, FlowKey, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::checksum::Change;
 use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, TCP_FIN, TCP_RST, UDP};
@@ -53,6 +53,7 @@ struct Borrowed {
     port: [u8; 2],
     seen: u32,
     closed: bool,
+    answered: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,7 +115,13 @@ impl HostFlows {
     }
 
     /// Makes a packet for an instance one for the host again. `None` where the host knows nothing of it.
-    pub(super) fn give_back(&mut self, packet: &mut [u8], offload: &Offload, now: u32) -> Option<()> {
+    pub(super) fn give_back(
+        &mut self,
+        packet: &mut [u8],
+        tables: &mut impl Tables,
+        offload: &Offload,
+        now: u32,
+    ) -> Option<()> {
         let Read { key, at, closes } = Read::packet(packet)?;
         let back = Back {
             v6: !key.source.is_v4(),
@@ -126,6 +133,11 @@ impl HostFlows {
         if let Some(flow) = self.flows.get_mut(&own) {
             flow.seen = now;
             flow.closed |= closes;
+            let first = !std::mem::replace(&mut flow.answered, true);
+            let counts = first && key.protocol == u32::from(TCP);
+            if let Some(row) = tables.flow(&key).filter(|row| counts && row.server != 0) {
+                tables.answered(row.server, closes);
+            }
         }
         let port = if is_echo(&key) { at + 4 } else { at + 2 };
         rewrite(packet, offload, at, (&own.destination, &own.source), (port, own.source_port))
@@ -152,6 +164,14 @@ impl HostFlows {
         Some(())
     }
 
+    /// Makes a lent packet one of the host again.
+    pub(super) fn take_back(&self, packet: &mut [u8], offload: &Offload) -> Option<()> {
+        let Read { key, at, .. } = Read::packet(packet)?;
+        let own = *self.back.get(&answer(&key, key.source_port))?;
+        let port = if is_echo(&key) { at + 4 } else { at };
+        rewrite(packet, offload, at, (&own.source, &own.destination), (port, own.source_port))
+    }
+
     fn borrow(&mut self, key: &FlowKey, now: u32) -> Option<Borrowed> {
         let v4 = key.source.is_v4();
         let namespace = *self.identities.keys().find(|namespace| namespace.is_v4() == v4)?;
@@ -165,7 +185,7 @@ impl HostFlows {
         let ports = (0..TRIES).map(|next| (FIRST + (begin + next) % PORTS).to_be_bytes());
         let port = ports.into_iter().find(|port| !self.back.contains_key(&answer(key, *port)))?;
         self.back.insert(answer(key, port), *key);
-        Some(Borrowed { namespace, port, seen: now, closed: false })
+        Some(Borrowed { namespace, port, seen: now, closed: false, answered: false })
     }
 
     fn sweep(&mut self, now: u32) {
@@ -208,6 +228,7 @@ pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, closes: bool) {
                 account: flow.account,
                 source: key.destination,
                 kind: FLOW_HOST,
+                server: if flow.kind == FLOW_CHOSEN { flow.slot as u16 } else { 0 },
                 ..Flow::default()
             };
             tables.learn(&back, &mut row, present.is_none());
@@ -348,6 +369,10 @@ mod tests {
         u16::from_be_bytes(Read::packet(packet).unwrap().key.source_port)
     }
 
+    fn read_tcp(packet: &[u8]) -> bool {
+        Read::packet(packet).unwrap().key.protocol == u32::from(TCP)
+    }
+
     /// Sends as the proxy does; gives what would be on the wire.
     fn send(flows: &mut HostFlows, world: &mut World, to: Addr, what: Payload) -> (Vec<u8>, Verdict) {
         let source = TUN.of(!to.is_v4());
@@ -395,12 +420,33 @@ mod tests {
                         let strange = inbound(&mut SliceFrame::new(&mut back), &mut world, &UPSTREAM);
                         assert_eq!(strange, Err(DropReason::ForeignSource));
                     }
-                    flows.give_back(&mut back, &Offload::default(), 2).expect("the host asked for it");
+                    flows.give_back(&mut back, &mut world, &Offload::default(), 2).expect("the host asked for it");
+                    if read_tcp(&back) {
+                        let slot = if service.of(v6) == CLIENT_INSTANCE.of(v6) { 0 } else { 1 };
+                        let answered: u32 = world.answers.values().map(|answers| answers.answered).sum();
+                        assert_eq!(answered, slot, "an own address is no choice: {service:?}");
+                    }
                     assert_eq!(addresses(&back), (service.of(v6), TUN.of(v6)));
                     assert!(checksums_hold(&back));
                     let read = Read::packet(&back).unwrap().key;
                     assert_eq!(read.destination_port, 40_000_u16.to_be_bytes());
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_lent_can_be_taken_back() {
+        let world = World::sample();
+        for v6 in [false, true] {
+            for kind in [Payload::Tcp(40_000, 80), Payload::Udp(40_000, 80), Payload::EchoRequest(7)] {
+                let mut flows = flows(&world);
+                let sent = packet(TUN.of(v6), EMPTY_SERVICE.of(v6), kind);
+                let mut lent = sent.clone();
+                flows.lend(&mut lent, &Offload::default(), 1).expect("lent");
+                assert_ne!(lent, sent);
+                flows.take_back(&mut lent, &Offload::default()).expect("the host has sent it");
+                assert_eq!(lent, sent);
             }
         }
     }
@@ -445,14 +491,15 @@ mod tests {
 
     #[test]
     fn any_bytes_are_survived() {
-        let world = World::sample();
+        let mut world = World::sample();
         let mut flows = flows(&world);
         let whole = packet(TUN.v4(), DB_SERVICE.v4(), Payload::Tcp(1, 2));
         for cut in 0..whole.len() {
             let mut part = whole[..cut].to_vec();
             let _ = (
                 flows.lend(&mut part.clone(), &Offload::default(), 1),
-                flows.give_back(&mut part, &Offload::default(), 1),
+                flows.take_back(&mut part.clone(), &Offload::default()),
+                flows.give_back(&mut part, &mut world, &Offload::default(), 1),
             );
         }
         let mut frames = Frames::new(5);
@@ -460,7 +507,8 @@ mod tests {
             let (_, mut bytes) = frames.frame();
             let _ = (
                 flows.lend(&mut bytes.clone(), &Offload::default(), 1),
-                flows.give_back(&mut bytes, &Offload::default(), 1),
+                flows.take_back(&mut bytes.clone(), &Offload::default()),
+                flows.give_back(&mut bytes, &mut world, &Offload::default(), 1),
             );
         }
     }

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::projection::Projection;
 use super::tables::MemoryTables;
-use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Tally};
 
 /// The fake. What it is told is visible at once, under the limits and in the order of the real ones.
 #[derive(Debug)]
@@ -139,9 +139,9 @@ impl Datapath for Memory {
         self.state().tables.flow_rows()
     }
 
-    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
         let state = self.state();
-        slots.into_iter().map(|slot| state.tables.choices(slot)).collect()
+        slots.into_iter().map(|slot| state.tables.tally(slot)).collect()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

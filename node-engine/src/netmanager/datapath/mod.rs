@@ -25,6 +25,7 @@ mod merge;
 mod offload;
 mod projection;
 mod proxy;
+mod refusal;
 mod socket;
 mod tables;
 mod tun;
@@ -34,8 +35,10 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use async_trait::async_trait;
-use netmanager_common::abi::{Config, Endpoint, FLOW_CHOSEN, Flow, FlowKey, Peer, Service, Slot};
+use netmanager_common::abi::{Answers, Config, Endpoint, FLOW_CHOSEN, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
+
+use crate::config::XdpChoice;
 
 pub use choose::{Chosen, choose};
 pub use ebpf::{Ebpf, uninstall};
@@ -95,8 +98,8 @@ pub trait Datapath: Send + Sync {
     /// The flows that are remembered now, for people to look at. Rows come and go while they are read.
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError>;
 
-    /// For how many flows each of these slots was chosen since its instance came.
-    async fn choices(&self, slots: Vec<u32>) -> Vec<u64>;
+    /// What became of the flows for which each of these slots was chosen since its instance came; slot 0 has the sum of what was asked.
+    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally>;
 
     /// Counter names and values: verdicts, and drops by reason.
     fn counters(&self) -> Vec<(String, u64)>;
@@ -118,10 +121,20 @@ pub struct TableDelta {
     /// Also removals: a slot whose generation is even.
     pub slots: Vec<(u32, Slot)>,
     pub endpoints: Vec<(Addr, Endpoint)>,
+    /// By a service's id, the slot that one new flow shall try; 0: none.
+    pub trials: Vec<(u32, u32)>,
     /// A service row with the whole list of its candidates' slots, in the epoch the row names.
     pub services: Vec<(Addr, Service, Vec<u32>)>,
     pub services_gone: Vec<Addr>,
     pub endpoints_gone: Vec<Addr>,
+}
+
+/// Flows for which a slot was chosen, and what became of them. Counts begin anew with an instance, and wrap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub chosen: u64,
+    /// Those that are TCP connections.
+    pub answers: Answers,
 }
 
 /// What the tables hold, as far as it was written by [`Datapath::apply`].
@@ -211,4 +224,6 @@ pub struct Underlay {
     pub service_v6: (Ipv6Addr, u8),
     /// Where programs, links and maps are pinned, on a bpffs.
     pub pin_dir: std::path::PathBuf,
+    /// Whether what does not belong is dropped in the uplink's driver.
+    pub xdp: XdpChoice,
 }

@@ -7,7 +7,7 @@ use netmanager_common::abi::{CandidateKey, Config, Endpoint, Peer, Service, Slot
 use netmanager_common::addr::Addr;
 use netmanager_common::pipeline::Tables;
 
-use super::{DatapathError, FlowRow, Snapshot, TableDelta};
+use super::{DatapathError, FlowRow, Snapshot, TableDelta, Tally};
 
 /// One change of one row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub(super) enum Write {
     Slot(u32, Slot),
     Endpoint(Addr, Endpoint),
     Candidate(CandidateKey, u32),
+    /// By a service's id, the slot to try.
+    Trial(u32, u32),
     Service(Addr, Service),
     CandidateGone(CandidateKey),
     ServiceGone(Addr),
@@ -30,8 +32,8 @@ pub(super) trait Projection: Tables {
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError>;
 
-    /// Flows that the slot was chosen for since its instance came.
-    fn choices(&self, slot: u32) -> u64;
+    /// Of the flows that the slot was chosen for since its instance came.
+    fn tally(&self, slot: u32) -> Tally;
 
     /// Every candidate's key, also of lists that no service row names any more.
     fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError>;
@@ -80,6 +82,8 @@ fn plan(delta: &TableDelta, mut current: impl FnMut(&Addr) -> Option<Service>) -
     groups.extend(peers.into_iter().map(|(index, peer)| one(Write::Peer(index, peer))));
     groups.extend(live.into_iter().map(|(index, slot)| one(Write::Slot(index, slot))));
     groups.extend(delta.endpoints.iter().map(|(address, row)| one(Write::Endpoint(*address, *row))));
+    // Before the rows that say that there is something to try.
+    groups.extend(delta.trials.iter().map(|(service, slot)| one(Write::Trial(*service, *slot))));
     for (address, row, slots) in &delta.services {
         groups.push(replace(*address, *row, slots, current(address)));
     }

@@ -19,7 +19,7 @@ use super::counters::Count;
 use super::offload::{self, Offload};
 use super::projection::Projection;
 use super::socket::{Received, TunnelSocket};
-use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta};
+use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta, Tally};
 
 /// Packets taken from one side before the other gets its turn.
 const BATCH: usize = 64;
@@ -35,7 +35,7 @@ pub(super) enum Request {
     Reconcile(TableDelta, oneshot::Sender<Result<(), DatapathError>>),
     Snapshot(oneshot::Sender<Result<Snapshot, DatapathError>>),
     Flows(oneshot::Sender<Result<Vec<FlowRow>, DatapathError>>),
-    Choices(Vec<u32>, oneshot::Sender<Vec<u64>>),
+    Tallies(Vec<u32>, oneshot::Sender<Vec<Tally>>),
     GiveUp(Addr),
 }
 
@@ -200,12 +200,11 @@ impl<T: Projection> Proxy<T> {
             }
             Request::Snapshot(reply) => drop(reply.send(self.carrier.tables.snapshot())),
             Request::Flows(reply) => drop(reply.send(self.carrier.tables.flow_rows())),
-            Request::Choices(slots, reply) => {
-                drop(reply.send(slots.into_iter().map(|slot| self.carrier.tables.choices(slot)).collect()));
+            Request::Tallies(slots, reply) => {
+                drop(reply.send(slots.into_iter().map(|slot| self.carrier.tables.tally(slot)).collect()));
             }
             Request::GiveUp(address) => {
-                let dropped = self.carrier.held.give_up(address, Instant::now());
-                self.carrier.counters.add(Count::GivenUp, dropped);
+                self.carrier.give_up(address);
             }
         }
     }

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
-use netmanager_common::abi::{CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Service, Slot};
+use netmanager_common::abi::{Answers, CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::{Owned, Tables};
 use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
 
 use super::flows::{Flows, now};
 use super::projection::{Projection, Write};
-use super::{DatapathError, FlowRow, Snapshot};
+use super::{DatapathError, FlowRow, Snapshot, Tally};
 
 /// Rows under the same limits as the kernel's maps.
 #[derive(Debug, Default)]
@@ -24,7 +25,8 @@ pub(super) struct MemoryTables {
     flows: Flows,
     random: Random,
     turns: HashMap<u32, u32>,
-    chosen: HashMap<u32, u64>,
+    tallies: HashMap<u32, Tally>,
+    trials: HashMap<u32, u32>,
 }
 
 impl Tables for MemoryTables {
@@ -58,7 +60,10 @@ impl Tables for MemoryTables {
         self.flows.get(key).map(Owned)
     }
 
-    fn touch(&mut self, key: &FlowKey, _: &Owned<Flow>, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+        if flow.unanswered() && key.protocol == u32::from(TCP) {
+            self.answered(flow.server, closes);
+        }
         self.flows.touch(key, closes, now());
     }
 
@@ -77,8 +82,24 @@ impl Tables for MemoryTables {
         turn.wrapping_sub(1)
     }
 
-    fn chosen(&mut self, slot: u32) {
-        *self.chosen.entry(slot).or_default() += 1;
+    fn trial(&mut self, service: u32) -> Option<u32> {
+        self.trials.remove(&(service % MAX_SERVICES))
+    }
+
+    fn chosen(&mut self, slot: u32, tcp: bool) {
+        self.tallies.entry(slot).or_default().chosen += 1;
+        if tcp {
+            for index in [0, slot] {
+                let asked = &mut self.tallies.entry(index).or_default().answers.asked;
+                *asked = asked.wrapping_add(1);
+            }
+        }
+    }
+
+    fn answered(&mut self, slot: u16, refused: bool) {
+        let Answers { answered, refused: refusals, .. } = &mut self.tallies.entry(slot.into()).or_default().answers;
+        let count = if refused { refusals } else { answered };
+        *count = count.wrapping_add(1);
     }
 }
 
@@ -89,12 +110,14 @@ impl Projection for MemoryTables {
             Write::Peer(index, peer) => put(&mut self.peers, index, peer, MAX_PEERS, "PEERS")?,
             Write::Slot(index, slot) => {
                 if self.slots.get(index as usize).is_some_and(|old| old.generation != slot.generation) {
-                    self.chosen.remove(&index);
+                    self.tallies.remove(&index);
                 }
                 put(&mut self.slots, index, slot, MAX_SLOTS, "SLOTS")?;
             }
             Write::Endpoint(address, row) => insert(&mut self.endpoints, address, row, MAX_ENDPOINTS, "ENDPOINTS")?,
             Write::Candidate(key, slot) => insert(&mut self.candidates, key, slot, MAX_CANDIDATES, "CANDIDATES")?,
+            Write::Trial(service, 0) => drop(self.trials.remove(&(service % MAX_SERVICES))),
+            Write::Trial(service, slot) => drop(self.trials.insert(service % MAX_SERVICES, slot)),
             Write::Service(address, row) => insert(&mut self.services, address, row, MAX_SERVICES, "SERVICES")?,
             Write::CandidateGone(key) => drop(self.candidates.remove(&key)),
             Write::ServiceGone(address) => drop(self.services.remove(&address)),
@@ -103,8 +126,8 @@ impl Projection for MemoryTables {
         Ok(())
     }
 
-    fn choices(&self, slot: u32) -> u64 {
-        self.chosen.get(&slot).copied().unwrap_or(0)
+    fn tally(&self, slot: u32) -> Tally {
+        self.tallies.get(&slot).copied().unwrap_or_default()
     }
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {

@@ -18,9 +18,10 @@ use super::held::Held;
 use super::host::HostFlows;
 use super::projection::Projection;
 use super::proxy::{Bell, Proxy, Request};
+use super::refusal::Limit;
 use super::socket::TunnelSocket;
 use super::tables::MemoryTables;
-use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Underlay};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Tally, Underlay};
 
 /// Requests that may wait for the proxy.
 const REQUESTS: usize = 64;
@@ -84,8 +85,8 @@ impl Datapath for Tun {
         self.0.flows().await
     }
 
-    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
-        self.0.choices(slots).await
+    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
+        self.0.tallies(slots).await
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
@@ -131,6 +132,7 @@ impl Proxied {
             mtu: underlay.mtu as usize,
             batch: Batch::default(),
             lone: Batch::default(),
+            refusals: Limit::default(),
         };
         let bell = Arc::new(Bell::new().map_err(|error| step("make the packet proxy's bell", &error))?);
         let proxy = Proxy::new(carrier, inbox, bell.clone());
@@ -167,10 +169,10 @@ impl Proxied {
         self.ask(Request::Flows).await
     }
 
-    pub(super) async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
+    pub(super) async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
         let (reply, answer) = oneshot::channel();
         // A proxy that has ended has chosen nobody.
-        self.send(Request::Choices(slots, reply)).await;
+        self.send(Request::Tallies(slots, reply)).await;
         answer.await.unwrap_or_default()
     }
 

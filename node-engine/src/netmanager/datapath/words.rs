@@ -61,7 +61,7 @@ fn reason(reason: DropReason) -> Words {
             "look into the container: its addresses are in `node-engine ps --local`",
         ),
         DropReason::NoInstance => dropped(
-            "the service is known and has no instance in this address family",
+            "the service is known and has no instance in this address family, or the connection's instance has gone",
             "start one: `node-engine replicate NAME 1`; `node-engine net services` shows what there is",
         ),
         DropReason::NotOurs => dropped(
@@ -124,6 +124,7 @@ fn count(count: Count) -> Words {
         ),
         Count::Control => dropped("a greeting of another node that came faster than they are read", ""),
         Count::Send => dropped("the kernel did not take a packet to another node", "look at the uplink and its routes"),
+        Count::Told => carried("answered for an instance that has gone: a reset, or an ICMP error"),
         Count::Write => dropped("the overlay's device did not take a packet", "look whether it is up: `ip link show`"),
     }
 }

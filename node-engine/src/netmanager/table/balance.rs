@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use netmanager_common::abi::{POLICY_ANY, POLICY_CLIENT, POLICY_TURN};
 
+use super::health::Standing;
 use super::sticky;
 use crate::model::Policy;
 
@@ -56,12 +57,38 @@ pub(super) struct Choice {
     shares: BTreeMap<u32, u32>,
 }
 
+/// Those whom new flows may be sent to, and one that a single flow shall try. Nobody is passed over where nobody would be left; whoever
+/// weighs nothing is left out where somebody else weighs something.
+pub(super) fn sound(
+    candidates: Vec<Candidate>,
+    standing: impl Fn(u32) -> Standing,
+) -> (Vec<Candidate>, Option<Candidate>) {
+    let heavy = candidates.iter().any(|candidate| candidate.weight > 0);
+    let offered: Vec<Candidate> = candidates.into_iter().filter(|one| !heavy || one.weight > 0).collect();
+    let well: Vec<Candidate> = offered.iter().copied().filter(|one| standing(one.slot) == Standing::Well).collect();
+    let trial = offered.iter().copied().find(|one| matches!(standing(one.slot), Standing::Trial(_)));
+    if well.is_empty() { (offered, None) } else { (well, trial) }
+}
+
+/// All of them in the order of their numbers.
+pub(super) fn with(candidates: &[Candidate], one: Candidate) -> Vec<Candidate> {
+    let mut all = candidates.to_vec();
+    all.insert(all.partition_point(|other| other.number < one.number), one);
+    all
+}
+
 /// What the law is given for an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct List {
     /// One of `POLICY_*`.
     pub(super) pick: u32,
     pub(super) slots: Vec<u32>,
+}
+
+impl List {
+    pub(super) fn has(&self, candidate: &Candidate) -> bool {
+        self.slots.contains(&candidate.slot)
+    }
 }
 
 impl Choice {
@@ -244,6 +271,29 @@ mod tests {
         ] {
             assert_eq!(slots(policy, &candidates), expected, "{policy:?} {candidates:?}");
         }
+    }
+
+    #[test]
+    fn who_is_passed_over_or_weighs_nothing_is_left_out_unless_all_are() {
+        let fault = super::super::health::Fault::Silent;
+        let out = |slot: u32, trial: Option<u32>| match (slot, trial) {
+            (slot, Some(tried)) if slot == tried => Standing::Trial(fault),
+            (12.., _) => Standing::PassedOver(fault, Duration::MAX),
+            _ => Standing::Well,
+        };
+        let three = || vec![candidate(0, 1), candidate(1, 1), candidate(2, 1)];
+        let chosen = |candidates, trial| {
+            let (well, trial) = sound(candidates, |slot| out(slot, trial));
+            (well.iter().map(|one| one.slot).collect::<Vec<_>>(), trial.map(|one| one.slot))
+        };
+        assert_eq!(chosen(three(), None), (vec![10, 11], None));
+        assert_eq!(chosen(three(), Some(12)), (vec![10, 11], Some(12)));
+        assert_eq!(chosen(vec![candidate(2, 1), candidate(3, 1)], None), (vec![12, 13], None), "not all of them");
+        assert_eq!(chosen(vec![candidate(2, 1), candidate(3, 1)], Some(12)), (vec![12, 13], None));
+        assert_eq!(chosen(vec![heavy(0, 0), heavy(1, 1)], None), (vec![11], None));
+        assert_eq!(chosen(vec![heavy(0, 0), heavy(2, 1)], None), (vec![12], None), "it weighs nothing");
+        assert_eq!(chosen(vec![heavy(0, 0), heavy(1, 0)], None), (vec![10, 11], None));
+        assert_eq!(with(&[candidate(0, 1), candidate(2, 1)], candidate(1, 1)), three());
     }
 
     #[test]

@@ -7,6 +7,8 @@
 
 mod balance;
 mod claims;
+mod health;
+mod leaving;
 mod numbers;
 mod projection;
 mod row;
@@ -14,20 +16,25 @@ mod sticky;
 #[cfg(test)]
 mod tests;
 mod view;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use netmanager_common::abi::{Config, Endpoint, POLICY_INSTANCE, Peer};
+use netmanager_common::abi::{Config, Endpoint, POLICY_INSTANCE, Peer, Slot};
 use netmanager_common::addr::Addr;
 
-use self::balance::{Candidate, Choice};
+use self::balance::{Candidate, Choice, sound, with};
 use self::claims::Claims;
+use self::health::Health;
+pub use self::health::{Fault, Standing};
+use self::leaving::{Leaving, Left};
 pub use self::projection::{Counts, PeerKey, Way};
 use self::projection::{Placement, Projection, SlotKey};
 pub use self::row::ServiceNets;
 use self::row::{Row, Side, sift};
-use super::datapath::{Snapshot, TableDelta};
+use self::watch::Watch;
+use super::datapath::{Snapshot, TableDelta, Tally};
 use crate::model::{Addresses, FamilyPair, InstanceId, Policy, Query, ServiceName, Subnet, TableAnswer, TableRow};
 
 /// An instance connected on this node.
@@ -75,6 +82,12 @@ pub struct ServiceTable {
     /// What is remembered of the choices behind each address that means a service.
     choices: HashMap<Addr, (Policy, Choice)>,
     figures: Figures,
+    health: Health,
+    watch: Watch,
+    /// Who is in no row any more and keeps its flows for so long.
+    leaving: Leaving,
+    drain: Duration,
+    now: Duration,
     refusals: Refusals,
 }
 
@@ -126,8 +139,23 @@ impl ServiceTable {
             projection: Projection::new(),
             choices: HashMap::new(),
             figures: Figures::default(),
+            health: Health::default(),
+            watch: Watch::default(),
+            leaving: Leaving::default(),
+            drain: Duration::ZERO,
+            now: Duration::ZERO,
             refusals: Refusals::default(),
         }
+    }
+
+    /// Whoever vanishes from the table keeps the flows it has for so long.
+    pub fn set_drain(&mut self, drain: Duration) {
+        self.drain = drain;
+    }
+
+    /// What is changed from here on is changed at this time.
+    pub fn set_now(&mut self, now: Duration) {
+        self.now = now;
     }
 
     /// Takes over the datapath's rows of an earlier run, so that slots, generations, ids and peers stay the same for the same
@@ -159,6 +187,66 @@ impl ServiceTable {
         self.projection.take()
     }
 
+    /// What the passing of time brings: ends of who leaves, trials of who was passed over.
+    pub fn tick(&mut self) -> TableDelta {
+        let over = self.leaving.due(self.now);
+        self.end(over);
+        self.health.retain(|slot| self.watch.contains(slot));
+        let due = self.health.tick(self.now);
+        self.choose_again(due);
+        self.projection.take()
+    }
+
+    /// What became of the flows for which these slots were chosen.
+    pub fn observe(&mut self, tallies: &[(u32, Tally)]) -> TableDelta {
+        let mut changed = Vec::new();
+        for (slot, tally) in tallies.iter().filter(|(slot, _)| self.watch.contains(*slot)) {
+            let rtt = self.figures.rtts.get(&self.projection.peer_of(*slot)).copied().unwrap_or_default();
+            if self.health.observe(*slot, *tally, rtt, self.now) {
+                changed.push(*slot);
+            }
+        }
+        changed.extend(self.health.tick(self.now));
+        self.choose_again(changed);
+        self.projection.take()
+    }
+
+    /// Slots behind whose addresses there is a choice: so many at most, those after this one first.
+    pub fn watched(&self, after: u32, limit: usize) -> Vec<u32> {
+        self.watch.next(after, limit)
+    }
+
+    /// Is somebody waited for, or passed over?
+    pub fn ails(&self) -> bool {
+        self.health.ails()
+    }
+
+    /// Instances on the peer that leave, by namespace address.
+    pub fn leaving_at(&self, peer: u32) -> Vec<Addr> {
+        self.leaving.all().filter(|(_, left)| left.peer == peer).map(|(_, left)| left.namespace).collect()
+    }
+
+    /// Peers with instances that leave.
+    pub fn left(&self) -> BTreeSet<u32> {
+        self.leaving.all().map(|(_, left)| left.peer).filter(|peer| *peer != 0).collect()
+    }
+
+    /// The peer says that nothing is at these namespace addresses any more.
+    pub fn gone(&mut self, peer: u32, namespaces: &[Addr]) -> TableDelta {
+        let here = |address: &Addr| {
+            let (key, left) = self.leaving.at(*address)?;
+            (left.peer == peer && left.namespace == *address).then(|| key.clone())
+        };
+        let gone = namespaces.iter().filter_map(here).collect();
+        self.end(gone);
+        self.projection.take()
+    }
+
+    /// Is an instance connected here at this namespace address?
+    pub fn hosts(&self, namespace: Addr) -> bool {
+        self.leased.contains_key(&namespace)
+    }
+
     /// Forgets a service nobody here is interested in any more.
     pub fn remove(&mut self, service: &ServiceName) -> TableDelta {
         if let Some(entry) = self.entries.get_mut(service) {
@@ -166,6 +254,8 @@ impl ServiceTable {
             (entry.rows, entry.semantics, entry.remembered) = Default::default();
             self.reproject([service.clone()].into());
         }
+        let leaving: Vec<SlotKey> = self.leaving.of_service(service).map(|(key, _)| key.clone()).collect();
+        self.end(leaving);
         self.projection.take()
     }
 
@@ -201,6 +291,7 @@ impl ServiceTable {
         let nothing = Addresses { v4: std::net::Ipv4Addr::UNSPECIFIED, v6: std::net::Ipv6Addr::UNSPECIFIED };
         let touched = self.unlease(instance, nothing);
         self.reproject(touched);
+        self.end(self.leaving.of(instance));
         self.projection.take()
     }
 
@@ -404,11 +495,11 @@ impl ServiceTable {
         // All arrivals before all departures: a peer that one instance leaves and another joins stays the same peer.
         let mut gone = Vec::new();
         for service in &touched {
-            gone.extend(self.place(service));
+            gone.extend(self.place(service, &mut addresses));
             addresses.extend(self.addresses(service));
         }
-        for key in gone {
-            self.projection.vacate(&key);
+        for (key, slot) in gone {
+            self.part(key, slot);
         }
         for address in addresses {
             self.serve(address, false);
@@ -453,10 +544,44 @@ impl ServiceTable {
         (!here).then_some(Some(PeerKey { host: row.host, port: row.port }))
     }
 
-    /// Gives the service's instances their slots and returns who has to leave.
-    fn place(&mut self, service: &ServiceName) -> Vec<SlotKey> {
+    /// The instance is in no row any more. It keeps its flows for a while, unless somebody else has its addresses, or it is not here
+    /// where it was.
+    fn part(&mut self, key: SlotKey, slot: u32) {
+        let Slot { peer, namespace, instance, .. } = self.projection.slot(slot);
+        let taken = self.namespaces.winner(namespace).is_some() || self.semantics.winner(instance).is_some();
+        let stays = match peer {
+            0 => self.leased.get(&namespace) == Some(&key.instance),
+            _ => !self.leased.contains_key(&namespace),
+        };
+        if taken || !stays || self.drain.is_zero() {
+            self.projection.vacate(&key);
+            return;
+        }
+        let until = (peer != 0).then(|| self.now + self.drain);
+        self.leaving.insert(key, Left { slot, peer, namespace, instance, until });
+    }
+
+    /// Nothing is there any more of these.
+    fn end(&mut self, gone: Vec<SlotKey>) {
+        for key in gone {
+            let Some(left) = self.leaving.remove(&key) else { continue };
+            self.projection.vacate(&key);
+            self.serve(left.instance, false);
+        }
+    }
+
+    /// Writes anew the lists that these slots may be in.
+    fn choose_again(&mut self, slots: Vec<u32>) {
+        let addresses: BTreeSet<Addr> = slots.into_iter().flat_map(|slot| self.watch.addresses(slot)).collect();
+        for address in addresses {
+            self.serve(address, false);
+        }
+    }
+
+    /// Gives the service's instances their slots and returns who has to leave. Notes the addresses that somebody else leaves with.
+    fn place(&mut self, service: &ServiceName, addresses: &mut BTreeSet<Addr>) -> Vec<(SlotKey, u32)> {
         let Some(entry) = self.entries.get(service) else { return Vec::new() };
-        let mut wanted = Vec::new();
+        let mut wanted: Vec<(SlotKey, Placement)> = Vec::new();
         for (row, side) in sides(&entry.rows) {
             let Some(peer) = self.admit(service, row, side) else { continue };
             let wins = self.namespaces.winner(side.namespace) == Some(service)
@@ -469,6 +594,13 @@ impl ServiceTable {
         }
         let mut slots = BTreeMap::new();
         for (key, placement) in wanted {
+            self.leaving.remove(&key);
+            for address in [placement.namespace, placement.instance] {
+                if let Some(left) = self.leaving.at(address).map(|(key, _)| key.clone()) {
+                    addresses.extend(self.leaving.remove(&left).map(|left| left.instance));
+                    self.projection.vacate(&left);
+                }
+            }
             if let Some(slot) = self.projection.place(key.clone(), placement) {
                 slots.insert(key, slot);
             }
@@ -476,31 +608,41 @@ impl ServiceTable {
         let Some(entry) = self.entries.get_mut(service) else { return Vec::new() };
         let mut before = std::mem::replace(&mut entry.slots, slots);
         before.retain(|key, _| !entry.slots.contains_key(key));
-        before.into_keys().collect()
+        before.into_iter().collect()
     }
 
     /// Writes or removes the row of one service address. `measured`: there are new figures.
     fn serve(&mut self, address: Addr, measured: bool) {
         let Some(entry) = self.semantics.winner(address).and_then(|winner| self.entries.get(winner)) else {
             self.choices.remove(&address);
-            self.projection.unserve(address);
+            self.watch.set(address, []);
+            // What comes from who leaves is still believed.
+            match self.leaving.at(address).filter(|(_, left)| left.instance == address).map(|(_, left)| left.slot) {
+                Some(slot) if self.projection.serve(address, POLICY_INSTANCE, vec![slot], None) => {}
+                _ => self.projection.unserve(address),
+            }
             return;
         };
         let instance = sides(&entry.rows).find(|(_, side)| side.instance == address).map(|(row, _)| row.number);
         let served = if let Some(number) = instance {
             self.choices.remove(&address);
-            self.projection.serve(address, POLICY_INSTANCE, entry.slots_of(address, number))
+            self.watch.set(address, []);
+            self.projection.serve(address, POLICY_INSTANCE, entry.slots_of(address, number), None)
         } else {
             let policy = entry.policy(address).unwrap_or(Policy::RoundRobin);
             let candidates = self.candidates(entry, address);
+            self.watch.set(address, candidates.iter().map(|one| one.slot));
+            let (candidates, trial) = sound(candidates, |slot| self.health.standing(slot));
             let (chosen_by, choice) = self.choices.entry(address).or_insert_with(|| (policy, Choice::default()));
             if *chosen_by != policy {
                 (*chosen_by, *choice) = (policy, Choice::default());
             }
+            let trial = trial.filter(|trial| choice.clone().list(policy, &with(&candidates, *trial), false).has(trial));
+            let trial = trial.map(|trial| trial.slot);
             let list = choice.list(policy, &candidates, measured);
-            self.projection.serve(address, list.pick, list.slots)
+            self.projection.serve(address, list.pick, list.slots, trial)
                 // A list in which each stands more than once may have no room where a plain one has.
-                || self.projection.serve(address, list.pick, candidates.iter().map(|one| one.slot).collect())
+                || self.projection.serve(address, list.pick, candidates.iter().map(|one| one.slot).collect(), trial)
         };
         if !served {
             self.projection.unserve(address);

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use netmanager_common::abi::{Config, Endpoint, PEER_OURS, Peer, Service, Slot};
+use netmanager_common::abi::{Config, Endpoint, PEER_OURS, POLICY_TRIAL, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
 
@@ -56,6 +56,8 @@ struct ServiceRow {
     row: Service,
     /// `None` where an earlier run wrote them.
     candidates: Option<Vec<u32>>,
+    /// The slot that one new flow shall try.
+    trial: Option<u32>,
 }
 
 #[derive(Clone, Debug)]
@@ -153,9 +155,14 @@ impl Projection {
     }
 
     /// Serves an address with these slots, of which the law picks by `policy`. False where a table is full.
-    pub(super) fn serve(&mut self, address: Addr, policy: u32, candidates: Vec<u32>) -> bool {
+    /// `trial`: once, a flow goes there in place of its pick.
+    pub(super) fn serve(&mut self, address: Addr, policy: u32, candidates: Vec<u32>, trial: Option<u32>) -> bool {
+        let policy = policy | if trial.is_some() { POLICY_TRIAL } else { 0 };
         let old = self.services.get(&address);
-        if old.is_some_and(|old| old.row.policy == policy && old.candidates.as_ref() == Some(&candidates)) {
+        let same = |old: &ServiceRow| {
+            old.row.policy == policy && old.candidates.as_ref() == Some(&candidates) && old.trial == trial
+        };
+        if old.is_some_and(same) {
             return true;
         }
         let before = old.and_then(|old| old.candidates.as_ref()).map_or(0, Vec::len);
@@ -173,7 +180,7 @@ impl Projection {
         let first = candidates.first().copied().unwrap_or(0);
         let row = Service { id, epoch, count, policy, first };
         self.candidates = after;
-        self.services.insert(address, ServiceRow { row, candidates: Some(candidates) });
+        self.services.insert(address, ServiceRow { row, candidates: Some(candidates), trial });
         self.changes.services.insert(address);
         true
     }
@@ -188,6 +195,11 @@ impl Projection {
 
     pub(super) fn serves(&self, address: Addr) -> bool {
         self.services.contains_key(&address)
+    }
+
+    /// The slots behind an address, as often as each is in the list.
+    pub(super) fn list(&self, address: Addr) -> &[u32] {
+        self.services.get(&address).and_then(|service| service.candidates.as_deref()).unwrap_or_default()
     }
 
     /// False where the table is full.
@@ -299,7 +311,8 @@ impl Projection {
         };
         for address in changes.services {
             match self.services.get(&address) {
-                Some(ServiceRow { row, candidates }) => {
+                Some(ServiceRow { row, candidates, trial }) => {
+                    delta.trials.extend(trial.map(|slot| (row.id, slot)));
                     delta.services.push((address, *row, candidates.clone().unwrap_or_default()));
                 }
                 None => delta.services_gone.push(address),
@@ -334,6 +347,7 @@ impl Projection {
                 .iter()
                 .filter_map(|(address, service)| Some((*address, service.row, service.candidates.clone()?)))
                 .collect(),
+            trials: self.services.values().filter_map(|service| Some((service.row.id, service.trial?))).collect(),
             services_gone: Vec::new(),
             endpoints_gone: Vec::new(),
         }
@@ -351,7 +365,7 @@ impl Projection {
         }
         for (address, row) in &snapshot.services {
             if self.services.len() < MAX_SERVICES as usize && self.service_ids.insert(row.id) {
-                self.services.insert(*address, ServiceRow { row: *row, candidates: None });
+                self.services.insert(*address, ServiceRow { row: *row, candidates: None, trial: None });
             } else {
                 self.changes.services.insert(*address);
             }
@@ -452,7 +466,7 @@ impl Projection {
         self.write_slot(number, Slot { generation, ..Slot::default() });
     }
 
-    fn slot(&self, number: u32) -> Slot {
+    pub(super) fn slot(&self, number: u32) -> Slot {
         self.slots.get(number as usize).copied().unwrap_or_default()
     }
 

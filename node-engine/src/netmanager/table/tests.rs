@@ -1,5 +1,7 @@
 //! The table seen from outside: answers and leases in, deltas out, applied to a datapath of plain maps.
 
+mod choosing;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -691,10 +693,11 @@ fn people_see_names_in_place_of_numbers() {
     assert_eq!((one.total, one.rows.len()), (3, 1));
 
     let web = Choice { service: Some("web".into()), ..all.clone() };
-    let services = table.service_views(&web, &flows);
+    let services = table.service_views(&web, &flows, &[]);
     assert_eq!(services.rows.len(), 1);
     let service = &services.rows[0];
-    assert_eq!(service.addresses, [("rr", ip("10.30.9.0")), ("rr", ip("fdff:2000::9:0"))]);
+    let addresses: Vec<_> = service.addresses.iter().map(|known| (known.policy, known.address)).collect();
+    assert_eq!(addresses, [("rr", ip("10.30.9.0")), ("rr", ip("fdff:2000::9:0"))]);
     assert_eq!(service.flows, 2);
     let nodes: Vec<_> = service.instances.iter().map(|instance| (instance.number, instance.node)).collect();
     assert_eq!(nodes, [(0, Some(ip("192.0.2.2"))), (1, Some(ip("192.0.2.3")))]);

@@ -6,10 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use netmanager_common::abi::Slot;
 use netmanager_common::addr::Addr;
 
-use super::{Entry, ServiceTable, sides};
-use crate::model::{InstanceId, Policy, ServiceName};
-use crate::netmanager::datapath::FlowRow;
-use crate::netmanager::view::{Choice, FlowView, InstanceView, Named, Page, PeerView, ServiceView, framing, is_ours};
+use super::{Entry, ServiceTable, Standing, sides};
+use crate::model::{InstanceId, Policy, ServiceName, TableRow};
+use crate::netmanager::datapath::{FlowRow, Tally};
+use crate::netmanager::view::{
+    AddressView, Choice, FlowView, InstanceView, Named, Page, PeerView, Picks, ServiceView, State, framing, is_ours,
+};
 
 /// The word for an address that means one instance.
 const INSTANCE: &str = "instance";
@@ -41,8 +43,17 @@ impl ServiceTable {
         Some((service.clone(), label))
     }
 
-    /// Services in the order of their names. `flows` are this node's.
-    pub fn service_views(&self, choice: &Choice, flows: &[FlowRow]) -> Page<ServiceView> {
+    /// The slots of the instances of one service, where one is asked for.
+    pub fn slots(&self, choice: &Choice) -> Vec<u32> {
+        let wanted = |service: &&ServiceName| choice.service.is_some() && choice.takes_service(Some(service));
+        let placed = self.entries.iter().filter(|(service, _)| wanted(service));
+        let leaving = self.leaving.all().filter(|(key, _)| wanted(&&key.instance.service)).map(|(_, left)| left.slot);
+        placed.flat_map(|(_, entry)| entry.slots.values().copied()).chain(leaving).collect()
+    }
+
+    /// Services in the order of their names. `flows` are this node's, `tallies` those of [`Self::slots`].
+    pub fn service_views(&self, choice: &Choice, flows: &[FlowRow], tallies: &[(u32, Tally)]) -> Page<ServiceView> {
+        let tallies: HashMap<u32, Tally> = tallies.iter().copied().collect();
         let mut used: HashMap<&ServiceName, usize> = HashMap::new();
         for service in flows.iter().filter_map(|flow| self.semantics.winner(flow.service)) {
             *used.entry(service).or_default() += 1;
@@ -56,7 +67,7 @@ impl ServiceTable {
         for (service, entry) in chosen {
             page.total += 1;
             if page.rows.len() < choice.limit {
-                page.rows.push(self.service_view(service, entry, used.get(service).copied().unwrap_or(0)));
+                page.rows.push(self.service_view(service, entry, used.get(service).copied().unwrap_or(0), &tallies));
             }
         }
         page
@@ -72,7 +83,7 @@ impl ServiceTable {
             source: peer.source.into(),
             ours: is_ours(peer.flags),
             framing: framing(peer),
-            rtt: None,
+            rtt: self.figures.rtts.get(&number).copied(),
             slots: slots.get(&number).copied().unwrap_or(0),
         };
         self.peers().map(view).collect()
@@ -107,26 +118,99 @@ impl ServiceTable {
         Page::cut(views, choice.limit)
     }
 
-    fn service_view(&self, service: &ServiceName, entry: &Entry, flows: usize) -> ServiceView {
+    fn service_view(
+        &self,
+        service: &ServiceName,
+        entry: &Entry,
+        flows: usize,
+        tallies: &HashMap<u32, Tally>,
+    ) -> ServiceView {
         let mut instances: BTreeMap<u32, InstanceView> = BTreeMap::new();
         for (row, side) in sides(&entry.rows) {
             let Some(peer) = self.admit(service, row, side) else { continue };
             let instance = instances.entry(row.number).or_insert_with(|| InstanceView {
-                number: row.number,
+                weight: row.weight,
                 node: peer.map(|peer| peer.host.into()),
-                namespace: Vec::new(),
-                own: Vec::new(),
+                ..InstanceView::new(row.number)
             });
             instance.namespace.push(side.namespace.into());
             instance.own.push(side.instance.into());
         }
+        for (key, left) in self.leaving.of_service(service) {
+            let instance = instances.entry(key.instance.number).or_insert_with(|| InstanceView {
+                weight: TableRow::DEFAULT_WEIGHT,
+                node: self.peers().find(|(number, _)| *number == left.peer).map(|(_, peer)| peer.host.into()),
+                state: State::Draining(left.until.map(|until| until.saturating_sub(self.now))),
+                ..InstanceView::new(key.instance.number)
+            });
+            instance.namespace.push(left.namespace.into());
+            instance.own.push(left.instance.into());
+        }
+        let leaving = self.leaving.of_service(service).map(|(key, left)| (key, left.slot));
+        let slots: Vec<_> = entry.slots.iter().map(|(key, slot)| (key, *slot)).chain(leaving).collect();
+        let numbers: HashMap<u32, u32> = slots.iter().map(|(key, slot)| (*slot, key.instance.number)).collect();
+        for (key, slot) in slots {
+            if let Some(instance) = instances.get_mut(&key.instance.number) {
+                self.describe(instance, slot, tallies.get(&slot));
+            }
+        }
+        let address = |(policy, address)| AddressView {
+            policy,
+            address: IpAddr::from(address),
+            candidates: shares(self.projection.list(address), &numbers),
+        };
         ServiceView {
             service: service.clone(),
-            addresses: entry.labelled().map(|(label, address)| (label, IpAddr::from(address))).collect(),
+            addresses: entry.labelled().map(address).collect(),
             instances: instances.into_values().collect(),
             flows,
         }
     }
+}
+
+impl ServiceTable {
+    /// Adds what is known of an instance's slot in one family.
+    fn describe(&self, instance: &mut InstanceView, slot: u32, tally: Option<&Tally>) {
+        instance.rtt = self.figures.rtts.get(&self.projection.peer_of(slot)).copied();
+        if let Some(tally) = tally {
+            let picks = instance.picks.get_or_insert_default();
+            picks.chosen += tally.chosen;
+            picks.answered += u64::from(tally.answers.answered);
+            picks.refused += u64::from(tally.answers.refused);
+        }
+        match self.health.standing(slot) {
+            _ if instance.state != State::Well => {}
+            Standing::Well => {}
+            Standing::PassedOver(fault, until) => {
+                instance.state = State::PassedOver(fault.words(), Some(until.saturating_sub(self.now)));
+            }
+            Standing::Trial(fault) => instance.state = State::PassedOver(fault.words(), None),
+        }
+    }
+}
+
+impl InstanceView {
+    fn new(number: u32) -> Self {
+        Self {
+            number,
+            weight: TableRow::DEFAULT_WEIGHT,
+            rtt: None,
+            picks: None::<Picks>,
+            state: State::Well,
+            node: None,
+            namespace: Vec::new(),
+            own: Vec::new(),
+        }
+    }
+}
+
+/// How much of a list each instance has, in percent.
+fn shares(list: &[u32], numbers: &HashMap<u32, u32>) -> Vec<(u32, f64)> {
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    for number in list.iter().filter_map(|slot| numbers.get(slot)) {
+        *counts.entry(*number).or_default() += 1;
+    }
+    counts.into_iter().map(|(number, count)| (number, 100.0 * count as f64 / list.len() as f64)).collect()
 }
 
 impl Entry {

@@ -12,8 +12,10 @@ use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, T
 use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
 use nix::net::if_::{if_indextoname, if_nameindex};
 
+use super::filter;
 use super::pins::Pins;
 use super::reason::{reason, unsupported};
+use crate::config::XdpChoice;
 use crate::netmanager::datapath::{DatapathError, Port};
 
 /// Our filters among those of a clsact qdisc: a number of our own, so that a restart finds and replaces them.
@@ -88,6 +90,7 @@ impl Hook {
 pub(super) struct Hooks {
     programs: aya::Ebpf,
     pins: Pins,
+    xdp: XdpChoice,
 }
 
 impl fmt::Debug for Hooks {
@@ -98,7 +101,7 @@ impl fmt::Debug for Hooks {
 
 impl Hooks {
     /// Passes the programs by the verifier and pins them.
-    pub(super) fn load(mut programs: aya::Ebpf, pins: Pins) -> Result<Self, DatapathError> {
+    pub(super) fn load(mut programs: aya::Ebpf, pins: Pins, xdp: XdpChoice) -> Result<Self, DatapathError> {
         for hook in Hook::ALL {
             let program = classifier(&mut programs, hook)?;
             program.load().map_err(|error| unsupported("load programs", &error))?;
@@ -107,7 +110,7 @@ impl Hooks {
             let _ = fs::remove_file(&pin);
             program.pin(&pin).map_err(|error| unsupported("pin programs", &error))?;
         }
-        Ok(Self { programs, pins })
+        Ok(Self { programs, pins, xdp })
     }
 
     /// Puts the program on the interface, or in the place of the one of an earlier run.
@@ -130,7 +133,9 @@ impl Hooks {
     /// Puts the programs for what peers send on the interface.
     pub(super) fn attach_uplink(&mut self, port: &Port) -> Result<(), DatapathError> {
         self.attach(Hook::Uplink, port)?;
-        self.attach(Hook::Framed, port)
+        self.attach(Hook::Framed, port)?;
+        filter::put(&mut self.programs, &self.pins, port, self.xdp);
+        Ok(())
     }
 
     /// Takes the program off the interface.
@@ -151,7 +156,7 @@ impl Hooks {
     pub(super) fn sweep(&self, uplinks: &BTreeSet<u32>) {
         for pin in self.pins.links() {
             let stale = |hook: Hook| hook.ifindex(&pin).is_some_and(|ifindex| hook.is_stale(ifindex, uplinks));
-            if Hook::ALL.into_iter().any(stale) {
+            if Hook::ALL.into_iter().any(stale) || filter::is_stale(&pin, uplinks) {
                 let _ = fs::remove_file(self.pins.link(&pin));
             }
         }
@@ -273,7 +278,8 @@ mod tests {
                 for map in maps::PINNED {
                     loader.map_pin_path(map, pins.map(map));
                 }
-                let mut hooks = Hooks::load(loader.load(OBJECT).expect("an eBPF object"), pins).unwrap();
+                let mut hooks =
+                    Hooks::load(loader.load(OBJECT).expect("an eBPF object"), pins, XdpChoice::Off).unwrap();
                 filter(classifier(&mut hooks.programs, Hook::Veth).unwrap(), Hook::Veth.handle(), &port).unwrap();
                 drop(hooks);
                 seen.push(filters());

@@ -10,19 +10,21 @@ use netmanager_common::abi::{
     CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
 };
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::{Owned, Tables};
 use netmanager_common::verdict::COUNTERS;
 
 use super::accounts::Accounts;
 use super::pins::Pins;
+use super::tallies::Tallies;
 use crate::netmanager::datapath::counters::kernel_name;
 use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::projection::{Projection, Write};
 use crate::netmanager::datapath::tables::Random;
-use crate::netmanager::datapath::{DatapathError, Snapshot};
+use crate::netmanager::datapath::{DatapathError, Snapshot, Tally};
 
 /// The maps that outlive the process, by their names in the object.
-pub(super) const PINNED: [&str; 14] = [
+pub(super) const PINNED: [&str; 17] = [
     "CONFIG",
     "SERVICES",
     "CANDIDATES",
@@ -33,9 +35,12 @@ pub(super) const PINNED: [&str; 14] = [
     "CLOCK",
     "OPENED",
     "ALLOWED",
+    "HOSTS",
     "NEIGHBOURS",
     "TURNS",
     "CHOSEN",
+    "ANSWERS",
+    "TRIALS",
     "COUNTERS",
 ];
 
@@ -46,10 +51,12 @@ pub(super) struct BpfTables {
     candidates: HashMap<MapData, CandidateKey, u32>,
     slots: Array<MapData, Slot>,
     peers: Array<MapData, Peer>,
+    hosts: HashMap<MapData, Addr, u32>,
     endpoints: HashMap<MapData, Addr, Endpoint>,
     flows: HashMap<MapData, FlowKey, Flow>,
     turns: Array<MapData, u32>,
-    chosen: Array<MapData, u64>,
+    trials: Array<MapData, u32>,
+    tallies: Tallies,
     accounts: Accounts,
     random: Random,
 }
@@ -64,13 +71,31 @@ impl BpfTables {
             candidates: open(pins, "CANDIDATES")?,
             slots: open(pins, "SLOTS")?,
             peers: open(pins, "PEERS")?,
+            hosts: open(pins, "HOSTS")?,
             endpoints: open(pins, "ENDPOINTS")?,
             flows: open(pins, "FLOWS")?,
             turns: open(pins, "TURNS")?,
-            chosen: open(pins, "CHOSEN")?,
+            trials: open(pins, "TRIALS")?,
+            tallies: Tallies::open(pins)?,
             accounts: Accounts::open(pins)?,
             random: Random::default(),
         })
+    }
+}
+
+impl BpfTables {
+    /// The row, and that its node is known.
+    fn write_peer(&mut self, index: u32, row: &Peer) -> Result<(), DatapathError> {
+        let old = self.peers.get(&index, 0).map_or(Addr::NONE, |old| old.host);
+        if !row.host.is_none() {
+            written("HOSTS", self.hosts.insert(row.host, index, 0))?;
+        }
+        written("PEERS", self.peers.set(index, row, 0))?;
+        // Two peers may be on one node, by two ports.
+        if old.is_none() || old == row.host || self.peers.iter().flatten().any(|other| other.host == old) {
+            return Ok(());
+        }
+        written("HOSTS", gone(self.hosts.remove(&old)))
     }
 }
 
@@ -118,6 +143,9 @@ impl Tables for BpfTables {
     }
 
     fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+        if flow.unanswered() && key.protocol == u32::from(TCP) {
+            self.answered(flow.server, closes);
+        }
         let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
         let touched = Flow { seen: now(), state, ..flow.0 };
         if touched != flow.0 {
@@ -146,8 +174,19 @@ impl Tables for BpfTables {
         turn
     }
 
-    fn chosen(&mut self, slot: u32) {
-        let _ = self.chosen.set(slot, self.choices(slot) + 1, 0);
+    fn trial(&mut self, service: u32) -> Option<u32> {
+        let index = service % MAX_SERVICES;
+        let slot = self.trials.get(&index, 0).ok().filter(|slot| *slot != 0)?;
+        let _ = self.trials.set(index, 0, 0);
+        Some(slot)
+    }
+
+    fn chosen(&mut self, slot: u32, tcp: bool) {
+        self.tallies.chosen(slot, tcp);
+    }
+
+    fn answered(&mut self, slot: u16, refused: bool) {
+        self.tallies.answered(slot.into(), refused);
     }
 }
 
@@ -155,10 +194,10 @@ impl Projection for BpfTables {
     fn write(&mut self, write: &Write) -> Result<(), DatapathError> {
         match write {
             Write::Config(row) => written("CONFIG", self.config.set(0, row, 0)),
-            Write::Peer(index, row) => written("PEERS", self.peers.set(*index, row, 0)),
+            Write::Peer(index, row) => self.write_peer(*index, row),
             Write::Slot(index, row) => {
                 if self.slots.get(index, 0).is_ok_and(|old| old.generation != row.generation) {
-                    let _ = self.chosen.set(*index, 0, 0);
+                    self.tallies.clear(*index);
                 }
                 written("SLOTS", self.slots.set(*index, row, 0))
             }
@@ -167,6 +206,7 @@ impl Projection for BpfTables {
                 written("ENDPOINTS", self.endpoints.insert(key, row, 0))
             }
             Write::Candidate(key, slot) => written("CANDIDATES", self.candidates.insert(key, slot, 0)),
+            Write::Trial(service, slot) => written("TRIALS", self.trials.set(service % MAX_SERVICES, slot, 0)),
             Write::Service(key, row) => written("SERVICES", self.services.insert(key, row, 0)),
             Write::CandidateGone(key) => written("CANDIDATES", gone(self.candidates.remove(key))),
             Write::ServiceGone(key) => written("SERVICES", gone(self.services.remove(key))),
@@ -174,8 +214,8 @@ impl Projection for BpfTables {
         }
     }
 
-    fn choices(&self, slot: u32) -> u64 {
-        self.chosen.get(&slot, 0).unwrap_or(0)
+    fn tally(&self, slot: u32) -> Tally {
+        self.tallies.read(slot)
     }
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {

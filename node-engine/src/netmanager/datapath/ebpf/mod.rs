@@ -5,11 +5,13 @@
 //! programs in place. The only module that speaks to aya.
 
 mod accounts;
+mod filter;
 mod hooks;
 mod listing;
 mod maps;
 mod pins;
 mod reason;
+mod tallies;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -29,8 +31,9 @@ use self::pins::Pins;
 pub(super) use self::pins::retire;
 pub use self::pins::uninstall;
 use self::reason::unsupported;
+use self::tallies::Tallies;
 use super::tun::Proxied;
-use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Underlay};
+use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Tally, Underlay};
 
 /// The programs of `netmanager-ebpf`; empty where the build had none.
 const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmanager"));
@@ -43,6 +46,7 @@ pub struct Ebpf {
     uplinks: Mutex<BTreeSet<u32>>,
     counters: KernelCounters,
     flows: Arc<KernelFlows>,
+    tallies: Arc<Tallies>,
     proxied: Proxied,
     _keeper: Keeper,
 }
@@ -71,14 +75,16 @@ impl Ebpf {
         let counters = KernelCounters::open(&pins)?;
         let keeper = Keeper::start(&pins)?;
         let flows = Arc::new(KernelFlows::open(&pins)?);
-        let mut hooks = Hooks::load(programs, pins)?;
+        let tallies = Arc::new(Tallies::open(&pins)?);
+        let mut hooks = Hooks::load(programs, pins, underlay.xdp)?;
 
         hooks.attach_uplink(&Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
         let uplinks = BTreeSet::from([underlay.uplink_ifindex]);
         hooks.sweep(&uplinks);
         // Last: whoever falls back to TUN needs device and port for itself.
         let proxied = Proxied::open(underlay, tables, false)?;
-        Ok(Self { hooks: Mutex::new(hooks), uplinks: Mutex::new(uplinks), counters, flows, proxied, _keeper: keeper })
+        let (hooks, uplinks) = (Mutex::new(hooks), Mutex::new(uplinks));
+        Ok(Self { hooks, uplinks, counters, flows, tallies, proxied, _keeper: keeper })
     }
 
     fn hooks(&self) -> MutexGuard<'_, Hooks> {
@@ -161,8 +167,11 @@ impl Datapath for Ebpf {
         read.map_err(|error| DatapathError::Step { step: "read flows", reason: error.to_string() })?
     }
 
-    async fn choices(&self, slots: Vec<u32>) -> Vec<u64> {
-        self.proxied.choices(slots).await
+    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
+        let tallies = Arc::clone(&self.tallies);
+        let read = move || slots.into_iter().map(|slot| tallies.read(slot)).collect();
+        // A runtime that ends asks no more.
+        tokio::task::spawn_blocking(read).await.unwrap_or_default()
     }
 
     /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.
