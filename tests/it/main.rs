@@ -29,6 +29,7 @@ mod framing;
 mod furniture;
 mod generations;
 mod ground;
+mod health;
 mod look;
 mod miss;
 mod names;

@@ -1,5 +1,6 @@
 //! The cluster of a laboratory: the engine's own, on the machine that is the switch, with its own broker or a real mosquitto.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -55,6 +56,9 @@ pub struct InstanceRow {
     pub address: String,
     pub instance_address: String,
     pub service_addresses: Vec<String>,
+    /// By policy.
+    #[serde(default)]
+    pub policies: BTreeMap<String, Vec<String>>,
 }
 
 impl InstanceRow {
@@ -77,6 +81,15 @@ impl InstanceRow {
             .with_context(|| format!("{} has no {} service address", self.service, if v6 { "IPv6" } else { "IPv4" }))
     }
 
+    /// The service's address of one family that chooses by this policy.
+    pub fn policy_address(&self, policy: &str, v6: bool) -> Result<IpAddr> {
+        let addresses = self.policies.get(policy).into_iter().flatten().filter_map(|text| text.parse::<IpAddr>().ok());
+        addresses
+            .into_iter()
+            .find(|address| address.is_ipv6() == v6)
+            .with_context(|| format!("{} has no {policy} address: {:?}", self.service, self.policies))
+    }
+
     /// The address that means this instance alone.
     pub fn own_address(&self) -> Result<IpAddr> {
         self.instance_address.parse().with_context(|| format!("instance address {:?}", self.instance_address))
@@ -91,6 +104,10 @@ pub struct Deploy<'a> {
     pub replicas: u32,
     /// `host:container[/protocol]`
     pub ports: &'a [&'a str],
+    /// Labels.
+    pub policies: &'a [&'a str],
+    /// `number=weight`
+    pub weights: &'a [&'a str],
 }
 
 impl Cluster {
@@ -151,6 +168,12 @@ impl Cluster {
         }
         for port in what.ports {
             words.extend(["--port", port]);
+        }
+        for policy in what.policies {
+            words.extend(["--policy", policy]);
+        }
+        for weight in what.weights {
+            words.extend(["--weight", weight]);
         }
         output(&mut self.command(&words)?).map(drop)
     }

@@ -5,6 +5,8 @@ pub mod hardware;
 pub mod look;
 pub mod net;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 /// A node as its cluster sees it.
@@ -52,6 +54,8 @@ pub struct ClusterInstance {
     pub instance_address: String,
     /// The addresses of the service, round robin first.
     pub service_addresses: Vec<String>,
+    /// The addresses of the service's other policies, by label.
+    pub policies: BTreeMap<String, Vec<String>>,
     /// `host:container/protocol`.
     pub ports: Vec<String>,
 }

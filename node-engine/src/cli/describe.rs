@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::api::LARGEST_BODY;
-use crate::model::ServiceName;
+use crate::model::{Policy, ServiceName, TableRow};
 
 /// What to deploy.
 #[derive(Clone, Debug, Args)]
@@ -43,6 +43,13 @@ pub(super) struct DeployArgs {
     /// It is meant to end: exit code 0 means completed
     #[arg(long, requires = "image")]
     one_shot: bool,
+    /// Offer the service at an address of its own that chooses so: random, closest, underutilised, sticky, weighted, local, failover; may
+    /// be repeated
+    #[arg(long = "policy", requires = "image", value_name = "POLICY", value_parser = policy)]
+    policies: Vec<Policy>,
+    /// How much an instance weighs (0 to 100) where that decides; may be repeated
+    #[arg(long = "weight", requires = "image", value_name = "NUMBER=WEIGHT", value_parser = weight)]
+    weights: Vec<(u32, u32)>,
     /// How many instances
     #[arg(long, value_name = "N")]
     pub(super) replicas: Option<u32>,
@@ -81,6 +88,13 @@ impl DeployArgs {
         if let Some(vcpus) = self.vcpus {
             document["vcpus"] = vcpus.into();
         }
+        if !self.policies.is_empty() {
+            let labels: Vec<_> = self.policies.iter().map(|policy| policy.label()).collect();
+            document["addresses"]["policies"] = labels.into();
+        }
+        for (number, weight) in &self.weights {
+            document["addresses"]["weights"][number.to_string()] = (*weight).into();
+        }
         document.to_string().into_bytes()
     }
 }
@@ -92,6 +106,20 @@ fn read(from: impl Read, shown: &str) -> anyhow::Result<Vec<u8>> {
         bail!("{shown} is longer than {} KiB: it is no description of a service", LARGEST_BODY / 1024);
     }
     Ok(document)
+}
+
+fn policy(text: &str) -> Result<Policy, String> {
+    Policy::from_label(text).ok_or_else(|| {
+        let known: Vec<_> = Policy::ALL.iter().map(|policy| policy.label()).collect();
+        format!("expected one of {}", known.join(", "))
+    })
+}
+
+fn weight(text: &str) -> Result<(u32, u32), String> {
+    let expected = || format!("expected an instance's number and 0 to {}, such as 0=50", TableRow::MAX_WEIGHT);
+    let (number, weight) = text.split_once('=').ok_or_else(expected)?;
+    let weight = weight.parse().ok().filter(|weight| *weight <= TableRow::MAX_WEIGHT).ok_or_else(expected)?;
+    Ok((number.parse().map_err(|_| expected())?, weight))
 }
 
 fn service_name(text: &str) -> Result<ServiceName, String> {

@@ -300,7 +300,7 @@ impl Actor {
                 let job = super::random_id().map_err(ClusterApiError::Random)?;
                 self.core.deploy(*request, replicas, on.as_deref(), job.to_string(), now)
             }
-            Order::Delete(target) => self.core.delete(&target),
+            Order::Delete(target) => self.core.delete(&target, now),
             Order::Replicate { service, replicas } => self.core.replicate(&service, replicas, now),
             Order::Move { instance, node } => {
                 let instance = self.core.which(instance)?;

@@ -18,7 +18,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::{InstanceId, NodeId, Query, ServiceName, Status, Subnet};
+use crate::model::{InstanceId, NodeId, Policy, Query, ServiceName, Status, Subnet};
 
 use super::address::{AddressPlan, Pool};
 use super::inventory::{AddressPair, Deployed, Instance, InstanceUsage, Moment, Node, NodeFacts, Phase, Service};
@@ -81,8 +81,10 @@ pub(super) struct Row {
     pub(super) number: u32,
     pub(super) node: Option<NodeId>,
     pub(super) address: AddressPair,
-    pub(super) round_robin: AddressPair,
+    pub(super) services: Vec<(Policy, AddressPair)>,
     pub(super) deployed: Option<Deployed>,
+    /// 0: new flows go to others, as far as there are any.
+    pub(super) weight: u32,
 }
 
 /// One instance in a node's report of what runs.
@@ -124,7 +126,7 @@ pub(super) struct Core {
     /// Services whose rows may have changed since the last effects were taken.
     touched: BTreeSet<ServiceName>,
     /// The rows of each service as the peers were last told.
-    told: BTreeMap<ServiceName, BTreeMap<u32, Deployed>>,
+    told: BTreeMap<ServiceName, BTreeMap<u32, (Deployed, u32)>>,
 }
 
 impl Core {
@@ -291,8 +293,9 @@ impl Core {
             number: instance.number,
             node: instance.node.clone(),
             address: instance.address,
-            round_robin: service.round_robin,
+            services: service.addresses().collect(),
             deployed: instance.reachable().copied(),
+            weight: service.weight(instance),
         });
         Table { query, service: Some(service.request.name.clone()), rows: rows.collect() }
     }
@@ -376,8 +379,8 @@ impl Core {
     }
 }
 
-fn rows_of(service: &Service) -> BTreeMap<u32, Deployed> {
-    let row = |instance: &Instance| Some((instance.number, *instance.reachable()?));
+fn rows_of(service: &Service) -> BTreeMap<u32, (Deployed, u32)> {
+    let row = |instance: &Instance| Some((instance.number, (*instance.reachable()?, service.weight(instance))));
     service.instances.values().filter_map(row).collect()
 }
 
@@ -386,7 +389,7 @@ fn has_address(service: &Service, address: IpAddr) -> bool {
         IpAddr::V4(v4) => pair.v4 == v4,
         IpAddr::V6(v6) => pair.v6 == v6,
     };
-    has(&service.round_robin) || service.instances.values().any(|instance| has(&instance.address))
+    service.addresses().any(|(_, pair)| has(&pair)) || service.instances.values().any(|instance| has(&instance.address))
 }
 
 /// Pools count in plain numbers.

@@ -4,17 +4,18 @@
 //! commands `deploy`, `delete`, `move` and `replicate`. A description is checked as strictly as a node would, so that a mistake
 //! is told to who made it, and kept with all its members, because nodes of other makes may act on more than ours do.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 
-use crate::model::{InstanceId, Query, ServiceName, Technology};
+use crate::model::{InstanceId, Policy, Query, ServiceName, TableRow, Technology};
 use crate::wire::json::{MAX_DOCUMENT, MAX_MESSAGE, Members, excerpt};
-use crate::wire::table::{Update, subnet_result, updates_available};
+use crate::wire::table::{Update, spelling, subnet_result, updates_available};
 use crate::wire::{self, ToNode};
 
 use super::core::{Change, DeployOrder, Message, Row, Table};
-use super::inventory::{Needs, Request};
+use super::inventory::{AddressPair, Needs, Request};
 use super::{ClusterApiError, Target};
 
 /// What somebody wants of the cluster.
@@ -122,6 +123,7 @@ pub(super) fn request(bytes: &[u8]) -> Result<Request, ClusterApiError> {
     };
     let round_robin_v4 = family(address("rr_ip")?, true)?;
     let round_robin_v6 = family(address("rr_ip_v6")?, false)?;
+    let weights = weights(document.get("addresses"))?;
     let virtualization = document.get("virtualization").and_then(Value::as_str).unwrap_or("container").to_owned();
     Ok(Request {
         needs: needs(&fields, &spec)?,
@@ -132,8 +134,41 @@ pub(super) fn request(bytes: &[u8]) -> Result<Request, ClusterApiError> {
         virtualization,
         round_robin_v4: round_robin_v4.and_then(|address| if let IpAddr::V4(v4) = address { Some(v4) } else { None }),
         round_robin_v6: round_robin_v6.and_then(|address| if let IpAddr::V6(v6) = address { Some(v6) } else { None }),
+        policies: policies(wanted.as_ref())?,
+        weights,
         name,
     })
+}
+
+/// `addresses.policies`: labels.
+fn policies(addresses: Option<&Members<'_>>) -> Result<BTreeSet<Policy>, ClusterApiError> {
+    let labels = addresses.map(|members| members.texts("policies")).transpose().map_err(refuse)?.unwrap_or_default();
+    let policy = |label: String| {
+        Policy::from_label(&label).ok_or_else(|| {
+            let known: Vec<_> = Policy::ALL.iter().map(|policy| policy.label()).collect();
+            let label = excerpt(label.as_bytes());
+            refuse(format!("`addresses.policies`: {label} is no policy (known are {})", known.join(", ")))
+        })
+    };
+    let mut policies: BTreeSet<Policy> = labels.into_iter().map(policy).collect::<Result<_, _>>()?;
+    // Every service has it.
+    policies.remove(&Policy::RoundRobin);
+    Ok(policies)
+}
+
+/// `addresses.weights`: a weight by instance number.
+fn weights(addresses: Option<&Value>) -> Result<BTreeMap<u32, u32>, ClusterApiError> {
+    let Some(weights) = addresses.and_then(|addresses| addresses.get("weights")) else { return Ok(BTreeMap::new()) };
+    let wrong = || {
+        let most = TableRow::MAX_WEIGHT;
+        refuse(format!("`addresses.weights` is not an object of instance numbers with weights of 0 to {most}"))
+    };
+    let weight = |(number, weight): (&String, &Value)| {
+        let weight = weight.as_u64().and_then(|weight| u32::try_from(weight).ok());
+        let weight = weight.filter(|weight| *weight <= TableRow::MAX_WEIGHT).ok_or_else(wrong)?;
+        Ok((number.parse().map_err(|_| wrong())?, weight))
+    };
+    weights.as_object().ok_or_else(wrong)?.iter().map(weight).collect()
 }
 
 fn refuse(reason: impl ToString) -> ClusterApiError {
@@ -286,20 +321,33 @@ pub(super) fn table(answer: &Table, cluster: &str) -> Value {
     })
 }
 
+fn service_addresses(row: &Row) -> Vec<Value> {
+    let entry = |(policy, pair): &(Policy, AddressPair)| {
+        let (kind, more) = spelling(*policy);
+        let mut entry = json!({ "IpType": kind, "Address": pair.v4, "Address_v6": pair.v6 });
+        if let Some(label) = more {
+            entry["Policy"] = label.into();
+        }
+        entry
+    };
+    let own = json!({ "IpType": "instance_ip", "Address": row.address.v4, "Address_v6": row.address.v6 });
+    row.services.iter().map(entry).chain([own]).collect()
+}
+
 fn row(row: &Row, cluster: &str) -> Value {
     let mut entry = json!({
         "cluster_id": cluster,
         "instance_number": row.number,
         "instance_ip": row.address.v4,
         "instance_ip_v6": row.address.v6,
-        "service_ip": [
-            { "IpType": "RR", "Address": row.round_robin.v4, "Address_v6": row.round_robin.v6 },
-            { "IpType": "instance_ip", "Address": row.address.v4, "Address_v6": row.address.v6 },
-        ],
+        "service_ip": service_addresses(row),
     });
     let Value::Object(members) = &mut entry else { return entry };
     if let Some(node) = &row.node {
         members.insert("worker_id".into(), node.as_str().into());
+    }
+    if row.weight != TableRow::DEFAULT_WEIGHT {
+        members.insert("weight".into(), row.weight.into());
     }
     if let Some(deployed) = &row.deployed {
         members.insert("namespace_ip".into(), deployed.namespace_v4.to_string().into());

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::model::{InstanceId, NodeId, PortMapping, ServiceName, Status, Subnet, Technology};
+use crate::model::{InstanceId, NodeId, Policy, PortMapping, ServiceName, Status, Subnet, TableRow, Technology};
 
 /// Time since the manager started. It never goes backward and does not know the date.
 pub(super) type Moment = Duration;
@@ -78,6 +78,10 @@ pub(super) struct Request {
     /// Asked-for round robin addresses.
     pub(super) round_robin_v4: Option<Ipv4Addr>,
     pub(super) round_robin_v6: Option<Ipv6Addr>,
+    /// Policies besides round robin, each of which gets addresses of its own.
+    pub(super) policies: BTreeSet<Policy>,
+    /// By instance number, where it is not the usual one.
+    pub(super) weights: BTreeMap<u32, u32>,
 }
 
 /// What a node must have to be chosen.
@@ -98,6 +102,8 @@ pub(super) struct Service {
     pub(super) job: String,
     pub(super) request: Request,
     pub(super) round_robin: AddressPair,
+    /// The addresses of the other policies. Once given they stay.
+    pub(super) policies: BTreeMap<Policy, AddressPair>,
     pub(super) next_number: u32,
     pub(super) instances: BTreeMap<u32, Instance>,
 }
@@ -109,6 +115,18 @@ impl Service {
 
     pub(super) fn instance_id(&self, number: u32) -> InstanceId {
         InstanceId { service: self.request.name.clone(), number }
+    }
+
+    /// All addresses that mean the service, round robin first.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = (Policy, AddressPair)> {
+        let others = self.policies.iter().map(|(policy, pair)| (*policy, *pair));
+        std::iter::once((Policy::RoundRobin, self.round_robin)).chain(others)
+    }
+
+    /// Nothing until it is ready.
+    pub(super) fn weight(&self, instance: &Instance) -> u32 {
+        let weight = self.request.weights.get(&instance.number).copied().unwrap_or(TableRow::DEFAULT_WEIGHT);
+        if instance.ready() { weight } else { 0 }
     }
 
     /// Instances that somebody wants: not those that are being retired, and of a move's two only the one that is replaced.
@@ -169,6 +187,13 @@ impl Instance {
             | Phase::Completed
             | Phase::Retiring { .. } => None,
         }
+    }
+}
+
+impl Instance {
+    /// Its program runs. Before that it can be reached, but may not listen yet; a replacement waits for its turn.
+    pub(super) const fn ready(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. }) && self.replaces.is_none()
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{NodeId, ServiceName, Subnet, Technology};
+use crate::model::{NodeId, Policy, ServiceName, Subnet, Technology};
 
 use super::address::AddressPlan;
 use super::core::{Core, number_of};
@@ -122,6 +122,9 @@ struct SavedService {
     job: String,
     document: String,
     round_robin: (Ipv4Addr, Ipv6Addr),
+    /// By label.
+    #[serde(default)]
+    policies: Vec<(String, Ipv4Addr, Ipv6Addr)>,
     next_number: u32,
     instances: Vec<SavedInstance>,
 }
@@ -199,6 +202,11 @@ impl From<&Service> for SavedService {
             job: service.job.clone(),
             document: service.request.document.to_string(),
             round_robin: (service.round_robin.v4, service.round_robin.v6),
+            policies: service
+                .policies
+                .iter()
+                .map(|(policy, pair)| (policy.label().to_owned(), pair.v4, pair.v6))
+                .collect(),
             next_number: service.next_number,
             instances: service.instances.values().filter(stays).map(SavedInstance::from).collect(),
         }
@@ -314,9 +322,20 @@ fn add_service(core: &mut Core, saved: SavedService, request: Request) {
         job: saved.job,
         request,
         round_robin: AddressPair { v4, v6 },
+        policies: Default::default(),
         next_number: saved.next_number,
         instances: Default::default(),
     };
+    for (label, v4, v6) in saved.policies {
+        match Policy::from_label(&label) {
+            Some(policy) if core.services_v4.claim(number_of(v4)) && core.round_robin_v6.claim(v6.into()) => {
+                service.policies.insert(policy, AddressPair { v4, v6 });
+            }
+            _ => {
+                tracing::error!(service = %name, label, %v4, "a saved address is left out: it is taken, or of no policy")
+            }
+        }
+    }
     for instance in saved.instances {
         let (v4, v6) = instance.address;
         if core.services_v4.claim(number_of(v4)) && core.instances_v6.claim(v6.into()) {

@@ -48,6 +48,11 @@ fn instance(core: &Core, service: &Service, instance: &Instance) -> ClusterInsta
         address: text(instance.deployed.map(|deployed| deployed.namespace_v4)),
         instance_address: instance.address.v4.to_string(),
         service_addresses: vec![service.round_robin.v4.to_string(), service.round_robin.v6.to_string()],
+        policies: service
+            .policies
+            .iter()
+            .map(|(policy, pair)| (policy.label().to_owned(), vec![pair.v4.to_string(), pair.v6.to_string()]))
+            .collect(),
         ports: service.request.ports.iter().map(PortMapping::to_string).collect(),
     }
 }

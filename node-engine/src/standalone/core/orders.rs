@@ -1,6 +1,6 @@
 //! What a person orders: deploy, delete, replicate, move.
 
-use crate::model::{InstanceId, NodeId, ServiceName};
+use crate::model::{InstanceId, NodeId, Policy, ServiceName};
 
 use super::super::documents::Moved;
 use super::super::inventory::{AddressPair, Instance, InstanceUsage, Moment, Phase, Request, Service};
@@ -11,6 +11,8 @@ use super::{Core, number_of};
 /// So many services, and instances of one service, may there be.
 const MAX_SERVICES: usize = 4096;
 const MAX_INSTANCES: u32 = 1000;
+/// Each instance is told with all addresses of its service, and the whole must fit a node's limit.
+const MAX_ENTRIES: u64 = 5_000;
 
 impl Core {
     /// Adds `replicas` instances of the service, on this node or where there is room. A service that is known takes over the
@@ -36,8 +38,12 @@ impl Core {
         added
     }
 
-    /// Takes down an instance or all of a service, at once.
-    pub(in super::super) fn delete(&mut self, target: &Target) -> Result<Vec<InstanceId>, ClusterApiError> {
+    /// Takes down all of a service at once, or an instance: where others are ready for what it did, when their peers know.
+    pub(in super::super) fn delete(
+        &mut self,
+        target: &Target,
+        now: Moment,
+    ) -> Result<Vec<InstanceId>, ClusterApiError> {
         match target {
             Target::Service(name) if self.services.contains_key(name) => Ok(self.delete_service(name)),
             Target::Service(name) => Err(ClusterApiError::UnknownService(name.clone())),
@@ -52,10 +58,12 @@ impl Core {
                     .flatten()
                     .map(|number| service.instance_id(number))
                     .collect();
+                let others = |other: &Instance| other.ready() && gone.iter().all(|id| id.number != other.number);
+                let spared = service.instances.values().any(others);
                 for id in &gone {
-                    self.remove(id);
+                    if spared { self.retire(id, now) } else { self.remove(id) }
                 }
-                if self.services.get(&id.service).is_some_and(|service| service.instances.is_empty()) {
+                if self.services.get(&id.service).is_some_and(|service| service.wanted().is_empty()) {
                     self.delete_service(&id.service);
                 }
                 Ok(gone)
@@ -147,7 +155,8 @@ impl Core {
 
     fn ensure_service(&mut self, request: Request, job: String) -> Result<(), ClusterApiError> {
         let refuse = |reason: String| ClusterApiError::Document { reason };
-        if let Some(service) = self.services.get_mut(&request.name) {
+        let name = request.name.clone();
+        if let Some(service) = self.services.get_mut(&name) {
             let other_v4 = request.round_robin_v4.filter(|wanted| *wanted != service.round_robin.v4);
             let other_v6 = request.round_robin_v6.filter(|wanted| *wanted != service.round_robin.v6);
             if other_v4.is_some() || other_v6.is_some() {
@@ -155,7 +164,7 @@ impl Core {
             }
             service.request = request;
             self.effects.save = true;
-            return Ok(());
+            return self.offer(&name);
         }
         within("the number of services", self.services.len() as u64 + 1, MAX_SERVICES as u64)?;
         let v4 = match request.round_robin_v4 {
@@ -171,11 +180,35 @@ impl Core {
             None => self.round_robin_v6.take().map(Into::into).ok_or_else(exhausted),
         };
         let v6 = v6.inspect_err(|_| self.services_v4.free(number_of(v4)))?;
-        let name = request.name.clone();
-        let round_robin = AddressPair { v4, v6 };
-        let service = Service { job, request, round_robin, next_number: 0, instances: Default::default() };
-        self.services.insert(name, service);
+        let service = Service {
+            job,
+            request,
+            round_robin: AddressPair { v4, v6 },
+            policies: Default::default(),
+            next_number: 0,
+            instances: Default::default(),
+        };
+        self.services.insert(name.clone(), service);
         self.effects.save = true;
+        self.offer(&name).inspect_err(|_| drop(self.delete_service(&name)))
+    }
+
+    /// Gives the service the addresses of its policies.
+    fn offer(&mut self, name: &ServiceName) -> Result<(), ClusterApiError> {
+        let service = self.known_service(name)?;
+        let missing: Vec<Policy> =
+            service.request.policies.iter().copied().filter(|policy| !service.policies.contains_key(policy)).collect();
+        for policy in missing {
+            let v4 = self.take_v4()?;
+            let Some(v6) = self.round_robin_v6.take() else {
+                self.services_v4.free(number_of(v4));
+                return Err(exhausted());
+            };
+            if let Some(service) = self.services.get_mut(name) {
+                service.policies.insert(policy, AddressPair { v4, v6: v6.into() });
+            }
+        }
+        self.touched.insert(name.clone());
         Ok(())
     }
 
@@ -186,6 +219,9 @@ impl Core {
         pin: Option<&NodeId>,
         now: Moment,
     ) -> Result<Vec<InstanceId>, ClusterApiError> {
+        let service = self.known_service(name)?;
+        let entries = (service.instances.len() as u64 + u64::from(count)) * service.addresses().count() as u64;
+        within("the number of instances of a service times that of its policies", entries, MAX_ENTRIES)?;
         let mut added = Vec::new();
         for _ in 0..count {
             match self.add_instance(name, pin, None, now) {
@@ -249,8 +285,10 @@ impl Core {
             self.remove(id);
         }
         if let Some(service) = self.services.remove(name) {
-            self.services_v4.free(number_of(service.round_robin.v4));
-            self.round_robin_v6.free(service.round_robin.v6.into());
+            for (_, pair) in service.addresses() {
+                self.services_v4.free(number_of(pair.v4));
+                self.round_robin_v6.free(pair.v6.into());
+            }
         }
         self.effects.save = true;
         self.touched.insert(name.clone());

@@ -1,4 +1,4 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
@@ -152,6 +152,8 @@ fn request(service: &str) -> Request {
         image: "nginx".into(),
         round_robin_v4: None,
         round_robin_v6: None,
+        policies: BTreeSet::new(),
+        weights: BTreeMap::new(),
     }
 }
 
@@ -206,7 +208,7 @@ fn a_deploy_becomes_an_order_and_resources_make_it_run() {
     assert_eq!(cluster.words(), [(0, "CREATED", "a".into())]);
     cluster.lists("a", &[0]);
     assert_eq!(cluster.words(), [(0, "RUNNING", "a".into())]);
-    assert_eq!(cluster.take(), [""; 0], "the row is as it was told");
+    assert_eq!(cluster.take(), ["deployment"], "from now on it gets new flows also where there are others");
 }
 
 #[test]
@@ -447,11 +449,14 @@ fn delete_takes_down_all_and_frees_the_name() {
     cluster.runs("a", 0);
     cluster.runs("b", 1);
     cluster.take();
-    assert_eq!(cluster.core.delete(&Target::Instance(instance(1))).unwrap(), [instance(1)]);
-    assert_eq!(cluster.take(), ["delete 1 on b", "undeployment"]);
-    assert_eq!(cluster.core.delete(&Target::Service(name(WEB))).unwrap(), [instance(0)]);
+    let now = cluster.now;
+    assert_eq!(cluster.core.delete(&Target::Instance(instance(1)), now).unwrap(), [instance(1)]);
+    assert_eq!(cluster.take(), ["undeployment"], "another takes over: the peers hear of it first");
+    cluster.pass(1, &[("a", &[0]), ("b", &[1])]);
+    assert_eq!(cluster.take(), ["delete 1 on b"]);
+    assert_eq!(cluster.core.delete(&Target::Service(name(WEB)), now).unwrap(), [instance(0)]);
     assert_eq!(cluster.take(), ["delete 0 on a", "undeployment"]);
-    assert!(matches!(cluster.core.delete(&Target::Service(name(WEB))), Err(ClusterApiError::UnknownService(_))));
+    assert!(matches!(cluster.core.delete(&Target::Service(name(WEB)), now), Err(ClusterApiError::UnknownService(_))));
     cluster.says("a", 0, Status::Undeployed);
     assert_eq!(cluster.take(), [""; 0]);
     cluster.deploy(1);
@@ -495,8 +500,16 @@ fn a_move_keeps_a_row_all_the_while() {
     assert_eq!(cluster.rows(), [0, 1], "a network is not yet a program");
     assert_eq!(cluster.take(), ["deployment"]);
     cluster.pass(1, &[("a", &[0]), ("b", &[1])]);
+    let ready = |cluster: &Cluster| {
+        let rows = cluster.core.table(Query::Name(name(WEB))).rows;
+        rows.iter().map(|row| (row.number, row.weight == 1)).collect::<Vec<_>>()
+    };
+    assert_eq!(ready(&cluster), [(0, true), (1, false)], "it may not listen yet");
+    assert_eq!(cluster.take(), [""; 0]);
+    cluster.pass(2, &[("a", &[0]), ("b", &[1])]);
     assert_eq!(cluster.rows(), [1]);
-    assert_eq!(cluster.take(), ["undeployment"], "it still runs when its peers learn that they should not choose it");
+    assert_eq!(ready(&cluster), [(1, true)]);
+    assert_eq!(cluster.take(), ["deployment"], "it still runs when its peers learn that they should not choose it");
     cluster.pass(1, &[("a", &[0]), ("b", &[1])]);
     assert_eq!(cluster.take(), ["delete 0 on a"]);
     assert_eq!(cluster.words(), [(1, "RUNNING", "b".into())]);
@@ -587,8 +600,10 @@ fn take_step(cluster: &mut Cluster, step: &Step) {
             let on = on.map(host);
             drop(cluster.deploy_as(request(service(nth).as_str()), replicas.into(), on.as_deref()));
         }
-        Step::Delete(nth, None) => drop(cluster.core.delete(&Target::Service(service(nth)))),
-        Step::Delete(nth, Some(number)) => drop(cluster.core.delete(&Target::Instance(instance(nth, number)))),
+        Step::Delete(nth, None) => drop(cluster.core.delete(&Target::Service(service(nth)), cluster.now)),
+        Step::Delete(nth, Some(number)) => {
+            drop(cluster.core.delete(&Target::Instance(instance(nth, number)), cluster.now));
+        }
         Step::Replicate(nth, replicas) => drop(cluster.core.replicate(&service(nth), replicas.into(), now)),
         Step::Move(nth, number, on) => drop(cluster.core.move_instance(&instance(nth, number), &host(on), now)),
         Step::Report(node, nth, number, word) => {
@@ -655,7 +670,7 @@ proptest! {
         }
         // What is deleted is gone, whatever came before.
         for nth in 0..3 {
-            let _ = cluster.core.delete(&Target::Service(name(&format!("app.default.s{nth}.test"))));
+            let _ = cluster.core.delete(&Target::Service(name(&format!("app.default.s{nth}.test"))), cluster.now);
         }
         cluster.take();
         prop_assert!(cluster.core.services.is_empty() && cluster.core.told.is_empty());

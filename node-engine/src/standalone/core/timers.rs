@@ -32,6 +32,9 @@ const COME_BACK: Duration = Duration::from_secs(5);
 /// From the notice that an instance is gone to its end, so that the peers have asked for the new table.
 const RETIREMENT: Duration = Duration::from_secs(1);
 
+/// A replacement runs for so long before it takes over: a program needs a moment until it listens.
+const READY: Duration = Duration::from_secs(2);
+
 /// A replacement that failed so often is given up, and what it should have replaced stays.
 const MOVE_ATTEMPTS: u32 = 3;
 
@@ -216,7 +219,9 @@ impl Core {
         let Some(service) = self.services.get(&id.service) else { return };
         let Some(instance) = service.instances.get(&id.number) else { return };
         let Some(replaced) = instance.replaces else { return };
-        let runs = matches!(instance.phase, Phase::Running { .. }) && instance.reachable().is_some();
+        let steady = |since| now.saturating_sub(since) >= READY;
+        let runs =
+            matches!(instance.phase, Phase::Running { since } if steady(since)) && instance.reachable().is_some();
         let hopeless = instance.failures >= MOVE_ATTEMPTS;
         if runs || !service.instances.contains_key(&replaced) {
             if let Some(instance) = self.instance_mut(id) {

@@ -77,6 +77,8 @@ async fn the_whole_loop(cluster: Started) {
             { "IpType": "RR", "Address": "10.30.55.55", "Address_v6": "fdff:2000::" },
             { "IpType": "instance_ip", "Address": "10.30.0.0", "Address_v6": "fdff::" },
         ],
+        // It does not run yet.
+        "weight": 0,
     });
     for (name, address) in [(WEB, ""), ("", "10.30.55.55"), ("", "fdff:2000::"), ("", "10.30.0.0"), ("", "fdff::")] {
         let table = b.ask_table(name, address).await;

@@ -60,11 +60,53 @@ fn mistakes_are_told_to_who_made_them() {
         (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"rr_ip":"x"}}"#, "rr_ip"),
         (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"rr_ip":"fdff:2000::1"}}"#, "family"),
         (r#"{"job_name":"a.b.c.d","image":"i","constraints":3}"#, "constraints"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"policies":["nearest"]}}"#, "known are rr, random, closest"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"policies":7}}"#, "policies"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"weights":{"0":101}}}"#, "0 to 100"),
+        (r#"{"job_name":"a.b.c.d","image":"i","addresses":{"weights":{"first":1}}}"#, "instance numbers"),
     ] {
         let Err(ClusterApiError::Document { reason }) = request(document.as_bytes()) else {
             panic!("{document} is accepted")
         };
         assert!(reason.contains(word), "{document}: {reason}");
+    }
+}
+
+#[test]
+fn policies_have_addresses_of_their_own_that_stay() {
+    let now = Duration::from_secs(1);
+    let mut core = Core::new("c".parse().unwrap(), AddressPlan::default());
+    let deploy = |core: &mut Core, addresses: Value| {
+        let document = json!({ "job_name": "a.b.c.d", "image": "i", "addresses": addresses });
+        core.deploy(request(document.to_string().as_bytes()).unwrap(), 1, None, "job".into(), now).unwrap();
+        let table = core.table(Query::Name("a.b.c.d".parse().unwrap()));
+        // As a node reads it: of each row the policies and how many addresses each has.
+        let text = documents::table(&table, "c").to_string();
+        (serde_json::from_str::<Value>(&text).unwrap()["instance_list"].clone(), table.rows[0].services.clone())
+    };
+    let (rows, first) = deploy(&mut core, json!({ "policies": ["sticky", "closest", "rr"], "weights": { "0": 30 } }));
+    let kinds = rows[0]["service_ip"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| (one["IpType"].as_str().unwrap().to_owned(), one["Policy"].as_str().unwrap_or("").to_owned()));
+    let said = |kind: &str, label: &str| (kind.to_owned(), label.to_owned());
+    assert_eq!(
+        kinds.collect::<Vec<_>>(),
+        [said("RR", ""), said("Closest", ""), said("RR", "sticky"), said("instance_ip", "")]
+    );
+    assert_eq!(rows[0]["weight"], 0, "it does not run yet");
+
+    let (_, more) = deploy(&mut core, json!({ "policies": ["weighted"] }));
+    assert_eq!(more.len(), 4);
+    assert!(first.iter().all(|known| more.contains(known)), "{first:?} {more:?}");
+    let mut addresses: Vec<_> = more.iter().map(|(_, pair)| pair.v4).collect();
+    addresses.sort();
+    addresses.dedup();
+    assert_eq!(addresses.len(), 4, "each its own");
+    for (policy, pair) in &more {
+        let found = core.table(Query::Address(pair.v6.into()));
+        assert!(found.service.is_some(), "{policy:?} is found by its address");
     }
 }
 

@@ -26,7 +26,10 @@ fn cluster() -> Core {
         core.information(&id(name), NodeFacts::default(), NOW);
         core.subnet_request(&id(name), NOW);
     }
-    let request = documents::request(br#"{"job_name":"app.default.web.test","image":"nginx"}"#).unwrap();
+    let request = documents::request(
+        br#"{"job_name":"app.default.web.test","image":"nginx","addresses":{"policies":["sticky"]}}"#,
+    )
+    .unwrap();
     let instances = core.deploy(request, 4, None, "job".into(), NOW).unwrap();
     let report = |core: &mut Core, nth: usize, status| {
         for node in ["a", "b"] {
