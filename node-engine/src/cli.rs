@@ -81,6 +81,9 @@ pub struct DaemonArgs {
     /// Socket or address of the Docker daemon
     #[arg(long, value_name = "URL")]
     docker_host: Option<String>,
+    /// How often an instance that falls is started again in its place before the cluster is told; 0: never [default: 5]
+    #[arg(long, value_name = "N")]
+    restart_limit: Option<String>,
     /// Configuration file [default: /etc/node-engine/config.toml]
     #[arg(long, value_name = "FILE", env = "NODE_ENGINE_CONFIG")]
     config: Option<PathBuf>,
@@ -99,6 +102,13 @@ enum Command {
         /// Only those on this node
         #[arg(long)]
         local: bool,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Why an instance on this node is not what it should be: what is wanted, what is, and what it waits for
+    Explain {
+        #[arg(value_name = "INSTANCE")]
+        instance: Selector,
         #[command(flatten)]
         output: Output,
     },
@@ -290,6 +300,7 @@ impl Cli {
         let ask = match command {
             Command::Status(output) => ask::Ask::Status { json: output.json },
             Command::Ps { local, output } => ask::Ask::Ps { local, json: output.json },
+            Command::Explain { instance, output } => ask::Ask::Explain { instance, json: output.json },
             Command::Logs { instance, tail, follow } => ask::Ask::Logs { instance, tail, follow },
             Command::Inspect { instance, output } => ask::Ask::Inspect { instance, json: output.json },
             Command::Stats { instance, repeat } => ask::Ask::Stats { instance, repeat },
@@ -341,6 +352,7 @@ impl DaemonArgs {
             ("--state-dir", "state_dir", &self.state_dir),
             ("--run-dir", "run_dir", &self.run_dir),
             ("--docker-host", "runtime.docker_host", &self.docker_host),
+            ("--restart-limit", "runtime.restart_limit", &self.restart_limit),
         ]
         .into_iter()
         .filter_map(|(name, key, value)| Some(Flag { name, key, value: value.clone()? }))
@@ -361,6 +373,7 @@ impl DaemonArgs {
             state_dir: over.state_dir.or(self.state_dir),
             run_dir: over.run_dir.or(self.run_dir),
             docker_host: over.docker_host.or(self.docker_host),
+            restart_limit: over.restart_limit.or(self.restart_limit),
             config: over.config.or(self.config),
         }
     }

@@ -142,6 +142,7 @@ pub struct RuntimeConfig {
     pub host_path_volumes: Option<PathBuf>,
     /// Parent of the control groups that we make ourselves, such as `/node-engine`.
     pub control_group: String,
+    pub restarts: Restarts,
 }
 
 impl Default for RuntimeConfig {
@@ -156,7 +157,23 @@ impl Default for RuntimeConfig {
             volume_drivers: BTreeMap::new(),
             host_path_volumes: None,
             control_group: "/node-engine".into(),
+            restarts: Restarts::default(),
         }
+    }
+}
+
+/// How often an instance that falls is raised again before the cluster hears of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restarts {
+    /// 0: never, each end is told at once.
+    pub limit: u32,
+    /// Restarts longer ago than this do not count.
+    pub window: Duration,
+}
+
+impl Default for Restarts {
+    fn default() -> Self {
+        Self { limit: 5, window: Duration::from_secs(600) }
     }
 }
 

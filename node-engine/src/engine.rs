@@ -18,7 +18,8 @@ mod signals;
 mod tasks;
 mod view;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
@@ -31,16 +32,16 @@ use crate::config::{Config, OnExit};
 use crate::control::ControlPlane;
 use crate::drain::Drain;
 use crate::events::Events;
-use crate::model::{NodeFacts, NodeId, NodeUsage, Report, Sent, Subnet};
-use crate::netmanager::NetManager;
+use crate::model::{Addresses, InstanceId, NodeFacts, NodeId, NodeUsage, Report, Sent, Subnet};
+use crate::netmanager::{Learned, NetManager};
 use crate::runtime::Runtime;
 use crate::standalone::ClusterApi;
-use crate::store::Store;
+use crate::store::{Desired, Fate, Store};
 use crate::telemetry::devices::watch::Inventory;
-use crate::workload::{self, Workload};
+use crate::workload::{self, Plan, Wanted, Workload};
 use node::RunningNode;
 use notify::Notify;
-use route::{ClusterLink, Router};
+use route::{ClusterLink, Router, Sources};
 use tasks::Tasks;
 
 pub use build::run;
@@ -52,6 +53,8 @@ pub const GRACE: Duration = Duration::from_secs(25);
 
 /// Commands that may wait to be routed.
 const COMMANDS: usize = 256;
+/// Notes on what became of workloads that may wait to be kept.
+const NOTES: usize = 256;
 /// What is left of the end for tasks that were told to stop and have not.
 const LAST_MOMENT: Duration = Duration::from_secs(2);
 
@@ -60,6 +63,7 @@ struct Parts {
     config: Config,
     lock: RunLock,
     store: Store,
+    desired: Desired,
     facts: NodeFacts,
     runtimes: Vec<Arc<dyn Runtime>>,
     net: NetManager,
@@ -70,6 +74,9 @@ struct Parts {
     reported: mpsc::Receiver<Report>,
     /// Subnets to be kept.
     assigned: mpsc::Receiver<(NodeId, Subnet)>,
+    /// What the cluster's table said, and the addresses of instances, to be kept.
+    learned: mpsc::Receiver<Learned>,
+    addresses: watch::Receiver<BTreeMap<InstanceId, Addresses>>,
     usage: watch::Receiver<NodeUsage>,
     devices: watch::Receiver<Inventory>,
     sent: watch::Receiver<Sent>,
@@ -85,8 +92,9 @@ struct Parts {
 
 /// Connects the parts and runs them until the drain begins or one of them ends.
 async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
-    let Parts { config, lock, store, facts, runtimes, net, net_drain, control, reports, reported, .. } = parts;
-    let Parts { assigned, usage, devices, sent, events, pace, cluster, home, mut tasks, .. } = parts;
+    let Parts { config, lock, store, desired, facts, runtimes, net, net_drain, control, reports, reported, .. } = parts;
+    let Parts { assigned, learned, addresses, usage, devices, sent, events, pace, cluster, home, mut tasks, .. } =
+        parts;
     let notify = Notify::from_environment();
     let listener = lock.listen()?;
 
@@ -94,11 +102,16 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
     let link = ClusterLink::new(identity.map(|identity| identity.node.clone()), config.cluster.generation);
     let (link, linked) = watch::channel(link);
 
+    let (kept, keeping) = watch::channel(desired.behind().unwrap_or_default().to_owned());
+    let (noting, notes) = mpsc::channel(NOTES);
     let (workload, working) = workload::start(workload::Setup {
         runtimes,
         net: net.clone(),
         reports: reports.clone(),
         events: events.clone(),
+        plan: plan(&desired),
+        notes: noting,
+        restarts: config.runtime.restarts,
         parse: |document| crate::wire::deploy(document.as_bytes(), None).ok(),
         drain: drain.clone(),
     });
@@ -118,6 +131,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         roots: config.telemetry.roots.clone(),
         link: linked,
         events: events.clone(),
+        kept: keeping,
     });
     if let Some(address) = config.telemetry.metrics {
         let listener = TcpListener::bind(address).await.with_context(|| format!("serve metrics at {address}"))?;
@@ -127,8 +141,19 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
     tasks.spawn("local API", serve(listener, api, drain.clone()));
 
     let (commands, commanded) = mpsc::channel(COMMANDS);
-    let host = config.cluster.host.clone();
-    let router = Router { cluster: host, workload: workload.clone(), net, store, link, pace, assigned, events };
+    let router = Router {
+        cluster: config.cluster.host.clone(),
+        workload: workload.clone(),
+        net,
+        store,
+        desired: Arc::new(Mutex::new(desired)),
+        link,
+        pace,
+        kept,
+        reports: reports.clone(),
+        events,
+        sources: Sources { assigned, learned, addresses, notes },
+    };
     tasks.spawn("router", router.run(commanded, drain.clone()));
     tasks.spawn("control plane", control.run(commands, reported, drain.clone()));
 
@@ -173,6 +198,21 @@ async fn finish_workloads(workload: Workload, fate: OnExit, deadline: tokio::tim
         Ok(_) => Ok(()),
         Err(_) => Err(anyhow!("workloads have not finished in time; the next start goes on with them")),
     }
+}
+
+/// What an earlier run was told to run. A description that cannot be read (an older format) is that of nothing: its cluster sends
+/// another.
+fn plan(desired: &Desired) -> Plan {
+    let wanted = desired.instances().filter_map(|(instance, record)| {
+        let (document, ended) = match &record.fate {
+            Fate::Run(document) => (document, None),
+            Fate::Ended { document, status, detail } => (document, Some((*status, detail.clone()))),
+            Fate::Deleted => return None,
+        };
+        let spec = crate::wire::deploy(document.as_bytes(), None).ok().filter(|spec| spec.id == *instance)?;
+        Some(Wanted { spec, sequence: record.sequence, ended })
+    });
+    Plan { wanted: wanted.collect(), complete: desired.complete() }
 }
 
 async fn serve(listener: api::OwnerListener, api: Api, drain: Drain) -> anyhow::Result<()> {

@@ -38,6 +38,7 @@ mod ports;
 mod process;
 mod restart;
 mod standalone;
+mod survive;
 mod underlay;
 mod unikernel;
 mod uninstall;

@@ -32,7 +32,8 @@ pub struct Cluster {
     directory: PathBuf,
     /// The switch's namespace, by a process in it.
     network: u32,
-    daemon: Child,
+    options: Vec<String>,
+    daemon: Option<Daemon>,
     mosquitto: Option<Daemon>,
 }
 
@@ -114,34 +115,47 @@ impl Cluster {
     /// Starts it on the switch and waits until it answers.
     pub fn start(scratch: &Scratch, lan: &Lan, broker: Broker, options: &[&str]) -> Result<Self> {
         let directory = scratch.directory("cluster")?;
-        let network = lan.pid();
-        let log = File::create(directory.join("node-engine.log")).context("cannot make the cluster's log")?;
+        let mut options: Vec<String> = options.iter().map(|&option| option.to_owned()).collect();
         let mosquitto = match broker {
             Broker::Embedded => None,
-            Broker::Mosquitto => Some(mosquitto(&directory, lan)?),
+            Broker::Mosquitto => {
+                options.extend(["--broker".to_owned(), format!("127.0.0.1:{BROKER_PORT}")]);
+                Some(mosquitto(&directory, lan)?)
+            }
         };
-        let mut command = in_network(network, built("node-engine")?);
-        command.args(["standalone", "--no-node"]).args(["--run-dir".as_ref(), directory.join("run").as_os_str()]);
-        command.args(["--state-dir".as_ref(), directory.join("state").as_os_str()]);
-        if mosquitto.is_some() {
-            command.args(["--broker", &format!("127.0.0.1:{BROKER_PORT}")]);
-        }
-        command.args(options);
-        let daemon = command
+        let mut cluster = Self { directory, network: lan.pid(), options, daemon: None, mosquitto };
+        cluster.resume()?;
+        Ok(cluster)
+    }
+
+    /// Kills the cluster's process; nodes and what runs on them are on their own.
+    pub fn stop(&mut self) {
+        self.daemon = None;
+    }
+
+    /// Starts it, with what it has kept, and waits until it answers.
+    pub fn resume(&mut self) -> Result<()> {
+        let log = File::options().create(true).append(true).open(self.directory.join("node-engine.log"));
+        let log = log.context("cannot make the cluster's log")?;
+        let mut command = in_network(self.network, built("node-engine")?);
+        command.args(["standalone", "--no-node"]).args(["--run-dir".as_ref(), self.directory.join("run").as_os_str()]);
+        command.args(["--state-dir".as_ref(), self.directory.join("state").as_os_str()]).args(&self.options);
+        let child = command
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share the cluster's log")?)
             .stderr(log)
             .spawn()
             .context("cannot start the cluster")?;
-        let mut cluster = Self { directory, network, daemon, mosquitto };
+        let mut daemon = Daemon(child);
         until("the cluster answers", Duration::from_secs(20), || {
-            if let Some(status) = cluster.daemon.try_wait()? {
+            if let Some(status) = daemon.0.try_wait()? {
                 anyhow::bail!("the cluster ended with {status}");
             }
-            Ok(cluster.nodes().ok())
+            Ok(self.nodes().ok())
         })
-        .with_context(|| cluster.log())?;
-        Ok(cluster)
+        .with_context(|| self.log())?;
+        self.daemon = Some(daemon);
+        Ok(())
     }
 
     /// A client command, such as `ps`.
@@ -245,8 +259,6 @@ impl Drop for Cluster {
         if std::thread::panicking() {
             eprintln!("{}", self.log());
         }
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
     }
 }
 

@@ -101,6 +101,32 @@ impl Host {
         output(self.command("sh").args(["-ec", script])).with_context(|| format!("on {}", self.name))
     }
 
+    /// Ends the host's dockerd with this signal; containers live on.
+    pub fn stop_docker(&self, signal: &str) -> Result<()> {
+        let script = format!(
+            "pid=$(cat /run/docker.pid); kill -{signal} $pid
+             while kill -0 $pid 2>/dev/null && ! grep -q 'State:.Z' /proc/$pid/status; do sleep 0.05; done
+             rm -f /run/docker.pid"
+        );
+        self.shell(&script).map(drop)
+    }
+
+    /// Starts it again, until it answers. The first start after a kill may fail for want of the old one's containerd.
+    pub fn start_docker(&self) -> Result<()> {
+        let start = self.directory.join("start-docker.sh");
+        let script =
+            format!("setsid sh '{}' >>'{}/dockerd.log' 2>&1 </dev/null &", start.display(), self.directory.display());
+        crate::wait::until_true("dockerd answers", Duration::from_secs(90), || {
+            if self.run("docker version").is_ok() {
+                return Ok(true);
+            }
+            if self.shell("pidof dockerd").is_err() {
+                self.shell(&script)?;
+            }
+            Ok(false)
+        })
+    }
+
     /// The end of a file on the host's disk.
     pub fn log_tail(&self, file: &str, lines: usize) -> String {
         let Ok(text) = std::fs::read(self.directory.join(file)) else { return String::new() };

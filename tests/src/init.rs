@@ -100,13 +100,17 @@ fn start_docker(directory: &Path, group: &str) -> Result<()> {
     let log = File::create(directory.join("dockerd.log")).context("cannot make dockerd's log")?;
     let configuration = directory.join("daemon.json");
     fs::write(&configuration, "{}").context("cannot write dockerd's configuration")?;
-    Command::new("dockerd")
-        .arg("--config-file")
-        .arg(&configuration)
-        .arg("--data-root")
-        .arg(&data)
-        .args(["--storage-driver", "overlay2", "--exec-opt", "native.cgroupdriver=cgroupfs", "--live-restore"])
-        .args(["--cgroup-parent", &format!("/{group}")])
+    // Kept for whoever starts it again.
+    let script = format!(
+        "exec dockerd --config-file '{}' --data-root '{}' --storage-driver overlay2 \
+         --exec-opt native.cgroupdriver=cgroupfs --live-restore --cgroup-parent '/{group}'\n",
+        configuration.display(),
+        data.display(),
+    );
+    let start = directory.join("start-docker.sh");
+    fs::write(&start, script).context("cannot write down how dockerd is started")?;
+    Command::new("sh")
+        .arg(&start)
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("cannot share dockerd's log")?)
         .stderr(log)

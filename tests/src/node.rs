@@ -194,6 +194,23 @@ impl Node {
         self.signal("KILL").map(drop)
     }
 
+    /// As if the plug had been pulled and put back: the daemon and every container die at once, and what the kernel and the run
+    /// directory held is gone. dockerd and the disks are there again.
+    pub fn power_cut(&mut self) -> Result<()> {
+        self.kill()?;
+        let config = node_engine::config::NetworkConfig::default();
+        let (bridge, tun) = (config.bridge, config.tun);
+        self.host.shell(&format!(
+            "for c in $(docker ps --quiet --no-trunc); do kill -9 $(docker inspect --format '{{{{.State.Pid}}}}' $c); done
+             rm -rf {RUN} /sys/fs/bpf/node-engine
+             ip link delete {bridge}
+             ip link delete {tun} || true
+             for f in ip ip6 netdev; do nft delete table $f node_engine || true; done
+             while [ -n \"$(docker ps --quiet)\" ]; do sleep 0.1; done"
+        ))?;
+        Ok(())
+    }
+
     /// SIGTERM; gives how the daemon ended.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.signal("TERM")
@@ -226,6 +243,11 @@ impl Node {
     pub fn container_pid(&self, instance: &InstanceRow) -> Result<u32> {
         let pid = self.host.run(&format!("docker inspect --format {{{{.State.Pid}}}} {}", instance.container()))?;
         pid.trim().parse().with_context(|| format!("docker said {pid:?}"))
+    }
+
+    /// Has the daemon said this, in any of its lives?
+    pub fn log_has(&self, words: &str) -> bool {
+        std::fs::read_to_string(self.host.directory().join("node-engine.log")).is_ok_and(|log| log.contains(words))
     }
 
     /// The end of the daemon's log.

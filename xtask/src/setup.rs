@@ -24,7 +24,7 @@ const QEMU: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("qemu-system-x86_64", "qemu-system-x86")
 };
 
-const NEEDS: [Need; 15] = [
+const NEEDS: [Need; 16] = [
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -32,6 +32,7 @@ const NEEDS: [Need; 15] = [
     Need { program: "iptables", package: "iptables", purpose: "is what dockerd filters with" },
     Need { program: "busybox", package: "busybox-static", purpose: "is the user land of the test image" },
     Need { program: "mosquitto", package: "mosquitto", purpose: "is a real broker for the cluster" },
+    Need { program: "faketime", package: "faketime", purpose: "lets a clock jump by years" },
     Need { program: "mosquitto_pub", package: "mosquitto-clients", purpose: "speaks to the broker as a foreigner" },
     Need { program: "iperf3", package: "iperf3", purpose: "measures streams" },
     Need { program: "nft", package: "nftables", purpose: "shows the packet filter" },

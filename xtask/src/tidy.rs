@@ -75,6 +75,7 @@ const CLIENTS: [(&str, &[&str]); 10] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
+    ("redb", &["store/database"]),
     ("rtnetlink", &["netmanager/link"]),
     ("netlink_packet_route", &["netmanager/link"]),
     ("netlink_packet_core", &["netmanager/link"]),

@@ -19,7 +19,8 @@ use super::Selector;
 use super::dto::hardware::Hardware;
 use super::dto::look::{EventsQuery, FromCommand, Inspection, Terminal, ToCommand, Usage};
 use super::dto::{
-    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
+    Changed, ClusterInstance, ClusterNode, DeployQuery, Explanation, Instance, LogsQuery, Move, Refusal, Replicate,
+    Status, net,
 };
 use super::exec::{ERROR, OUT};
 
@@ -81,6 +82,10 @@ impl Client {
 
     pub async fn instances(&self) -> Result<Vec<Instance>, ClientError> {
         self.json(self.request(Method::GET, &["instances"])).await
+    }
+
+    pub async fn explain(&self, instance: &Selector) -> Result<Explanation, ClientError> {
+        self.json(self.request(Method::GET, &["instances", &instance.to_string(), "explain"])).await
     }
 
     pub async fn logs(&self, instance: &Selector, tail: Option<usize>) -> Result<Vec<u8>, ClientError> {

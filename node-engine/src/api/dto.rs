@@ -158,6 +158,40 @@ pub struct Instance {
     pub address_v6: String,
 }
 
+/// The answer to `GET /instances/{instance}/explain`: what is wanted, what is, and why they differ.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Explanation {
+    pub service: String,
+    pub number: u32,
+    pub technology: String,
+    pub image: String,
+    /// `run`; `ended`: it has, and is not to run again by itself; `nothing`.
+    pub wanted: String,
+    /// How it ended for good: the word of the wire, and why.
+    pub ended: Option<(String, String)>,
+    /// Number of the command that says so; 0 where it was found running.
+    pub command: u64,
+    /// So long it has been wanted as far as this process knows.
+    pub wanted_seconds: u64,
+    pub state: String,
+    /// So long it has been so; nothing where it is absent.
+    pub state_seconds: Option<u64>,
+    pub address_v4: String,
+    pub address_v6: String,
+    /// Why it is not as wanted, a sentence each.
+    pub reasons: Vec<String>,
+    pub next_try_seconds: Option<f64>,
+    /// Within the window.
+    pub restarts: usize,
+    pub restart_limit: u32,
+    pub restart_window_seconds: u64,
+    /// How its process ended last, and how long ago.
+    pub fell: Option<(u64, String)>,
+    /// Why the disk does not take what is wanted now; empty where it does.
+    pub state_not_kept: String,
+}
+
 /// Query of `GET /instances/{instance}/logs`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

@@ -41,6 +41,9 @@ pub trait NodeApi: Send + Sync {
     /// The instances on this node, and those that ended lately.
     async fn instances(&self) -> Result<Vec<dto::Instance>, NodeApiError>;
 
+    /// What is wanted of the instance, what is, and why they differ.
+    async fn explain(&self, instance: InstanceId) -> Result<dto::Explanation, NodeApiError>;
+
     /// The last `tail` bytes of the instance's output.
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError>;
 

@@ -16,7 +16,8 @@ use axum::routing::{delete, get, post};
 use serde::de::DeserializeOwned;
 
 use super::dto::{
-    Changed, ClusterInstance, ClusterNode, DeployQuery, Instance, LogsQuery, Move, Refusal, Replicate, Status, net,
+    Changed, ClusterInstance, ClusterNode, DeployQuery, Explanation, Instance, LogsQuery, Move, Refusal, Replicate,
+    Status, net,
 };
 use super::selector::Unresolved;
 use super::{Api, LARGEST_BODY, NetChoice, NodeApiError, REQUEST_TIMEOUT, Selector, exec, look, metrics};
@@ -43,6 +44,7 @@ pub(super) fn router(api: Api, drain: Drain) -> Router {
         .route("/events", get(look::events))
         .route("/hardware", get(look::hardware))
         .route("/metrics", get(metrics::metrics))
+        .route("/instances/{instance}/explain", get(explain))
         .route("/net/flows", get(flows))
         .route("/net/services", get(services))
         .route("/net/peers", get(peers))
@@ -99,6 +101,11 @@ pub(super) async fn instance_here(api: &Api, name: &str) -> Result<InstanceId, R
     let selector: Selector = parse(name)?;
     let known = api.node.instances().await?;
     one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))
+}
+
+async fn explain(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Explanation>, Refused> {
+    let instance = instance_here(&api, &name).await?;
+    Ok(Json(api.node.explain(instance).await?))
 }
 
 async fn flows(

@@ -29,6 +29,13 @@ impl NodeApi for MemoryNode {
         Ok(self.0.iter().map(instance).collect())
     }
 
+    async fn explain(&self, instance: InstanceId) -> Result<dto::Explanation, NodeApiError> {
+        if !self.0.contains(&instance) {
+            return Err(NodeApiError::UnknownInstance(instance));
+        }
+        Ok(dto::Explanation { number: instance.number, wanted: "run".into(), ..dto::Explanation::default() })
+    }
+
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
         if !self.0.contains(&instance) {
             return Err(NodeApiError::UnknownInstance(instance));

@@ -13,13 +13,14 @@ use super::table::{bytes, list, mebibytes, percent, seconds, table};
 use super::watch::{self, Repeat};
 use crate::api::Selector;
 use crate::api::client::{Client, ClientError};
-use crate::api::dto::{Changed, ClusterInstance, ClusterNode, Instance, Status};
+use crate::api::dto::{Changed, ClusterInstance, ClusterNode, Explanation, Instance, Status};
 
 /// A question, as typed.
 #[derive(Debug)]
 pub(super) enum Ask {
     Status { json: bool },
     Ps { local: bool, json: bool },
+    Explain { instance: Selector, json: bool },
     Logs { instance: Selector, tail: Option<usize>, follow: bool },
     Inspect { instance: Selector, json: bool },
     Stats { instance: Option<Selector>, repeat: Repeat },
@@ -71,6 +72,7 @@ impl Ask {
                     shown(json, &client.instances().await?, |known| instances(known))
                 }
             }
+            Self::Explain { instance, json } => shown(json, &client.explain(&instance).await?, explanation),
             Self::Logs { instance, tail, .. } => return client.logs(&instance, tail).await,
             Self::Inspect { instance, json } => shown(json, &client.inspect(&instance).await?, look::inspection),
             Self::Hardware { json } => shown(json, &client.hardware().await?, hardware::hardware),
@@ -168,6 +170,44 @@ fn instances(known: &[Instance]) -> String {
     };
     let rows: Vec<_> = known.iter().map(row).collect();
     table(["INSTANCE", "STATE", "ADDRESS", "ADDRESS6", "IMAGE", "DETAIL"], &rows)
+}
+
+fn explanation(known: &Explanation) -> String {
+    let command = match known.command {
+        0 => "as it was found running".into(),
+        number => format!("by command {number}"),
+    };
+    let wanted = match (known.wanted.as_str(), &known.ended) {
+        ("run", _) => format!("to run, {command}, for {}", seconds(known.wanted_seconds)),
+        (_, Some((status, why))) if why.is_empty() => format!("no more: it is {status}, which the cluster was told"),
+        (_, Some((status, why))) => format!("no more: it is {status} ({why}), which the cluster was told"),
+        _ => "not to be here".into(),
+    };
+    let state = match known.state_seconds {
+        Some(since) => format!("{} for {}", known.state, seconds(since)),
+        None => known.state.clone(),
+    };
+    let restarts = match (known.restarts, known.restart_limit) {
+        (0, 0) => "none: each end is told to the cluster at once".into(),
+        (number, limit) => format!("{number} of {limit} within {}", seconds(known.restart_window_seconds)),
+    };
+    let mut pairs = vec![
+        ("instance", format!("{}#{}", known.service, known.number)),
+        ("image", format!("{} ({})", known.image, known.technology)),
+        ("wanted", wanted),
+        ("is", state),
+        ("address", [&known.address_v4, &known.address_v6].map(String::as_str).join(" ").trim().to_owned()),
+    ];
+    pairs.extend(known.reasons.iter().map(|reason| ("because", reason.clone())));
+    if let Some(next) = known.next_try_seconds {
+        pairs.push(("next try", format!("in {next:.0} s")));
+    }
+    if let Some((ago, why)) = &known.fell {
+        pairs.push(("last end", format!("{why}, {} ago", seconds(*ago))));
+    }
+    pairs.push(("restarts", restarts));
+    pairs.push(("not kept", known.state_not_kept.clone()));
+    list(&pairs)
 }
 
 fn cluster_instances(known: &[ClusterInstance]) -> String {
@@ -274,6 +314,38 @@ mod tests {
             instances(&[known]),
             "INSTANCE                   STATE   ADDRESS  ADDRESS6  IMAGE  DETAIL\n\
              app.default.web.default#1  failed  -        -         nginx  exit code 3\n"
+        );
+    }
+
+    #[test]
+    fn an_explanation_says_what_is_wanted_what_is_and_why() {
+        let known = Explanation {
+            service: "app.default.web.default".into(),
+            technology: "docker".into(),
+            image: "nginx".into(),
+            wanted: "run".into(),
+            command: 12,
+            wanted_seconds: 70,
+            state: "starting".into(),
+            state_seconds: Some(3),
+            reasons: vec!["exit code 3; restart 2 of 5 in 2 s".into()],
+            next_try_seconds: Some(1.6),
+            restarts: 2,
+            restart_limit: 5,
+            restart_window_seconds: 600,
+            fell: Some((3, "exit code 3".into())),
+            ..Explanation::default()
+        };
+        assert_eq!(
+            explanation(&known),
+            "instance  app.default.web.default#0\n\
+             image     nginx (docker)\n\
+             wanted    to run, by command 12, for 1m 10s\n\
+             is        starting for 3s\n\
+             because   exit code 3; restart 2 of 5 in 2 s\n\
+             next try  in 2 s\n\
+             last end  exit code 3, 3s ago\n\
+             restarts  2 of 5 within 10m 0s\n"
         );
     }
 

@@ -206,6 +206,19 @@ pub(super) const SETTINGS: &[Setting] = &[
         set: |draft, text| control_group(text).map(|group| draft.config.runtime.control_group = group),
     },
     Setting {
+        key: "runtime.restart_limit",
+        environment: &["NODE_ENGINE_RESTART_LIMIT"],
+        set: |draft, text| whole(text, 0..=1000).map(|limit| draft.config.runtime.restarts.limit = limit),
+    },
+    Setting {
+        key: "runtime.restart_window",
+        environment: &["NODE_ENGINE_RESTART_WINDOW"],
+        set: |draft, text| {
+            whole(text, 1..=86_400)
+                .map(|seconds| draft.config.runtime.restarts.window = Duration::from_secs(seconds.into()))
+        },
+    },
+    Setting {
         key: "telemetry.reports",
         environment: &["NODE_ENGINE_REPORTS"],
         set: |draft, text| telemetry::reports(text).map(|choice| draft.config.telemetry.reports = choice),
@@ -383,6 +396,11 @@ fn port(text: &str) -> Result<u16, String> {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().filter(|seconds| *seconds <= 3_600);
     seconds.map(Duration::from_secs).ok_or_else(|| "is not a number of seconds (0 to 3600)".into())
+}
+
+fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| format!("is not a whole number from {} to {}", range.start(), range.end()))
 }
 
 fn truth(text: &str) -> Result<bool, String> {

@@ -26,19 +26,19 @@ use super::backoff::{Backoff, Complaints};
 use super::encode::{Encoder, Message};
 use super::exception::Exception;
 use super::http::ask;
-use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, WINDOW};
+use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, Unacknowledged, WINDOW};
 use super::outbox::{Outbox, Ticket};
 use super::register::{RegisterError, Registrar, Registration, http_client};
 use super::tls::client_config;
 use crate::config::{ClusterConfig, ReportChoice};
 use crate::drain::Drain;
 use crate::model::{
-    Command, Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, Status,
+    Command, Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Query, Receipt, Report, Sent, ServiceName, Status,
     TableAnswer,
 };
 use crate::wire::json::{MAX_DOCUMENT, Malformed, excerpt};
 use crate::wire::order::OrderTopic;
-use crate::wire::{Order, OrderError, ToNode, order, table};
+use crate::wire::{Order, OrderError, ToNode, generation, order, table};
 
 /// An outage after which the cluster may have forgotten the node.
 const LONG_OUTAGE: Duration = Duration::from_secs(10);
@@ -145,6 +145,14 @@ enum Done {
     Unsubscribed(Outcome),
 }
 
+/// A message of quality 1.
+struct Received {
+    ticket: u64,
+    receipt: Unacknowledged,
+    /// It has been handled, or is on the disk.
+    settled: bool,
+}
+
 struct Session {
     registrar: Registrar,
     usage: NodeUsage,
@@ -186,6 +194,10 @@ struct Session {
     outbox: Outbox,
     sent: watch::Sender<Sent>,
     inbox: VecDeque<Command>,
+    /// Messages whose arrival the broker has not been told, in the order of their arrival, which is the order in which it has to be told.
+    /// Those of a connection that is lost are void with it.
+    received: VecDeque<Received>,
+    next_ticket: u64,
     /// Overlay questions to a first-generation cluster.
     questions: VecDeque<Query>,
     answers: FuturesUnordered<BoxFuture<'static, (Query, Result<TableAnswer, String>)>>,
@@ -230,6 +242,8 @@ impl Session {
             outbox: Outbox::default(),
             sent: watch::Sender::default(),
             inbox: VecDeque::new(),
+            received: VecDeque::new(),
+            next_ticket: 0,
             questions: VecDeque::new(),
             answers: FuturesUnordered::new(),
             reports_over: false,
@@ -251,9 +265,13 @@ impl Session {
                     self.inbox.clear();
                 }
                 Event::Link(LinkEvent::Up) => self.up(),
-                Event::Link(LinkEvent::Message { topic, payload }) => self.message(&topic, &payload),
-                Event::Link(LinkEvent::TooLong { topic, size }) => {
+                Event::Link(LinkEvent::Message { topic, payload, receipt }) => {
+                    let receipt = self.message(&topic, &payload, receipt);
+                    self.acknowledge(receipt);
+                }
+                Event::Link(LinkEvent::TooLong { topic, size, receipt }) => {
                     self.heard_at = Instant::now();
+                    self.acknowledge(receipt);
                     warn!(topic = excerpt(topic.as_bytes()), size, "a message longer than any that is read");
                 }
                 Event::Link(LinkEvent::Down(reason)) => self.down(&reason),
@@ -506,6 +524,7 @@ impl Session {
         self.link = None;
         self.up_since = None;
         self.operations.clear();
+        self.received.clear();
         self.subscribing = 0;
         self.outbox.lost();
         if std::mem::take(&mut self.connected) {
@@ -590,6 +609,12 @@ impl Session {
             return;
         }
         match report {
+            Report::Stored(ticket) => {
+                if let Some(received) = self.received.iter_mut().find(|received| received.ticket == ticket) {
+                    received.settled = true;
+                }
+                self.acknowledge_settled();
+            }
             Report::SubnetRequest if self.encoder.generation == Generation::G1 => {
                 if let Some(subnet) = self.identity.as_ref().and_then(|identity| identity.subnet) {
                     self.tell(Command::Subnet(subnet));
@@ -664,15 +689,36 @@ impl Session {
         }
     }
 
-    fn message(&mut self, topic: &str, payload: &[u8]) {
+    /// This one needs nothing more. The broker is told when it is its turn.
+    fn acknowledge(&mut self, receipt: Unacknowledged) {
+        if self.ticket(receipt).is_some()
+            && let Some(last) = self.received.back_mut()
+        {
+            last.settled = true;
+        }
+        self.acknowledge_settled();
+    }
+
+    fn acknowledge_settled(&mut self) {
+        while self.received.front().is_some_and(|received| received.settled) {
+            let (Some(link), Some(received)) = (&self.link, self.received.pop_front()) else { return };
+            if let Err(error) = link.acknowledge(received.receipt) {
+                return self.down(&error.to_string());
+            }
+        }
+    }
+
+    /// Takes in a message. What comes back is to be acknowledged now; an order is when it is stored.
+    fn message(&mut self, topic: &str, payload: &[u8], receipt: Unacknowledged) -> Unacknowledged {
         self.heard_at = Instant::now();
         if self.deadline.is_some() {
-            return;
+            // Nobody takes it any more; the broker may give it to the next start.
+            return Unacknowledged::default();
         }
-        let Some(node) = self.identity.as_ref().map(|identity| identity.id.clone()) else { return };
+        let Some(node) = self.identity.as_ref().map(|identity| identity.id.clone()) else { return receipt };
         match ToNode::parse(topic, &node) {
-            Some(ToNode::Deploy) => self.order(OrderTopic::Deploy, payload, &node),
-            Some(ToNode::Delete) => self.order(OrderTopic::Delete, payload, &node),
+            Some(ToNode::Deploy) => return self.order(OrderTopic::Deploy, payload, &node, receipt),
+            Some(ToNode::Delete) => return self.order(OrderTopic::Delete, payload, &node, receipt),
             Some(ToNode::Error) => {
                 info!(message = excerpt(payload), "the cluster does not know this node, registering again");
                 let wait = self.register_backoff.next();
@@ -692,19 +738,28 @@ impl Session {
             }
             None => debug!(topic = excerpt(topic.as_bytes()), "a message on a topic of nobody here"),
         }
+        receipt
     }
 
-    fn order(&mut self, topic: OrderTopic, payload: &[u8], node: &NodeId) {
+    fn order(&mut self, topic: OrderTopic, payload: &[u8], node: &NodeId, receipt: Unacknowledged) -> Unacknowledged {
+        let generation = generation(payload);
         match order(topic, payload, Some(node)) {
             Ok(Order::Deploy(spec)) => {
                 self.encoder.deploying(&spec.id, &spec.job);
-                self.tell(Command::Deploy(spec));
+                let ticket = self.ticket(receipt);
+                self.tell(Command::Deploy(spec, Receipt { ticket, generation }));
+                return Unacknowledged::default();
             }
-            Ok(Order::Delete(instances)) => {
+            Ok(Order::Delete(mut instances)) => {
+                let Some(last) = instances.pop() else { return receipt };
                 for instance in instances {
                     self.encoder.deleting(&instance);
-                    self.tell(Command::Delete(instance));
+                    self.tell(Command::Delete(instance, Receipt { ticket: None, generation }));
                 }
+                self.encoder.deleting(&last);
+                let ticket = self.ticket(receipt);
+                self.tell(Command::Delete(last, Receipt { ticket, generation }));
+                return Unacknowledged::default();
             }
             Err(error) => {
                 warn!(%error, message = excerpt(payload), "a control message that cannot be carried out");
@@ -716,6 +771,16 @@ impl Session {
                 }
             }
         }
+        receipt
+    }
+
+    fn ticket(&mut self, receipt: Unacknowledged) -> Option<u64> {
+        if !receipt.is_waited_for() {
+            return None;
+        }
+        self.next_ticket += 1;
+        self.received.push_back(Received { ticket: self.next_ticket, receipt, settled: false });
+        Some(self.next_ticket)
     }
 }
 

@@ -89,7 +89,7 @@ impl Encoder {
             }
             Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
             Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
-            Report::InterestAdd(_) | Report::Address(_) | Report::Sensor(_) => Vec::new(),
+            Report::InterestAdd(_) | Report::Address(_) | Report::Sensor(_) | Report::Stored(_) => Vec::new(),
             Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
             Report::Node(usage) => {
                 vec![(FromNode::Information, self.information(usage))]
@@ -124,6 +124,7 @@ impl Encoder {
             }
             Report::Node(usage) => Some((FromNode::Information, self.information(usage))),
             Report::Status { .. }
+            | Report::Stored(_)
             | Report::Address(_)
             | Report::SubnetRequest
             | Report::TableQuery(_)

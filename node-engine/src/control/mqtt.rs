@@ -11,8 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt};
 use rumqttc::{
-    AsyncClient, Broker, Event, EventLoop, MqttOptions, Packet, Publish, PublishOptions, QoS, SubscribeFilterInput,
-    SubscribeNoticeError, TlsConfiguration, Transport,
+    AckMode, AsyncClient, Broker, Event, EventLoop, ManualAck, MqttOptions, Packet, Publish, PublishOptions, QoS,
+    SubscribeFilterInput, SubscribeNoticeError, TlsConfiguration, Transport,
 };
 use rustls::ClientConfig;
 use tokio::sync::mpsc;
@@ -26,8 +26,11 @@ const KEEP_ALIVE_SECONDS: u16 = 20;
 /// How long an acknowledgement may be outstanding while nothing at all is heard.
 pub(super) const SILENCE: Duration = Duration::from_secs(KEEP_ALIVE_SECONDS as u64 * 3 / 2);
 
-/// Operations on their way at once; the client's own queue holds that many, so that it is never full.
+/// Operations on their way at once.
 pub(super) const WINDOW: usize = 64;
+
+/// The client's own queue: every operation on its way, and the acknowledgements of what brokers send at once (100 and less).
+const QUEUE: usize = 4 * WINDOW;
 
 /// A longer packet ends the connection. Far above what is ever read (`wire` refuses most of it), so that an oversized message
 /// costs a line in the log and not the session with everything that is sent meanwhile.
@@ -53,13 +56,26 @@ pub(super) enum LinkEvent {
     Message {
         topic: String,
         payload: Bytes,
+        receipt: Unacknowledged,
     },
     /// A message longer than any that is read; its content is gone already.
     TooLong {
         topic: String,
         size: usize,
+        receipt: Unacknowledged,
     },
     Down(String),
+}
+
+/// What the broker waits to hear of a message; nothing for one of quality 0. A broker that hears nothing sends it again to the next
+/// connection, if it keeps sessions at all.
+#[derive(Debug, Default)]
+pub(super) struct Unacknowledged(Option<ManualAck>);
+
+impl Unacknowledged {
+    pub(super) fn is_waited_for(&self) -> bool {
+        self.0.is_some()
+    }
 }
 
 /// How an operation ended.
@@ -91,17 +107,18 @@ impl Link {
             .set_keep_alive(KEEP_ALIVE_SECONDS)
             .set_clean_session(true)
             .set_inflight(WINDOW as u16)
+            .set_ack_mode(AckMode::Manual)
             .set_max_packet_size(MAX_INCOMING, MAX_OUTGOING);
         if let Some(tls) = &address.tls {
             options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(tls.clone())));
         }
-        let (client, mut event_loop) = AsyncClient::builder(options).capacity(2 * WINDOW).build();
+        let (client, mut event_loop) = AsyncClient::builder(options).capacity(QUEUE).build();
         let mut network = event_loop.network_options();
         network.set_tcp_nodelay(true);
         network.set_connection_timeout(10);
         event_loop.set_network_options(network);
         let (sender, events) = mpsc::channel(INCOMING);
-        let pump = tokio::spawn(pump(event_loop, sender));
+        let pump = tokio::spawn(pump(event_loop, client.clone(), sender));
         Self { client, events, pump, over: false }
     }
 
@@ -153,6 +170,12 @@ impl Link {
         Ok(outcome.boxed())
     }
 
+    /// Tells the broker that a message has arrived for good.
+    pub(super) fn acknowledge(&self, receipt: Unacknowledged) -> Result<(), LinkError> {
+        let Some(receipt) = receipt.0 else { return Ok(()) };
+        self.client.try_manual_ack(receipt).map_err(|error| LinkError(error.to_string()))
+    }
+
     /// Says goodbye, so that the broker does not wait for a dead connection.
     pub(super) async fn close(mut self, limit: Duration) {
         if self.client.try_disconnect_with_timeout(limit).is_ok() {
@@ -172,11 +195,14 @@ fn bracketed(host: &str) -> String {
     if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() }
 }
 
-async fn pump(mut event_loop: EventLoop, events: mpsc::Sender<LinkEvent>) {
+async fn pump(mut event_loop: EventLoop, client: AsyncClient, events: mpsc::Sender<LinkEvent>) {
     loop {
         let event = match event_loop.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => LinkEvent::Up,
-            Ok(Event::Incoming(Packet::Publish(publish))) => message(&publish),
+            Ok(Event::Incoming(Packet::Publish(publish))) => {
+                let receipt = Unacknowledged(client.prepare_ack(&publish));
+                message(&publish, receipt)
+            }
             Ok(_) => continue,
             Err(error) => LinkEvent::Down(error.to_string()),
         };
@@ -187,11 +213,11 @@ async fn pump(mut event_loop: EventLoop, events: mpsc::Sender<LinkEvent>) {
     }
 }
 
-fn message(publish: &Publish) -> LinkEvent {
+fn message(publish: &Publish, receipt: Unacknowledged) -> LinkEvent {
     let topic = String::from_utf8_lossy(&publish.topic).into_owned();
     match publish.payload.len() {
         // Not a slice: that would keep the whole read buffer for as long as the message waits.
-        0..=MAX_DOCUMENT => LinkEvent::Message { topic, payload: Bytes::copy_from_slice(&publish.payload) },
-        size => LinkEvent::TooLong { topic, size },
+        0..=MAX_DOCUMENT => LinkEvent::Message { topic, payload: Bytes::copy_from_slice(&publish.payload), receipt },
+        size => LinkEvent::TooLong { topic, size, receipt },
     }
 }

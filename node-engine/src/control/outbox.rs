@@ -3,13 +3,20 @@
 //! Status changes and notices wait for the broker's acknowledgement and survive a lost connection; what a newer report makes
 //! void is removed while it still waits. Questions are asked again by whoever asked once the connection stands, so they die
 //! with it. Telemetry is only worth its newest sample.
+//!
+//! The bound is in bytes. Beyond it whatever is no status goes first, then a status that a later one of the same instance follows, then
+//! the answer to a delete, which the cluster does not wait for. The last status of an instance goes only where nothing else is left.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use crate::model::{Report, Status};
+use crate::model::{InstanceId, Report, Status};
 
-/// Reports kept for later. A status is one of at most five an instance can have waiting.
-const MAX_WAITING: usize = 8192;
+/// Reports kept for later, in bytes of memory.
+const MAX_BYTES: usize = 4 << 20;
+/// What a report takes besides its texts: names are shared.
+const BASE: usize = 512;
+/// The wire tells no more of a reason.
+const MAX_DETAIL: usize = 1024;
 
 /// Sensors whose newest sample may wait.
 const MAX_SENSORS: usize = 512;
@@ -21,6 +28,9 @@ pub(super) struct Ticket(u64);
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     waiting: VecDeque<(Ticket, Report)>,
+    bytes: usize,
+    /// How many of the waiting are about each instance.
+    instances_waiting: HashMap<InstanceId, usize>,
     in_flight: VecDeque<(Ticket, Report)>,
     node: Option<Report>,
     instances: Option<Report>,
@@ -51,14 +61,71 @@ impl Outbox {
         }
     }
 
-    fn enqueue(&mut self, report: Report) {
-        self.waiting.retain(|(_, older)| !makes_void(&report, older));
-        if self.waiting.len() >= MAX_WAITING {
-            self.waiting.pop_front();
-            self.dropped += 1;
+    fn enqueue(&mut self, mut report: Report) {
+        if let Report::Status { detail, .. } = &mut report {
+            detail.truncate(detail.floor_char_boundary(MAX_DETAIL));
+        }
+        // Most reports are the only one of their instance: then nothing has to be looked through.
+        if about(&report).is_none_or(|instance| self.instances_waiting.contains_key(instance)) {
+            self.keep_those(|_, older| !makes_void(&report, older));
         }
         let ticket = self.ticket();
+        self.note(&report);
         self.waiting.push_back((ticket, report));
+        if self.bytes > MAX_BYTES {
+            self.shed();
+        }
+    }
+
+    /// Gives up what is missed least, an eighth of all at once.
+    fn shed(&mut self) {
+        let last: HashMap<InstanceId, Ticket> = self
+            .waiting
+            .iter()
+            .filter(|(_, report)| matches!(report, Report::Status { .. }))
+            .filter_map(|(ticket, report)| Some((about(report)?.clone(), *ticket)))
+            .collect();
+        let is_status = |report: &Report| matches!(report, Report::Status { .. });
+        let followed = |ticket: Ticket, report: &Report| about(report).is_some_and(|id| last.get(id) != Some(&ticket));
+        let answered = |report: &Report| matches!(report, Report::Status { status: Status::Undeployed, .. });
+        let ranks: [&dyn Fn(Ticket, &Report) -> bool; 4] = [
+            &|_, report| !is_status(report),
+            &|ticket, report| followed(ticket, report),
+            &|_, report| answered(report),
+            &|_, _| true,
+        ];
+        let mut excess = self.bytes.saturating_sub(MAX_BYTES / 8 * 7);
+        let before = self.waiting.len();
+        for goes in ranks {
+            self.keep_those(|ticket, report| {
+                let gone = excess > 0 && goes(ticket, report);
+                if gone {
+                    excess = excess.saturating_sub(weight(report));
+                }
+                !gone
+            });
+        }
+        let gone = before - self.waiting.len();
+        self.dropped += gone as u64;
+        tracing::warn!(gone, "too much waits for the broker: the least of it is given up");
+    }
+
+    fn keep_those(&mut self, mut keep: impl FnMut(Ticket, &Report) -> bool) {
+        let (bytes, instances) = (&mut self.bytes, &mut self.instances_waiting);
+        self.waiting.retain(|(ticket, report)| {
+            let kept = keep(*ticket, report);
+            if !kept {
+                forget(bytes, instances, report);
+            }
+            kept
+        });
+    }
+
+    fn note(&mut self, report: &Report) {
+        self.bytes += weight(report);
+        if let Some(instance) = about(report) {
+            *self.instances_waiting.entry(instance.clone()).or_default() += 1;
+        }
     }
 
     fn ticket(&mut self) -> Ticket {
@@ -71,7 +138,10 @@ impl Outbox {
     pub(super) fn take(&mut self, questions: bool) -> Option<(Ticket, Report)> {
         let place = self.waiting.iter().position(|(_, report)| questions || !matches!(report, Report::TableQuery(_)));
         let taken = match place.and_then(|place| self.waiting.remove(place)) {
-            Some(taken) => taken,
+            Some(taken) => {
+                forget(&mut self.bytes, &mut self.instances_waiting, &taken.1);
+                taken
+            }
             None => {
                 let sensor = |outbox: &mut Self| outbox.sensors.pop_first().map(|(_, report)| report);
                 let report = self.node.take().or_else(|| self.instances.take()).or_else(|| sensor(self))?;
@@ -93,11 +163,12 @@ impl Outbox {
             if !outlives_connection(&report) {
                 self.dropped += 1;
             } else if !self.waiting.iter().any(|(_, younger)| makes_void(younger, &report)) {
+                self.note(&report);
                 self.waiting.push_front((ticket, report));
             }
         }
         let before = self.waiting.len();
-        self.waiting.retain(|(_, report)| outlives_connection(report));
+        self.keep_those(|_, report| outlives_connection(report));
         self.dropped += (before - self.waiting.len()) as u64;
         self.dropped += u64::from(self.node.take().is_some()) + u64::from(self.instances.take().is_some());
         self.dropped += std::mem::take(&mut self.sensors).len() as u64;
@@ -110,10 +181,36 @@ impl Outbox {
     }
 }
 
+fn about(report: &Report) -> Option<&InstanceId> {
+    match report {
+        Report::Status { instance, .. } | Report::Deployed { instance, .. } => Some(instance),
+        _ => None,
+    }
+}
+
+fn forget(bytes: &mut usize, instances: &mut HashMap<InstanceId, usize>, report: &Report) {
+    *bytes = bytes.saturating_sub(weight(report));
+    let Some(instance) = about(report) else { return };
+    if let Some(count) = instances.get_mut(instance) {
+        *count -= 1;
+        if *count == 0 {
+            instances.remove(instance);
+        }
+    }
+}
+
+fn weight(report: &Report) -> usize {
+    match report {
+        Report::Status { detail, .. } => BASE + detail.len(),
+        _ => BASE,
+    }
+}
+
 fn outlives_connection(report: &Report) -> bool {
     match report {
         Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest | Report::InterestRemove(_) => true,
-        Report::Address(_)
+        Report::Stored(_)
+        | Report::Address(_)
         | Report::TableQuery(_)
         | Report::InterestAdd(_)
         | Report::Node(_)
@@ -190,6 +287,7 @@ mod tests {
             Report::InterestAdd(_) => "add".into(),
             Report::SubnetRequest => "subnet".into(),
             Report::Address(_) => "address".into(),
+            Report::Stored(_) => "stored".into(),
             Report::Node(_) => "node".into(),
             Report::Instances(_) => "instances".into(),
             Report::Sensor(sample) => format!("sensor {}", sample.device),
@@ -288,12 +386,44 @@ mod tests {
     }
 
     #[test]
-    fn the_outbox_is_bounded() {
+    fn the_outbox_is_bounded_and_the_last_word_of_an_instance_goes_last() {
+        use Status::{Dead, Failed, Undeployed};
         let mut outbox = Outbox::default();
-        for number in 0..MAX_WAITING + 10 {
-            outbox.push(status(&format!("s{number}"), Status::Failed), false);
+        let most = MAX_BYTES / BASE;
+        for number in 0..most / 10 {
+            outbox.push(status(&format!("s{number}"), Failed), false);
+            outbox.push(status(&format!("s{number}"), Dead), false);
+            outbox.push(status(&format!("u{number}"), Undeployed), false);
+            outbox.push(deployed(&format!("n{number}")), false);
         }
-        assert_eq!((outbox.waiting.len(), outbox.dropped), (MAX_WAITING, 10));
-        assert_eq!(taken(&mut outbox)[0].1, "s10:FAILED");
+        let count = |outbox: &Outbox, word: &str| {
+            outbox.waiting.iter().filter(|(_, report)| say(report).ends_with(word)).count()
+        };
+        let mut number = 0;
+        let mut fill = |outbox: &mut Outbox| {
+            let before = outbox.dropped;
+            while outbox.dropped == before {
+                number += 1;
+                outbox.push(status(&format!("x{number}"), Failed), false);
+                assert!(outbox.bytes <= MAX_BYTES, "{} bytes", outbox.bytes);
+            }
+        };
+        let tenth = most / 10;
+        let followed = |outbox: &Outbox| {
+            let is = |text: &str| text.starts_with('s') && text.ends_with(":FAILED");
+            outbox.waiting.iter().filter(|(_, report)| is(&say(report))).count()
+        };
+        let left = |outbox: &Outbox| [":net", ":UNDEPLOYED", ":DEAD"].map(|word| count(outbox, word));
+        fill(&mut outbox);
+        assert_eq!(left(&outbox), [0, tenth, tenth], "what is no status goes first");
+        assert!(followed(&outbox) < tenth, "then what another status follows");
+        fill(&mut outbox);
+        assert_eq!((followed(&outbox), count(&outbox, ":DEAD")), (0, tenth));
+        assert!(count(&outbox, ":UNDEPLOYED") < tenth, "then the answers to deletes");
+        fill(&mut outbox);
+        assert_eq!(count(&outbox, ":UNDEPLOYED"), 0);
+        assert!(count(&outbox, ":DEAD") < tenth, "and the last word of an instance only where nothing else is left");
+        let weighed: usize = outbox.waiting.iter().map(|(_, report)| weight(report)).sum();
+        assert_eq!((outbox.bytes, outbox.instances_waiting.values().sum::<usize>()), (weighed, outbox.waiting.len()));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::net::lookup_host;
@@ -24,13 +24,17 @@ use crate::names::Names;
 use crate::netmanager;
 use crate::netmanager::table::ServiceNets;
 use crate::standalone::{Standalone, StandaloneConfig};
-use crate::store::Store;
+use crate::store::{Desired, Store};
 use crate::telemetry;
 
 /// Reports that may wait for the control plane, which takes them whether or not there is a connection.
 const REPORTS: usize = 1024;
 /// Subnets that may wait to be kept.
 const SUBNETS: usize = 4;
+/// Answers of the cluster's table that may wait to be kept.
+const LEARNED: usize = 1024;
+/// So long the start waits to hear where the cluster is.
+const LOOK_UP: Duration = Duration::from_secs(1);
 
 /// Runs a node, a cluster, or both in one process, until the drain begins or a part ends.
 ///
@@ -95,9 +99,14 @@ async fn node(
     if let Some(aside) = aside {
         tracing::warn!(kept = %aside.display(), "the state of the last run is damaged: asking the cluster for everything anew");
     }
+    let state_dir = config.state_dir.clone();
+    let desired =
+        tokio::task::spawn_blocking(move || Desired::open(&state_dir)).await.context("open the desired state")?;
     let mut tasks = Tasks::default();
     let (reports, reported) = mpsc::channel(REPORTS);
     let (subnets, assigned) = mpsc::channel(SUBNETS);
+    let (learns, learned) = mpsc::channel(LEARNED);
+    let (leased, addresses) = watch::channel(desired.addresses());
     let net_drain = Drain::new(GRACE);
 
     // Nothing has been made so far; from here on the network is.
@@ -108,8 +117,11 @@ async fn node(
         cluster: address_of(&config.cluster).await,
         run_dir: config.run_dir.clone(),
         subnet: store.assigned_in(&config.cluster.host),
+        memory: netmanager::Memory { addresses: desired.addresses(), services: desired.services() },
         reports: reports.clone(),
         subnets,
+        learns,
+        leased,
         drain: net_drain.clone(),
     })
     .await?;
@@ -162,6 +174,7 @@ async fn node(
         config: config.clone(),
         lock,
         store,
+        desired,
         facts,
         runtimes,
         net,
@@ -170,6 +183,8 @@ async fn node(
         reports,
         reported,
         assigned,
+        learned,
+        addresses,
         usage,
         devices: telemetry.devices,
         sent,
@@ -192,10 +207,14 @@ async fn node(
 
 /// Only a hint to which interface leads to the peers: a name that cannot be looked up now is no reason not to start.
 async fn address_of(cluster: &ClusterConfig) -> Option<IpAddr> {
-    match lookup_host((cluster.host.as_str(), 0)).await {
-        Ok(mut addresses) => addresses.next().map(|address| address.ip()),
-        Err(error) => {
+    match tokio::time::timeout(LOOK_UP, lookup_host((cluster.host.as_str(), 0))).await {
+        Ok(Ok(mut addresses)) => addresses.next().map(|address| address.ip()),
+        Ok(Err(error)) => {
             tracing::warn!(host = cluster.host, %error, "the cluster's address is not known yet");
+            None
+        }
+        Err(_) => {
+            tracing::warn!(host = cluster.host, "nobody tells the cluster's address, going on without it");
             None
         }
     }

@@ -9,7 +9,9 @@ use super::route::ClusterLink;
 use super::{hardware, look, scrape, view};
 use crate::api::dto::hardware::Hardware;
 use crate::api::dto::look::{Inspection, Usage};
-use crate::api::dto::{ClusterStatus, Instance, NetworkStatus, NodeStatus, SentStatus, Status, UsageStatus, net};
+use crate::api::dto::{
+    ClusterStatus, Explanation, Instance, NetworkStatus, NodeStatus, SentStatus, Status, UsageStatus, net,
+};
 use crate::api::{NetChoice, NodeApi, NodeApiError};
 use crate::config::{Generation, Roots};
 use crate::events::Events;
@@ -18,7 +20,7 @@ use crate::model::{Event, InstanceId, NodeFacts, NodeUsage, Purpose, Sent};
 use crate::netmanager::{NetManager, NetStatus};
 use crate::runtime::{Exec, Follow, RuntimeError, Session};
 use crate::telemetry::devices::watch::Inventory;
-use crate::workload::{InstanceInfo, Workload, WorkloadError};
+use crate::workload::{self, InstanceInfo, Wanting, Workload, WorkloadError};
 
 /// A node at work.
 #[derive(Debug)]
@@ -37,6 +39,8 @@ pub(super) struct RunningNode {
     pub(super) roots: Roots,
     pub(super) link: watch::Receiver<ClusterLink>,
     pub(super) events: Events,
+    /// Why the disk does not take what is wanted; empty where it does.
+    pub(super) kept: watch::Receiver<String>,
 }
 
 /// A process that is a cluster and no node.
@@ -82,6 +86,17 @@ impl NodeApi for RunningNode {
     async fn instances(&self) -> Result<Vec<Instance>, NodeApiError> {
         let known = self.workload.list().await.map_err(|error| unavailable("list", &error))?;
         Ok(known.into_iter().map(instance).collect())
+    }
+
+    async fn explain(&self, instance: InstanceId) -> Result<Explanation, NodeApiError> {
+        let known = self.workload.explain(instance.clone()).await.map_err(|error| unavailable("explain", &error))?;
+        let mut told = explanation(known.ok_or(NodeApiError::UnknownInstance(instance))?);
+        told.state_not_kept = self.kept.borrow().clone();
+        let waits = told.state == "attaching" && self.net.status().await.is_ok_and(|network| network.subnet.is_none());
+        if waits {
+            told.reasons.push("the cluster has not assigned a subnet to this node yet".into());
+        }
+        Ok(told)
     }
 
     async fn flows(&self, choice: NetChoice) -> Result<net::Page<net::Flow>, NodeApiError> {
@@ -152,6 +167,10 @@ impl NodeApi for NoNode {
     }
 
     async fn instances(&self) -> Result<Vec<Instance>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn explain(&self, _instance: InstanceId) -> Result<Explanation, NodeApiError> {
         Err(NodeApiError::NoNode)
     }
 
@@ -239,6 +258,35 @@ fn refused(what: &'static str, error: WorkloadError) -> NodeApiError {
         }
         WorkloadError::Runtime(RuntimeError::Refused { what, reason }) => NodeApiError::Refused { what, reason },
         other => unavailable(what, &other),
+    }
+}
+
+fn explanation(known: workload::Explanation) -> Explanation {
+    let (wanted, ended) = match known.wanted {
+        Wanting::Run => ("run", None),
+        Wanting::Ended(status, why) => ("ended", Some((status.to_string(), why))),
+        Wanting::Nothing => ("nothing", None),
+    };
+    Explanation {
+        service: known.id.service.to_string(),
+        number: known.id.number,
+        technology: known.technology.to_string(),
+        image: known.image,
+        wanted: wanted.into(),
+        ended,
+        command: known.sequence,
+        wanted_seconds: known.wanted_for.as_secs(),
+        state: known.state.into(),
+        state_seconds: known.state_for.map(|since| since.as_secs()),
+        address_v4: known.addresses.map(|addresses| addresses.v4.to_string()).unwrap_or_default(),
+        address_v6: known.addresses.map(|addresses| addresses.v6.to_string()).unwrap_or_default(),
+        reasons: known.reasons,
+        next_try_seconds: known.next_try.map(|next| next.as_secs_f64()),
+        restarts: known.restarts,
+        restart_limit: known.policy.limit,
+        restart_window_seconds: known.policy.window.as_secs(),
+        fell: known.fell.map(|(ago, why)| (ago.as_secs(), why)),
+        state_not_kept: String::new(),
     }
 }
 

@@ -19,6 +19,7 @@ use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::{Adopted, Runtime};
+use crate::store::Desired;
 
 /// How long an engine that runs workloads may take to say what it holds.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -52,6 +53,10 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
     network(config, &mut left).await;
     directory("run directory", &config.run_dir, &mut left);
     drop(lock);
+    // Whoever starts it again wants what the cluster says then, not what was taken down here.
+    if let Err(error) = Desired::forget(&config.state_dir) {
+        left.push(format!("what was to run here ({error})"));
+    }
     if purge {
         directory("state directory", &config.state_dir, &mut left);
     }

@@ -8,7 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::api::client::Client;
-use crate::model::{Addresses, Command, InstanceId, NodeIdentity, Status, Technology};
+use crate::model::{Addresses, Command, InstanceId, NodeIdentity, Receipt, Status, Technology};
 use crate::netmanager::{Lease, Request};
 use crate::runtime::memory::MemoryRuntime;
 
@@ -127,12 +127,15 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
     let (requests, requested) = mpsc::channel(16);
     let (reports, reported) = mpsc::channel(64);
     let (subnets, assigned) = mpsc::channel(4);
+    let (_, learned) = mpsc::channel(1);
+    let addresses = watch::channel(BTreeMap::new()).1;
     let net = MemoryNet { subnets: Some(subnets), ..MemoryNet::default() };
     let mut tasks = Tasks::default();
     tasks.spawn("network", net.clone().run(requested, net_drain.clone()));
     let parts = Parts {
         lock: RunLock::take(&config.run_dir).unwrap(),
         store: Store::open(&config.state_dir).unwrap().0,
+        desired: Desired::open(&config.state_dir),
         facts: NodeFacts { host: "edge-1".into(), ..NodeFacts::default() },
         runtimes: vec![runtime.clone()],
         net: NetManager::new(requests),
@@ -141,6 +144,8 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
         reports,
         reported,
         assigned,
+        learned,
+        addresses,
         usage: watch::channel(NodeUsage::default()).1,
         devices: watch::channel(Arc::default()).1,
         sent: watch::channel(Sent::default()).1,
@@ -167,7 +172,8 @@ impl Node {
             r#"{{"job_name":"{}","instance_number":{},"image":"i","virtualization":"docker"}}"#,
             id.service, id.number
         );
-        self.command(Command::Deploy(Box::new(crate::wire::deploy(document.as_bytes(), None).unwrap()))).await;
+        let spec = crate::wire::deploy(document.as_bytes(), None).unwrap();
+        self.command(Command::Deploy(Box::new(spec), Receipt::default())).await;
     }
 
     /// What is said of instances, until this status.
@@ -220,7 +226,7 @@ async fn a_deploy_is_carried_out_reported_and_shown() {
     let status = client.status().await.unwrap();
     assert_eq!((status.running, status.node.name.as_str(), status.cluster.connected), (1, "edge-1", false));
 
-    node.command(Command::Delete(WEB.parse().unwrap())).await;
+    node.command(Command::Delete(WEB.parse().unwrap(), Receipt::default())).await;
     assert_eq!(node.statuses_until(Status::Undeployed).await.last(), Some(&Status::Undeployed));
     assert_eq!(*node.net.attached.lock().unwrap(), []);
     node.drain.begin();
@@ -313,4 +319,133 @@ async fn a_part_that_ends_unasked_ends_the_daemon_and_leaves_workloads() {
     let error = node.end().await.unwrap_err();
     assert_eq!(format!("{error:#}"), "the control plane has ended unasked: the key cannot be read");
     assert_eq!(runtime.instances().len(), 1);
+}
+
+#[tokio::test]
+async fn what_was_ordered_is_brought_up_again_without_a_cluster() {
+    const DB: &str = "app.default.db.default.instance.0";
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = start(dir.path(), runtime(), OnExit::Leave).await;
+    node.deploy(WEB).await;
+    node.statuses_until(Status::Created).await;
+    node.deploy(DB).await;
+    node.statuses_until(Status::Created).await;
+    node.command(Command::Delete(DB.parse().unwrap(), Receipt::default())).await;
+    node.statuses_until(Status::Undeployed).await;
+    node.drain.begin();
+    node.end().await.unwrap();
+
+    // After a power cut the runtime has nothing, and nobody tells the node anything.
+    let mut again = start(dir.path(), runtime(), OnExit::Leave).await;
+    again.runs(WEB).await;
+    assert_eq!(again.runtime.instances(), [(WEB.parse().unwrap(), true)]);
+    let client = Client::new(&dir.path().join("run/api.sock")).unwrap();
+    let told = client.explain(&"web".parse().unwrap()).await.unwrap();
+    assert_eq!((told.wanted.as_str(), told.command, told.state.as_str()), ("run", 1, "running"));
+    let unknown = client.explain(&"db".parse().unwrap()).await.unwrap_err();
+    assert!(unknown.to_string().contains("db"), "{unknown}");
+    again.drain.begin();
+    again.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_order_is_on_the_disk_before_it_is_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = start(dir.path(), runtime(), OnExit::Leave).await;
+    for number in 0..10u64 {
+        let document = format!(r#"{{"job_name":"app.default.web.default","instance_number":{number},"image":"i"}}"#);
+        let spec = crate::wire::deploy(document.as_bytes(), None).unwrap();
+        let receipt = Receipt { ticket: Some(number), generation: None };
+        node.command(Command::Deploy(Box::new(spec), receipt)).await;
+        loop {
+            let report = tokio::time::timeout(PATIENCE, node.cluster.reports.recv()).await.unwrap();
+            if matches!(report, Some(Report::Stored(ticket)) if ticket == number) {
+                break;
+            }
+        }
+        // As after a power cut: the file as it is now, and nobody has closed it.
+        let cut = tempfile::tempdir().unwrap();
+        std::fs::copy(dir.path().join("state/desired.redb"), cut.path().join("desired.redb")).unwrap();
+        let known = Desired::open(cut.path());
+        assert!(known.instances().any(|(id, _)| u64::from(id.number) == number), "{number} is acknowledged and lost");
+    }
+    node.drain.begin();
+    node.end().await.unwrap();
+}
+
+#[tokio::test]
+async fn an_end_is_not_undone_by_a_restart_nor_by_the_same_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut node = start(dir.path(), runtime(), OnExit::Leave).await;
+    let document = r#"{"job_name":"app.default.web.default","instance_number":0,"image":"i","one_shot":true}"#;
+    let spec = crate::wire::deploy(document.as_bytes(), None).unwrap();
+    let identity = NodeIdentity {
+        id: "6b03".parse().unwrap(),
+        broker_port: 1,
+        generation: crate::config::Generation::G4,
+        subnet: None,
+    };
+    let order = || Command::Deploy(Box::new(spec.clone()), Receipt { ticket: Some(1), generation: Some(9) });
+    node.command(Command::Registered(identity.clone())).await;
+    node.command(order()).await;
+    node.statuses_until(Status::Created).await;
+    node.runs(WEB).await;
+    assert!(node.runtime.exit(&WEB.parse().unwrap(), 0, false));
+    node.statuses_until(Status::Completed).await;
+    node.drain.begin();
+    node.end().await.unwrap();
+
+    let mut again = start(dir.path(), runtime(), OnExit::Leave).await;
+    again.command(Command::Registered(identity)).await;
+    again.command(order()).await;
+    loop {
+        match tokio::time::timeout(PATIENCE, again.cluster.reports.recv()).await.unwrap() {
+            Some(Report::Stored(_)) => break,
+            Some(Report::Status { status, .. }) => panic!("it is {status} again"),
+            _ => {}
+        }
+    }
+    assert_eq!(
+        again.runtime.calls().iter().filter(|(step, _)| *step == crate::runtime::memory::Step::Prepare).count(),
+        0
+    );
+    again.drain.begin();
+    again.end().await.unwrap();
+}
+
+/// The figure of the load: commands that come in a stream, as fast as the node takes them.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "measures the disk"]
+async fn a_thousand_commands_a_second_are_stored_and_acknowledged() {
+    const COMMANDS: u64 = 5_000;
+    let dir = tempfile::tempdir_in(std::env::var("NODE_ENGINE_TEST_DISK").unwrap_or_else(|_| ".".into())).unwrap();
+    let mut node = start(dir.path(), runtime(), OnExit::Leave).await;
+    // A hundred are under way at a time, as a broker sends them; nothing is deployed, so that only the way to the disk is measured.
+    let generation = crate::config::Generation::G4;
+    let identity = NodeIdentity { id: "6b03".parse().unwrap(), broker_port: 1, generation, subnet: None };
+    node.command(Command::Registered(identity)).await;
+    let (mut sent, mut done, mut times) = (0, 0, std::collections::VecDeque::new());
+    let mut waits = Vec::new();
+    let began = Instant::now();
+    while done < COMMANDS {
+        while sent < COMMANDS && sent < done + 100 {
+            let (id, receipt) = (
+                format!("app.default.web.default.instance.{sent}").parse().unwrap(),
+                Receipt { ticket: Some(sent), generation: Some(1) },
+            );
+            node.command(Command::Delete(id, receipt)).await;
+            times.push_back(Instant::now());
+            sent += 1;
+        }
+        if let Some(Report::Stored(_)) = node.cluster.reports.recv().await {
+            waits.push(times.pop_front().unwrap().elapsed());
+            done += 1;
+        }
+    }
+    waits.sort();
+    let (rate, p99) = (COMMANDS as f64 / began.elapsed().as_secs_f64(), waits[waits.len() * 99 / 100]);
+    println!("{rate:.0} commands a second stored and acknowledged, p99 {p99:?}");
+    assert!(rate >= 1_000.0 && p99 <= Duration::from_millis(100), "{rate:.0} a second, p99 {p99:?}");
+    node.drain.begin();
+    node.end().await.unwrap();
 }

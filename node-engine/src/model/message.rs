@@ -10,9 +10,9 @@ use super::{
 #[derive(Clone, Debug)]
 pub enum Command {
     /// Bring up this instance. Repeating it for an instance that runs changes nothing.
-    Deploy(Box<InstanceSpec>),
+    Deploy(Box<InstanceSpec>, Receipt),
     /// Take this instance down; answered with `Undeployed` even where it is unknown.
-    Delete(InstanceId),
+    Delete(InstanceId, Receipt),
     /// The cluster gave the node this identity, at first or anew.
     Registered(NodeIdentity),
     /// The connection to the broker stands (again): whatever may have been missed is asked for anew.
@@ -27,10 +27,21 @@ pub enum Command {
     ServiceChanged(ServiceName),
 }
 
+/// What comes with an order besides what it says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Receipt {
+    /// To be named in `Report::Stored`; `None`: nobody waits for that.
+    pub ticket: Option<u64>,
+    /// The cluster's own count of its orders, where it has one: of two for the same instance the one that counts less is older.
+    pub generation: Option<u64>,
+}
+
 /// From the node to the control plane. Each becomes at most one wire message; the control plane adds node id, tunnel port
 /// and node address.
 #[derive(Clone, Debug)]
 pub enum Report {
+    /// The order with this ticket cannot get lost any more, or has been refused: the cluster need not say it again.
+    Stored(u64),
     Status {
         instance: InstanceId,
         status: Status,

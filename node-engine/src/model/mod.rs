@@ -14,7 +14,7 @@ pub use budget::{Purpose, Sent, Volume};
 pub use device::{Channel, Device, DeviceKind, Reading, Sample, Unit};
 pub use event::{Event, EventKind};
 pub use furniture::{AddedFile, Mount, VolumeRequest};
-pub use message::{Command, FamilyPair, Policy, Query, Report, SemanticAddress, TableAnswer, TableRow};
+pub use message::{Command, FamilyPair, Policy, Query, Receipt, Report, SemanticAddress, TableAnswer, TableRow};
 pub use node::{
     Clock, DiskUsage, Generation, GpuUsage, InstanceCounters, InstanceDetails, InstanceUsage, NetworkUsage, NodeFacts,
     NodeHealth, NodeId, NodeIdentity, NodeUsage, Pressure, Subnet, Wear,

@@ -28,7 +28,7 @@ use super::naming::{self, Asked, Gateway, Naming};
 use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
 use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
-use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
+use super::{Lease, Memory, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
 use crate::model::{Addresses, Command, InstanceId, Policy, Report, Subnet};
 use crate::netns;
 
@@ -120,7 +120,7 @@ struct Actor {
 }
 
 pub(super) async fn start(
-    setup: Setup,
+    mut setup: Setup,
     inbox: mpsc::Receiver<Request>,
     gateway: watch::Sender<Option<Gateway>>,
 ) -> Result<JoinHandle<anyhow::Result<()>>, NetError> {
@@ -151,7 +151,8 @@ pub(super) async fn start(
     let chosen =
         datapath::choose(config.datapath, &underlay).await.map_err(|error| NetError::NoDatapath(error.to_string()))?;
     let lease_file = setup.run_dir.join("leases");
-    let remains = remains(&lease_file, &links, chosen.datapath.as_ref()).await?;
+    let memory = std::mem::take(&mut setup.memory);
+    let remains = remains(&lease_file, &links, chosen.datapath.as_ref(), memory).await?;
     links.adopt(&known_veths(&remains));
     let port = framed_port(config.tunnel_port).filter(|_| config.framing);
     let framed_port = framing::begin(&links, chosen.datapath.as_ref(), port, uplink.source).await;
@@ -236,14 +237,19 @@ async fn find_uplink(links: &Links, wish: &Wish) -> Result<Route, LinkError> {
 }
 
 /// What an earlier run left on this host. What cannot be read is made anew.
-async fn remains(file: &std::path::Path, links: &Links, datapath: &dyn Datapath) -> Result<Remains, NetError> {
+async fn remains(
+    file: &std::path::Path,
+    links: &Links,
+    datapath: &dyn Datapath,
+    memory: Memory,
+) -> Result<Remains, NetError> {
     let leases = Leases::read(file).unwrap_or_else(|error| {
         tracing::warn!(%error, "leases of an earlier run are lost, its instances are connected anew");
         Leases::default()
     });
     let veths = links.attached().await.map_err(|error| step("list the instances' interfaces", &error))?;
     let snapshot = datapath.snapshot().await.map_err(|error| step("read the datapath's tables", &error))?;
-    Ok(Remains { leases, veths, snapshot })
+    Ok(Remains { leases, veths, snapshot, memory })
 }
 
 /// Puts back whatever is missing, and says which veths are there.
@@ -561,6 +567,13 @@ impl Actor {
             Effect::KeepLeases(leases) => {
                 self.leases = Some(leases);
                 self.write_leases();
+            }
+            Effect::Remember(addresses) => drop(self.setup.leased.send_replace(addresses)),
+            Effect::Learn(learned) => {
+                if let Err(error) = self.setup.learns.try_send(learned) {
+                    // The next answer says it again.
+                    tracing::debug!(%error, "an answer of the cluster's table is not remembered");
+                }
             }
             Effect::Attached(waiter, result) => {
                 if let Some(reply) = self.attaching.remove(&waiter) {

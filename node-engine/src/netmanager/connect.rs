@@ -321,6 +321,10 @@ impl Core {
         let broken = |(id, member): &(&InstanceId, &Member)| member.up() && (member.shaky || !whole(id, member));
         let ids: Vec<InstanceId> = self.members.iter().filter(broken).map(|(id, _)| id.clone()).collect();
         for id in ids {
+            let gone = self.members.get(&id).is_some_and(|member| !member.shaky);
+            if gone {
+                out.push(Effect::Warn(format!("others have removed the interface of {id}; it is connected again")));
+            }
             self.renew(&id, out);
         }
     }
@@ -352,14 +356,18 @@ impl Core {
     /// Begins as soon as there are subnet and bridge.
     fn proceed(&mut self, id: &InstanceId, out: &mut Vec<Effect>) {
         let ready = self.bridge_ready(out);
-        let Some(member) = self.members.get_mut(id) else { return };
-        let Some(ipam) = self.home.ipam().filter(|_| ready) else { return };
-        match ipam.allocate(id) {
-            Ok(addresses) => {
-                member.addresses = Some(addresses);
+        if !ready || !self.members.contains_key(id) {
+            return;
+        }
+        match self.lease(id) {
+            None => {}
+            Some(Ok(addresses)) => {
+                if let Some(member) = self.members.get_mut(id) {
+                    member.addresses = Some(addresses);
+                }
                 self.begin(id, false, out);
             }
-            Err(full) => self.dismiss(id, || NetError::SubnetFull { used: full.used }, out),
+            Some(Err(full)) => self.dismiss(id, || NetError::SubnetFull { used: full.used }, out),
         }
     }
 

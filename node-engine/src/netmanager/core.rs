@@ -20,6 +20,7 @@ use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
 use super::link::{Bridge, Veth};
+use super::memory::{Learned, Memory};
 use super::table::{Figures, ServiceNets, ServiceTable, Way};
 use super::{Attachment, Lease, NetError, NetStatus};
 use crate::model::{
@@ -29,7 +30,7 @@ use crate::model::{
 /// What this node made on its host is looked after so often.
 const UPKEEP: Duration = Duration::from_secs(10);
 /// And no sooner than this after the last time, whatever changes.
-const UPKEEP_PAUSE: Duration = Duration::from_secs(1);
+const UPKEEP_PAUSE: Duration = Duration::from_millis(500);
 /// Addresses of an earlier run that nobody has claimed are asked for so often.
 const INQUIRY: Duration = Duration::from_secs(45);
 /// So long an instance's packets wait for its own address.
@@ -115,6 +116,9 @@ pub(super) enum Effect {
     Report(Report),
     SaveSubnet(NodeId, Subnet),
     KeepLeases(Leases),
+    /// To be remembered over a reboot.
+    Remember(BTreeMap<InstanceId, Addresses>),
+    Learn(Learned),
     Attached(Waiter, Result<Lease, NetError>),
     Detached(Waiter, Result<(), NetError>),
     /// A sentence for an operator.
@@ -146,6 +150,7 @@ pub(super) struct Remains {
     pub(super) leases: Leases,
     pub(super) veths: Vec<(InstanceId, Veth)>,
     pub(super) snapshot: Snapshot,
+    pub(super) memory: Memory,
 }
 
 #[derive(Debug)]
@@ -185,6 +190,9 @@ pub(super) struct Core {
     /// What a restart must know may have changed.
     pub(super) dirty: bool,
     kept: Leases,
+    /// Addresses that instances have or had, and that nobody else gets as long as there are others.
+    pub(super) remembered: BTreeMap<InstanceId, Addresses>,
+    pub(super) remembered_kept: BTreeMap<InstanceId, Addresses>,
     unwanted_answers: u64,
 }
 
@@ -220,6 +228,8 @@ impl Core {
             apply_failed: false,
             dirty: true,
             kept: Leases::default(),
+            remembered: BTreeMap::new(),
+            remembered_kept: remains.memory.addresses.clone(),
             unwanted_answers: 0,
             settings,
         };
@@ -263,6 +273,7 @@ impl Core {
             Event::Tick => self.tick(&mut out),
         }
         self.keep_leases(&mut out);
+        self.keep_remembered(&mut out);
         out
     }
 
@@ -295,7 +306,7 @@ impl Core {
 
     /// Keeps what an earlier run connected and still is, and takes down the rest.
     fn adopt(&mut self, remains: Remains, out: &mut Vec<Effect>) {
-        let Remains { leases, veths, snapshot } = remains;
+        let Remains { leases, veths, snapshot, memory } = remains;
         let delta = self.table.adopt(&snapshot);
         self.project(delta, out);
         let adopted: Vec<(u32, Peer)> = self.table.peers().map(|(number, peer)| (number, *peer)).collect();
@@ -319,6 +330,7 @@ impl Core {
         let delta = self.table.drop_foreign_endpoints();
         self.project(delta, out);
         self.home.settle();
+        self.recall(memory, out);
         self.look_after_host(out);
         if self.home.subnet().is_some() {
             // Also where nobody publishes any more: what the earlier run published goes.
@@ -343,6 +355,7 @@ impl Core {
         for id in gone {
             self.detach(&id, None, out);
         }
+        self.remembered.retain(|id, _| instances.contains(id));
     }
 
     fn command(&mut self, command: Command, out: &mut Vec<Effect>) {
@@ -376,7 +389,7 @@ impl Core {
                 self.pursue(outcomes, out);
             }
             // The workload manager's.
-            Command::Deploy(_) | Command::Delete(_) => {}
+            Command::Deploy(..) | Command::Delete(..) => {}
         }
     }
 
@@ -387,6 +400,7 @@ impl Core {
         }
         let delta = self.table.update(answer);
         self.project(delta, out);
+        self.learn(answer, out);
         let jitter = self.random();
         let outcomes = {
             let table = &self.table;
@@ -574,6 +588,9 @@ impl Core {
                 // Nobody is connected to a bridge that was made anew.
                 let remade = self.bridge.is_some_and(|old| old.ifindex != bridge.ifindex);
                 let present = if remade { Vec::new() } else { present };
+                if remade {
+                    out.push(Effect::Warn("others have removed the bridge; it is made anew".into()));
+                }
                 (self.bridge, self.upkeep_failure) = (Some(bridge), None);
                 let delta = self.table.set_config(self.config(bridge.mac));
                 self.project(delta, out);
@@ -702,6 +719,7 @@ impl Core {
                 Outcome::Remove(service) => {
                     let delta = self.table.remove(&service);
                     self.project(delta, out);
+                    out.push(Effect::Learn(Learned::Forgotten(service.clone())));
                     out.push(Effect::Report(Report::InterestRemove(service)));
                 }
                 Outcome::GiveUp(address) => out.push(Effect::GiveUp(address.into())),

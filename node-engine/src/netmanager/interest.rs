@@ -91,6 +91,11 @@ impl Interests {
         outcomes
     }
 
+    /// The service was watched by an earlier run, and may be used still.
+    pub fn recall(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {
+        self.watch(service, now)
+    }
+
     /// An instance of the service is not connected here any more. Its other users may still be.
     pub fn release(&mut self, service: &ServiceName, now: Duration) {
         if let Some(watch) = self.watched.get_mut(service) {

@@ -72,6 +72,21 @@ impl Ipam {
         Ok(at(self.subnet, offset))
     }
 
+    /// The same, preferring addresses that are not spoken for.
+    pub fn allocate_beside(
+        &mut self,
+        instance: &InstanceId,
+        spoken_for: impl Fn(&Addresses) -> bool,
+    ) -> Result<Addresses, Exhausted> {
+        if self.get(instance).is_none()
+            && let Some(place) = self.free.iter().position(|offset| !spoken_for(&at(self.subnet, *offset)))
+            && let Some(offset) = self.free.remove(place)
+        {
+            self.leased.insert(instance.clone(), offset);
+        }
+        self.allocate(instance)
+    }
+
     /// Takes over what an earlier run gave. Repeatable.
     pub fn adopt(&mut self, instance: &InstanceId, addresses: Addresses) -> Result<(), AdoptError> {
         let offset = addresses.v4.octets()[3] & !mask_v4_low();

@@ -12,17 +12,20 @@ pub mod interest;
 pub mod ipam;
 pub mod lease;
 pub mod link;
+mod memory;
 pub mod naming;
 mod outbox;
 pub mod table;
 pub mod view;
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
+pub use self::memory::{Learned, Memory};
 use self::naming::Gateway;
 use self::view::{Choice, CounterView, FlowView, Lookup, Page, PeerView, ServiceView};
 use crate::config::NetworkConfig;
@@ -52,7 +55,13 @@ pub struct Setup {
     pub run_dir: PathBuf,
     /// The subnet an earlier run was assigned, and under which node id.
     pub subnet: Option<(NodeId, Subnet)>,
+    /// What else an earlier run knew, from before a reboot perhaps.
+    pub memory: Memory,
     pub reports: mpsc::Sender<Report>,
+    /// Told what the cluster tells of services, to be kept over reboots.
+    pub learns: mpsc::Sender<Learned>,
+    /// Shown the addresses that instances have and had, to be kept over reboots.
+    pub leased: watch::Sender<BTreeMap<InstanceId, Addresses>>,
     /// Told each subnet the cluster assigns, to be kept over reboots.
     pub subnets: mpsc::Sender<(NodeId, Subnet)>,
     /// To begin when the last workload has finished: until then instances come and go.

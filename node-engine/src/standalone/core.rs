@@ -32,6 +32,9 @@ const MAX_NODES: usize = 4096;
 /// A sample of what runs may be so much older than a status: the topics are not ordered among each other.
 const LATE_SAMPLES: Duration = Duration::from_secs(10);
 
+/// Numbers of orders that one save makes good for.
+pub(super) const ORDERS_RESERVED: u64 = 4096;
+
 /// Longest reason that is kept of what a node says.
 const MAX_DETAIL: usize = 1024;
 
@@ -39,7 +42,7 @@ const MAX_DETAIL: usize = 1024;
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Message {
     Deploy(Box<DeployOrder>),
-    Delete { node: NodeId, instance: InstanceId, virtualization: String },
+    Delete { node: NodeId, instance: InstanceId, virtualization: String, generation: u64 },
     NotRegistered { node: NodeId },
     Subnet { node: NodeId, subnet: Subnet },
     Table { node: NodeId, answer: Table },
@@ -58,6 +61,8 @@ pub(super) struct DeployOrder {
     pub(super) next_number: u32,
     pub(super) host: Option<IpAddr>,
     pub(super) port: Option<String>,
+    /// Of all orders of this cluster, the one that counts more is newer.
+    pub(super) generation: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +127,9 @@ pub(super) struct Core {
     pub(super) services_v4: Pool,
     pub(super) round_robin_v6: Pool,
     pub(super) instances_v6: Pool,
+    /// Orders given so far, and how far the saved state lets them be counted.
+    orders: u64,
+    pub(super) orders_reserved: u64,
     effects: Effects,
     /// Services whose rows may have changed since the last effects were taken.
     touched: BTreeSet<ServiceName>,
@@ -141,6 +149,8 @@ impl Core {
             round_robin_v6: plan.round_robin_v6(),
             instances_v6: plan.instances_v6(),
             plan,
+            orders: 0,
+            orders_reserved: 0,
             effects: Effects::default(),
             touched: BTreeSet::new(),
             told: BTreeMap::new(),
@@ -149,6 +159,7 @@ impl Core {
 
     /// Takes the rows as they are for what the peers know: after a restart nobody is told what has not changed.
     pub(super) fn resume(&mut self) {
+        self.orders = self.orders_reserved;
         self.told = self.services.iter().map(|(name, service)| (name.clone(), rows_of(service))).collect();
         self.effects = Effects::default();
         self.touched.clear();
@@ -224,9 +235,10 @@ impl Core {
         self.heard_from(id, now);
         for Sample { instance, virtualization, usage } in samples {
             let Some(found) = self.instance_on(id, &instance) else {
-                self.effects.messages.push(Message::Delete { node: id.clone(), instance, virtualization });
+                self.push_delete(id.clone(), instance, virtualization);
                 continue;
             };
+            let mut late = false;
             match found.phase {
                 Phase::Running { since } => {
                     if now.saturating_sub(since) >= timers::STEADY {
@@ -241,11 +253,12 @@ impl Core {
                 }
                 // At first it is an older sample than the status that ended it, later a delete that got lost.
                 Phase::Failed { .. } | Phase::Dead { .. } | Phase::Undeployed { .. } | Phase::Completed => {
-                    if now.saturating_sub(found.heard) >= LATE_SAMPLES {
-                        self.effects.messages.push(Message::Delete { node: id.clone(), instance, virtualization });
-                    }
+                    late = now.saturating_sub(found.heard) >= LATE_SAMPLES;
                 }
                 Phase::Waiting { .. } | Phase::Retiring { .. } => {}
+            }
+            if late {
+                self.push_delete(id.clone(), instance, virtualization);
             }
         }
     }
@@ -341,6 +354,21 @@ impl Core {
         if !was_fresh {
             self.node_is_back(id, now);
         }
+    }
+
+    fn push_delete(&mut self, node: NodeId, instance: InstanceId, virtualization: String) {
+        let generation = self.count_order();
+        self.effects.messages.push(Message::Delete { node, instance, virtualization, generation });
+    }
+
+    /// The number of the next order. Numbers are reserved on the disk many at a time, so that none is given twice and few cost a save.
+    fn count_order(&mut self) -> u64 {
+        self.orders += 1;
+        if self.orders >= self.orders_reserved {
+            self.orders_reserved = self.orders + ORDERS_RESERVED;
+            self.effects.save = true;
+        }
+        self.orders
     }
 
     fn not_registered(&mut self, id: &NodeId) {

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use crate::model::{InstanceId, Policy, Query, ServiceName, TableRow, Technology};
 use crate::wire::json::{MAX_DOCUMENT, MAX_MESSAGE, Members, excerpt};
 use crate::wire::table::{Update, spelling, subnet_result, updates_available};
-use crate::wire::{self, ToNode};
+use crate::wire::{self, GENERATION, ToNode};
 
 use super::core::{Change, DeployOrder, Message, Row, Table};
 use super::inventory::{AddressPair, Needs, Request};
@@ -100,7 +100,9 @@ pub(super) fn request(bytes: &[u8]) -> Result<Request, ClusterApiError> {
     let fields = Members::parse(bytes, MAX_MESSAGE).map_err(refuse)?;
     let name = service(&fields)?;
     let mut document: Map<String, Value> = serde_json::from_slice(bytes).map_err(refuse)?;
-    for runtime_state in ["instance_number", "instance_list", "next_instance_progressive_number", "_id", "id", "name"] {
+    for runtime_state in
+        ["instance_number", "instance_list", "next_instance_progressive_number", GENERATION, "_id", "id", "name"]
+    {
         document.remove(runtime_state);
     }
     document.insert("job_name".into(), name.as_str().into());
@@ -244,8 +246,9 @@ fn needs(fields: &Members<'_>, spec: &crate::model::InstanceSpec) -> Result<Need
 pub(super) fn publication(message: &Message, cluster: &str) -> (String, String) {
     match message {
         Message::Deploy(order) => (ToNode::Deploy.topic(&order.node), deploy(order)),
-        Message::Delete { node, instance, virtualization } => {
+        Message::Delete { node, instance, virtualization, generation } => {
             let payload = json!({
+                (GENERATION): generation,
                 "job_name": instance.service.as_str(),
                 "virtualization": virtualization,
                 "instance_number": instance.number,
@@ -296,6 +299,7 @@ fn deploy(order: &DeployOrder) -> String {
         ("microserviceID", order.job.as_str().into()),
         ("job_name", name.as_str().into()),
         ("status", "NODE_SCHEDULED".into()),
+        (GENERATION, order.generation.into()),
         ("instance_number", order.instance.number.into()),
         ("instance_list", json!([instance])),
         ("next_instance_progressive_number", order.next_number.into()),

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::model::{NodeId, Policy, ServiceName, Subnet, Technology};
 
 use super::address::AddressPlan;
-use super::core::{Core, number_of};
+use super::core::{Core, ORDERS_RESERVED, number_of};
 use super::inventory::{AddressPair, Deployed, Instance, InstanceUsage, Node, NodeFacts, Phase, Request, Service};
 
 /// How far subnets are counted on after a loss. A predecessor is one save behind, and one save holds what came in one batch.
@@ -102,6 +102,8 @@ struct Document {
     next_service_v4: Ipv4Addr,
     next_round_robin_v6: Ipv6Addr,
     next_instance_v6: Ipv6Addr,
+    #[serde(default)]
+    orders: u64,
     nodes: Vec<SavedNode>,
     services: Vec<SavedService>,
 }
@@ -174,6 +176,7 @@ impl From<&Core> for Document {
             next_service_v4: v4(core.services_v4.position()),
             next_round_robin_v6: core.round_robin_v6.position().into(),
             next_instance_v6: core.instances_v6.position().into(),
+            orders: core.orders_reserved,
             nodes: core.nodes.values().map(SavedNode::from).collect(),
             services: core.services.values().map(SavedService::from).collect(),
         }
@@ -275,6 +278,8 @@ impl Document {
         let fallback = || "000000000000000000000000".parse().expect("a plain text is a node id");
         let mut core = Core::new(self.cluster_id.parse().unwrap_or_else(|_| fallback()), plan);
         core.next_subnet = self.next_subnet.saturating_add(doubt);
+        // A predecessor is at most one reservation behind.
+        core.orders_reserved = self.orders.saturating_add(if doubt > 0 { 2 * ORDERS_RESERVED } else { 0 });
         core.services_v4.resume(number_of(self.next_service_v4));
         core.round_robin_v6.resume(self.next_round_robin_v6.into());
         core.instances_v6.resume(self.next_instance_v6.into());

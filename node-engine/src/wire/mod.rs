@@ -17,7 +17,7 @@ pub mod topic;
 
 pub use deploy::{DeployError, deploy};
 pub use json::Malformed;
-pub use order::{Order, OrderError, order};
+pub use order::{GENERATION, Order, OrderError, generation, order};
 pub use sensor::sensor;
 pub use topic::{FromNode, ToNode, sensor_topic};
 

@@ -17,6 +17,14 @@ pub enum Order {
     Delete(Vec<InstanceId>),
 }
 
+/// The cluster's count of its orders. Only clusters of ours have one; others leave the member out, and workers of others ignore it.
+pub fn generation(bytes: &[u8]) -> Option<u64> {
+    Members::parse(bytes, MAX_DOCUMENT).ok()?.whole(GENERATION).ok().flatten()
+}
+
+/// The member that carries it.
+pub const GENERATION: &str = "order_generation";
+
 /// Why a control message is not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum OrderError {

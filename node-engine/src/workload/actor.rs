@@ -2,7 +2,7 @@
 //! effect's failure and nobody else's.
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -14,9 +14,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
-use super::core::{Core, Effect, Event, Failure, Found, FoundState, Output};
+use super::core::{Core, Effect, Event, Failure, Found, FoundState, Hope, Output};
 use super::outbox::Outbox;
-use super::{Request, Setup, WorkloadError};
+use super::{Note, Request, Setup, WorkloadError};
 use crate::config::OnExit;
 use crate::model::{EventKind, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
 use crate::netmanager::{Attachment, NetError};
@@ -51,9 +51,12 @@ struct Actor {
     setup: Setup,
     began: Instant,
     outbox: Outbox,
+    /// Notes nobody has taken yet: a few for each instance at most.
+    notes: VecDeque<Note>,
     steps: JoinSet<Answer>,
     prepares: HashMap<InstanceId, CancellationToken>,
     exits: mpsc::Sender<Exit>,
+    silent: mpsc::Sender<(Technology, String)>,
     /// Runtimes that have not said yet what they hold.
     unheard: usize,
     sampling: bool,
@@ -63,19 +66,22 @@ struct Actor {
     drained: Option<oneshot::Sender<()>>,
 }
 
-pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
+pub(super) async fn run(mut setup: Setup, mut inbox: mpsc::Receiver<Request>) {
     let (exits, mut exited) = mpsc::channel(EXITS);
+    let (silent, mut silence) = mpsc::channel(1);
     let technologies = setup.runtimes.iter().map(|runtime| runtime.technology()).collect();
-    let (reports, drain) = (setup.reports.clone(), setup.drain.clone());
+    let (reports, noted, drain) = (setup.reports.clone(), setup.notes.clone(), setup.drain.clone());
     let unheard = setup.runtimes.len();
     let mut actor = Actor {
-        core: Core::new(technologies),
+        core: Core::new(technologies, std::mem::take(&mut setup.plan), setup.restarts),
         setup,
         began: Instant::now(),
         outbox: Outbox::default(),
+        notes: VecDeque::new(),
         steps: JoinSet::new(),
         prepares: HashMap::new(),
         exits,
+        silent,
         unheard,
         sampling: false,
         usage: HashMap::new(),
@@ -94,6 +100,7 @@ pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
             // Ends before answers: a stale end must not meet the instance's next copy.
             biased;
             Some(exit) = exited.recv() => actor.exited(exit),
+            Some((technology, reason)) = silence.recv() => actor.event(Event::Silent { technology, reason }),
             Some(answer) = actor.steps.join_next() => match answer {
                 Ok(answer) => actor.answered(answer),
                 Err(error) => tracing::error!(%error, "a step of a workload ended without an answer"),
@@ -101,6 +108,10 @@ pub(super) async fn run(setup: Setup, mut inbox: mpsc::Receiver<Request>) {
             permit = reports.reserve(), if listening && !actor.outbox.is_empty() => match (permit, actor.outbox.pop()) {
                 (Ok(permit), Some(report)) => permit.send(report),
                 _ => listening = false,
+            },
+            permit = noted.reserve(), if listening && !actor.notes.is_empty() => match (permit, actor.notes.pop_front()) {
+                (Ok(permit), Some(note)) => permit.send(note),
+                _ => actor.notes.clear(),
             },
             request = inbox.recv(), if open => match request {
                 Some(request) => actor.asked(request),
@@ -138,7 +149,7 @@ impl Actor {
     /// Asks every runtime what it holds, until it says.
     fn adopt(&mut self) {
         for runtime in &self.setup.runtimes {
-            let (runtime, parse) = (Arc::clone(runtime), self.setup.parse);
+            let (runtime, parse, silent) = (Arc::clone(runtime), self.setup.parse, self.silent.clone());
             self.steps.spawn(async move {
                 let technology = runtime.technology();
                 let mut told = false;
@@ -151,6 +162,8 @@ impl Actor {
                         Ok(Err(error)) if !told => {
                             tracing::warn!(%technology, %error, "the runtime does not say what it holds yet");
                             told = true;
+                            // Whoever listens has ended: then nobody waits either.
+                            let _ = silent.send((technology.clone(), error.to_string())).await;
                         }
                         Ok(Err(_)) => {}
                         Err(panic) => tracing::error!(%technology, panic, "adopting workloads went wrong"),
@@ -198,7 +211,8 @@ impl Actor {
 
     fn asked(&mut self, request: Request) {
         match request {
-            Request::Deploy(spec) => self.event(Event::Deploy(spec)),
+            Request::Deploy(spec, sequence) => self.event(Event::Deploy(spec, sequence)),
+            Request::Explain(instance, reply) => drop(reply.send(self.core.explain(self.began.elapsed(), &instance))),
             Request::Delete(instance) => self.event(Event::Delete(instance)),
             // Whoever asked may have left; that is no fault of ours.
             Request::List(reply) => {
@@ -293,6 +307,7 @@ impl Actor {
                 let (net, id) = (self.setup.net.clone(), instance.clone());
                 self.spawn(async move { net.detach(id).await }, |result| Event::Detached { instance, result });
             }
+            Effect::Keep(note) => self.notes.push_back(note),
             Effect::Report { instance, status, detail } => {
                 match status {
                     Status::Creating => tracing::debug!(%instance, "creating"),
@@ -342,7 +357,7 @@ impl Actor {
         self.steps.spawn(async move {
             let result = match contained(step).await {
                 Ok(result) => result.map_err(Into::into),
-                Err(panic) => Err(Failure { reason: format!("internal error: {panic}"), transient: false }),
+                Err(panic) => Err(Failure { reason: format!("internal error: {panic}"), hope: Hope::None }),
             };
             Answer::Event(event(result))
         });
@@ -411,6 +426,11 @@ impl Actor {
         let flush = async {
             while let Some(report) = self.outbox.pop() {
                 if self.setup.reports.send(report).await.is_err() {
+                    break;
+                }
+            }
+            while let Some(note) = self.notes.pop_front() {
+                if self.setup.notes.send(note).await.is_err() {
                     return;
                 }
             }
@@ -463,12 +483,29 @@ fn message(panic: &(dyn Any + Send)) -> String {
 
 impl From<RuntimeError> for Failure {
     fn from(error: RuntimeError) -> Self {
-        Self { transient: matches!(error, RuntimeError::Unavailable(_)), reason: error.to_string() }
+        let reason = error.to_string();
+        let hope = match error {
+            RuntimeError::Unavailable(_) => Hope::Soon,
+            RuntimeError::Image { reason, .. } if is_final(&reason) => Hope::None,
+            RuntimeError::Image { .. } => Hope::Later,
+            RuntimeError::Step { .. } if reason.contains("no space left") => Hope::Later,
+            RuntimeError::Refused { .. } | RuntimeError::Unknown(_) | RuntimeError::Step { .. } => Hope::None,
+        };
+        Self { reason, hope }
     }
+}
+
+/// What a registry says of an image that it will not have in a minute either.
+fn is_final(reason: &str) -> bool {
+    let reason = reason.to_ascii_lowercase();
+    let words =
+        ["not found", "manifest unknown", "denied", "unauthorized", "no matching manifest", "invalid reference"];
+    words.iter().any(|word| reason.contains(word))
 }
 
 impl From<NetError> for Failure {
     fn from(error: NetError) -> Self {
-        Self { transient: matches!(error, NetError::NoSubnet), reason: format!("network: {error}") }
+        let hope = if matches!(error, NetError::NoSubnet) { Hope::Soon } else { Hope::None };
+        Self { hope, reason: format!("network: {error}") }
     }
 }

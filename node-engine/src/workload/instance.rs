@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::core::{Effect, Failure, Now};
+use super::core::{Effect, Failure, Hope, Now};
 use crate::model::{Addresses, InstanceId, InstanceSpec, Limits, Status, Technology};
 
 /// `CREATING` is repeated this often: the cluster gives up after 30 s of silence.
@@ -13,7 +13,8 @@ const CREATING_EVERY: Duration = Duration::from_secs(10);
 /// A step whose back-end is away is tried again until the deployment is this old.
 const PATIENCE: Duration = Duration::from_secs(60);
 const RETRY: Duration = Duration::from_secs(2);
-const RETRY_LONGEST: Duration = Duration::from_secs(30);
+/// Where a back-end answers and cannot: a registry, a full disk.
+const RETRY_LONGEST: Duration = Duration::from_secs(8);
 /// How long a workload may take to end after it was asked to.
 const GRACE: Duration = Duration::from_secs(10);
 const GRACE_AT_EXIT: Duration = Duration::from_secs(5);
@@ -24,7 +25,7 @@ pub(super) struct Instance {
     pub(super) spec: Arc<InstanceSpec>,
     pub(super) phase: Phase,
     /// What to bring up when this one is gone.
-    pub(super) next: Option<Box<InstanceSpec>>,
+    pub(super) next: Option<Arc<InstanceSpec>>,
     pub(super) addresses: Option<Addresses>,
     pub(super) detail: String,
     /// The end of its output, once it has been stopped.
@@ -38,9 +39,15 @@ pub(super) struct Instance {
     attached: bool,
     /// An end that was seen before the answer of the start.
     ended: Option<Ending>,
+    /// Whatever is in its way is waited for, however long.
+    pub(super) steadfast: bool,
+    /// Its process is being started again in the sandbox it had.
+    pub(super) raised: bool,
     since: Now,
+    /// When its phase began.
+    pub(super) phase_since: Now,
     said_creating: Now,
-    retry: Option<Now>,
+    pub(super) retry: Option<Now>,
     attempts: u32,
 }
 
@@ -55,6 +62,19 @@ pub(super) enum Phase {
         cause: Cause,
         told: bool,
     },
+}
+
+impl Phase {
+    /// As a person reads it.
+    pub(super) fn word(&self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Attaching => "attaching",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Removing { .. } => "stopping",
+        }
+    }
 }
 
 /// Why an instance goes.
@@ -101,9 +121,9 @@ impl Ending {
 }
 
 impl Instance {
-    pub(super) fn new(spec: InstanceSpec, now: Now) -> Self {
+    pub(super) fn new(spec: Arc<InstanceSpec>, now: Now) -> Self {
         Self {
-            spec: Arc::new(spec),
+            spec,
             phase: Phase::Preparing,
             next: None,
             addresses: None,
@@ -114,7 +134,10 @@ impl Instance {
             netns: PathBuf::new(),
             attached: false,
             ended: None,
+            steadfast: false,
+            raised: false,
             since: now,
+            phase_since: now,
             said_creating: now,
             retry: None,
             attempts: 0,
@@ -122,14 +145,20 @@ impl Instance {
     }
 
     /// One that ran on while the daemon was away: its network has to be confirmed.
-    pub(super) fn adopted(spec: InstanceSpec, netns: PathBuf, now: Now) -> Self {
+    pub(super) fn adopted(spec: Arc<InstanceSpec>, netns: PathBuf, now: Now) -> Self {
         let undo = vec![Undo::Network, Undo::Process];
-        Self { phase: Phase::Running, undo, netns, ..Self::new(spec, now) }
+        Self { phase: Phase::Running, undo, netns, steadfast: true, ..Self::new(spec, now) }
     }
 
-    /// One of which only remains are left.
-    pub(super) fn remains(spec: InstanceSpec, ending: Ending, now: Now) -> Self {
-        let phase = Phase::Removing { cause: Cause::Ended(ending), told: false };
+    /// One of which only remains are left; with what is to be brought up in its place, if anything is.
+    pub(super) fn remains(spec: Arc<InstanceSpec>, cause: Cause, next: Option<Arc<InstanceSpec>>, now: Now) -> Self {
+        let phase = Phase::Removing { cause, told: false };
+        Self { phase, next, undo: vec![Undo::Network, Undo::Process], ..Self::new(spec, now) }
+    }
+
+    /// Remains of one whose end was told by an earlier run. Not again: the cluster may run it elsewhere by now.
+    pub(super) fn remains_told(spec: Arc<InstanceSpec>, ending: Ending, now: Now) -> Self {
+        let phase = Phase::Removing { cause: Cause::Ended(ending), told: true };
         Self { phase, undo: vec![Undo::Network, Undo::Process], ..Self::new(spec, now) }
     }
 
@@ -148,7 +177,7 @@ impl Instance {
 
     pub(super) fn say_creating(&mut self, now: Now, out: &mut Vec<Effect>) {
         self.said_creating = now;
-        out.push(Effect::report(self.id(), Status::Creating, ""));
+        out.push(Effect::report(self.id(), Status::Creating, &self.detail));
     }
 
     pub(super) fn repeat_creating(&mut self, now: Now, out: &mut Vec<Effect>) {
@@ -164,75 +193,102 @@ impl Instance {
     }
 
     /// Turns it round: from here on it is only taken down.
-    pub(super) fn remove(&mut self, cause: Cause, out: &mut Vec<Effect>) {
+    pub(super) fn remove(&mut self, now: Now, cause: Cause, out: &mut Vec<Effect>) {
         if self.busy && self.phase == Phase::Preparing {
             out.push(Effect::CancelPrepare(self.id().clone()));
         }
         self.phase = Phase::Removing { cause, told: false };
+        self.phase_since = now;
         self.retry = None;
         self.attempts = 0;
     }
 
-    pub(super) fn prepared(&mut self, now: Now, result: Result<PathBuf, Failure>, out: &mut Vec<Effect>) {
+    /// Removes it to bring it up again as it is described.
+    pub(super) fn rebuild(&mut self, now: Now, out: &mut Vec<Effect>) {
+        self.next = Some(self.spec.clone());
+        self.remove(now, Cause::Replaced, out);
+    }
+
+    /// Its process has ended and is to be started again where it was: namespace, addresses and flows stay.
+    pub(super) fn restart(&mut self, now: Now, delay: Duration, why: String, out: &mut Vec<Effect>) {
+        self.enter(now, Phase::Starting);
+        self.retry = Some(now + delay);
+        (self.steadfast, self.raised) = (true, true);
+        self.said_creating = now;
+        out.push(Effect::report(self.id(), Status::Creating, &why));
+        self.detail = why;
+    }
+
+    pub(super) fn prepared(&mut self, now: Now, result: Result<PathBuf, Failure>) -> Option<Ending> {
         self.busy = false;
         if self.phase != Phase::Preparing {
-            return;
+            return None;
         }
         match result {
             Ok(netns) => {
                 self.netns = netns;
-                self.enter(Phase::Attaching);
+                self.enter(now, Phase::Attaching);
+                None
             }
-            Err(failure) => self.failed(now, failure, out),
+            Err(failure) => self.failed(now, failure),
         }
     }
 
-    pub(super) fn attached(&mut self, now: Now, result: Result<Addresses, Failure>, out: &mut Vec<Effect>) {
+    pub(super) fn attached(
+        &mut self,
+        now: Now,
+        result: Result<Addresses, Failure>,
+        out: &mut Vec<Effect>,
+    ) -> Option<Ending> {
         self.busy = false;
         match (&self.phase, result) {
             (Phase::Attaching, Ok(addresses)) => {
                 self.addresses = Some(addresses);
                 self.attached = true;
-                self.enter(Phase::Starting);
+                self.enter(now, Phase::Starting);
             }
-            (Phase::Attaching, Err(failure)) => self.failed(now, failure, out),
+            (Phase::Attaching, Err(failure)) => return self.failed(now, failure),
             (Phase::Running, Ok(addresses)) => {
                 self.addresses = Some(addresses);
                 self.attached = true;
-                self.enter(Phase::Running);
+                (self.retry, self.attempts) = (None, 0);
+                self.detail.clear();
                 out.push(Effect::report(self.id(), Status::Created, ""));
             }
             // What runs is not stopped because its network cannot be confirmed.
-            (Phase::Running, Err(failure)) => self.again(now, format!("network: {}", failure.reason)),
+            (Phase::Running, Err(failure)) => {
+                self.again(now, format!("network: {}", failure.reason), failure.hope);
+            }
             (Phase::Preparing | Phase::Starting | Phase::Removing { .. }, _) => {}
         }
+        None
     }
 
-    pub(super) fn started(&mut self, now: Now, result: Result<(), Failure>, out: &mut Vec<Effect>) {
+    pub(super) fn started(&mut self, now: Now, result: Result<(), Failure>, out: &mut Vec<Effect>) -> Option<Ending> {
         self.busy = false;
         if self.phase != Phase::Starting {
-            return;
+            return None;
         }
         match result {
             Ok(()) => {
-                self.enter(Phase::Running);
+                self.enter(now, Phase::Running);
+                (self.steadfast, self.raised) = (true, false);
                 out.push(Effect::report(self.id(), Status::Created, ""));
-                if let Some(ending) = self.ended.take() {
-                    self.remove(Cause::Ended(ending), out);
-                }
+                self.ended.take()
             }
-            Err(failure) => self.failed(now, failure, out),
+            Err(failure) => self.failed(now, failure),
         }
     }
 
     /// The first process ended. Before the start that is news of an earlier copy, and later it is expected.
-    pub(super) fn exited(&mut self, code: i64, out_of_memory: bool, out: &mut Vec<Effect>) {
+    pub(super) fn exited(&mut self, code: i64, out_of_memory: bool) -> Option<Ending> {
         let ending = Ending::of_exit(&self.spec, code, out_of_memory);
         match self.phase {
+            Phase::Running => return Some(ending),
             Phase::Starting if self.busy => self.ended = Some(ending),
-            Phase::Starting | Phase::Running => self.remove(Cause::Ended(ending), out),
-            Phase::Preparing | Phase::Attaching | Phase::Removing { .. } => {}
+            Phase::Preparing | Phase::Attaching | Phase::Starting | Phase::Removing { .. } => {}
         }
+        None
     }
 
     /// The answer to the undo that is last in the list.
@@ -248,7 +304,7 @@ impl Instance {
             }
             Err(failure) => {
                 let first = self.attempts == 0;
-                self.again(now, format!("clean-up: {}", failure.reason));
+                self.again(now, format!("clean-up: {}", failure.reason), failure.hope);
                 if first {
                     self.tell_despite(&failure, out);
                 }
@@ -317,23 +373,27 @@ impl Instance {
         }
     }
 
-    fn enter(&mut self, phase: Phase) {
+    fn enter(&mut self, now: Now, phase: Phase) {
         self.phase = phase;
+        self.phase_since = now;
         self.detail.clear();
         self.retry = None;
         self.attempts = 0;
     }
 
-    fn failed(&mut self, now: Now, failure: Failure, out: &mut Vec<Effect>) {
-        if failure.transient && now.saturating_sub(self.since) < PATIENCE {
-            self.again(now, failure.reason);
-        } else {
-            self.remove(Cause::Ended(Ending::failed(failure.reason)), out);
+    /// Tries again later, or says that this is the end.
+    fn failed(&mut self, now: Now, failure: Failure) -> Option<Ending> {
+        let patient = self.steadfast || now.saturating_sub(self.since) < PATIENCE;
+        if failure.hope == Hope::None || !patient {
+            return Some(Ending::failed(failure.reason));
         }
+        self.again(now, failure.reason, failure.hope);
+        None
     }
 
-    fn again(&mut self, now: Now, detail: String) {
-        let delay = RETRY.saturating_mul(1 << self.attempts.min(5)).min(RETRY_LONGEST);
+    fn again(&mut self, now: Now, detail: String, hope: Hope) {
+        let longest = if hope == Hope::Soon { RETRY } else { RETRY_LONGEST };
+        let delay = RETRY.saturating_mul(1 << self.attempts.min(5)).min(longest);
         self.attempts = self.attempts.saturating_add(1);
         self.retry = Some(now + delay);
         self.detail = detail;

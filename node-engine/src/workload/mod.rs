@@ -1,24 +1,29 @@
 //! The life of the instances on this node: one task owns them, a pure core decides. It brings an instance through image, sandbox,
 //! network and start, undoes what was made when any of that fails, watches for its end, and tells the cluster.
 //!
-//! It knows the runtimes by their trait and the overlay by its handle; it knows neither the cluster's wire nor what is stored.
+//! It knows the runtimes by their trait and the overlay by its handle; it knows neither the cluster's wire nor how anything is stored:
+//! it begins with a [`Plan`] and says by [`Note`]s what the next one is to be.
 
 mod actor;
 mod core;
+mod explain;
 mod instance;
 mod outbox;
+mod wish;
 
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::config::OnExit;
+use crate::config::{OnExit, Restarts};
 use crate::drain::Drain;
 use crate::events::Events;
-use crate::model::{Addresses, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Report, Technology};
+use crate::model::{Addresses, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
 use crate::netmanager::NetManager;
 use crate::runtime::{Exec, Follow, Runtime, RuntimeError, Session};
+
+pub use explain::{Explanation, Wanting};
 
 /// Commands that may wait for the task.
 const REQUESTS: usize = 256;
@@ -37,9 +42,45 @@ pub struct Setup {
     pub net: NetManager,
     pub reports: mpsc::Sender<Report>,
     pub events: Events,
+    /// What is wanted, from an earlier run.
+    pub plan: Plan,
+    /// Told what the plan of the next run has to take in.
+    pub notes: mpsc::Sender<Note>,
+    pub restarts: Restarts,
     /// Reads back `InstanceSpec::document`.
     pub parse: fn(&str) -> Option<InstanceSpec>,
     pub drain: Drain,
+}
+
+/// What is to run on this node.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    pub wanted: Vec<Wanted>,
+    /// What is not in it is not wanted. Else, whatever is found running is.
+    pub complete: bool,
+}
+
+/// An instance of the plan.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    pub spec: InstanceSpec,
+    /// Of the command that wanted it.
+    pub sequence: u64,
+    /// It has ended and is not to run again.
+    pub ended: Option<(Status, String)>,
+}
+
+/// What has happened to the plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// What the command of this number wanted has ended, and that is told to the cluster.
+    Ended { instance: InstanceId, sequence: u64, status: Status, detail: String },
+    /// It runs and was in no plan.
+    Found { instance: InstanceId, document: Arc<str> },
+    /// It was found, and has been deleted since.
+    FoundNoMore(InstanceId),
+    /// All that runs has been found.
+    LookedAround,
 }
 
 /// An instance as a person asks for it.
@@ -48,7 +89,8 @@ pub struct InstanceInfo {
     pub id: InstanceId,
     pub technology: Technology,
     pub image: String,
-    /// `preparing`, `attaching`, `starting`, `running`, `stopping`, or how it ended: `failed`, `dead`, `completed`.
+    /// `preparing`, `attaching`, `starting`, `running`, `stopping`, how it ended (`failed`, `dead`, `completed`), or `absent`: wanted, and
+    /// its runtime has not said yet what it holds.
     pub state: &'static str,
     pub addresses: Option<Addresses>,
     /// Why it ended, or what it waits for; empty where there is nothing to say.
@@ -80,8 +122,9 @@ pub enum WorkloadError {
 
 #[derive(Debug)]
 enum Request {
-    Deploy(Box<InstanceSpec>),
+    Deploy(Box<InstanceSpec>, u64),
     Delete(InstanceId),
+    Explain(InstanceId, oneshot::Sender<Option<Explanation>>),
     List(oneshot::Sender<Vec<InstanceInfo>>),
     Logs(InstanceId, usize, oneshot::Sender<Result<Vec<u8>, WorkloadError>>),
     Inspect(InstanceId, oneshot::Sender<Result<InstanceReport, WorkloadError>>),
@@ -98,14 +141,22 @@ pub fn start(setup: Setup) -> (Workload, JoinHandle<()>) {
 }
 
 impl Workload {
-    /// Brings the instance up. Answered by reports; what already runs as described is left alone.
-    pub async fn deploy(&self, spec: InstanceSpec) -> Result<(), WorkloadError> {
-        self.send(Request::Deploy(Box::new(spec))).await
+    /// Brings the instance up. Answered by reports; what already runs as described is left alone. `sequence` numbers the command, and is
+    /// the same for a repetition of it.
+    pub async fn deploy(&self, spec: InstanceSpec, sequence: u64) -> Result<(), WorkloadError> {
+        self.send(Request::Deploy(Box::new(spec), sequence)).await
     }
 
     /// Takes the instance down. Answered by `Undeployed`, also where it is unknown.
     pub async fn delete(&self, instance: InstanceId) -> Result<(), WorkloadError> {
         self.send(Request::Delete(instance)).await
+    }
+
+    /// What is wanted of the instance, what is, and what it waits for; `None` where it is neither wanted nor there.
+    pub async fn explain(&self, instance: InstanceId) -> Result<Option<Explanation>, WorkloadError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(Request::Explain(instance, reply)).await?;
+        answer.await.map_err(|_| WorkloadError::Stopped)
     }
 
     /// Every instance on this node, and those that ended lately.

@@ -13,12 +13,14 @@ use std::time::{Duration, Instant};
 use node_engine::config::{DatapathChoice, NetworkConfig};
 use node_engine::drain::Drain;
 use node_engine::model::{
-    Command, FamilyPair, Generation, InstanceId, NodeIdentity, Policy, PortMapping, Query, Report, SemanticAddress,
-    ServiceName, Subnet, TableAnswer, TableRow,
+    Addresses, Command, FamilyPair, Generation, InstanceId, NodeId, NodeIdentity, Policy, PortMapping, Query, Report,
+    SemanticAddress, ServiceName, Subnet, TableAnswer, TableRow,
 };
-use node_engine::netmanager::{Attachment, Lease, NetError, NetManager, Setup, datapath, pin_dir, start};
+use node_engine::netmanager::{
+    Attachment, Learned, Lease, Memory, NetError, NetManager, Setup, datapath, pin_dir, start,
+};
 use node_engine::netns::{self, Netns};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 pub const PATIENCE: Duration = Duration::from_secs(15);
 const WIRE: &str = "wire";
@@ -38,6 +40,16 @@ pub struct Node {
     cluster: Arc<Mutex<Cluster>>,
     running: Option<Running>,
     instances: Vec<String>,
+    /// What the node was told to keep over a reboot, and whether there was one.
+    kept: Arc<Mutex<Kept>>,
+    rebooted: bool,
+}
+
+#[derive(Clone, Default)]
+struct Kept {
+    subnet: Option<(NodeId, Subnet)>,
+    addresses: BTreeMap<InstanceId, Addresses>,
+    services: BTreeMap<ServiceName, TableAnswer>,
 }
 
 struct Running {
@@ -81,6 +93,8 @@ impl Lab {
                 cluster: cluster.clone(),
                 running: None,
                 instances: Vec::new(),
+                kept: Arc::default(),
+                rebooted: false,
             }
         });
         let [a, b] = [&nodes[0].name, &nodes[1].name];
@@ -131,14 +145,21 @@ impl Node {
     /// Starts the network manager on a thread inside the node's namespace, where all its tasks stay.
     pub async fn start(&mut self) {
         let (reports, reported) = mpsc::channel(64);
-        let (subnets, mut kept) = mpsc::channel(4);
+        let (subnets, mut assigned) = mpsc::channel(4);
+        let (learns, mut learned) = mpsc::channel(64);
+        let (leased, mut addresses) = watch::channel(BTreeMap::new());
+        let known = self.kept.lock().unwrap().clone();
+        let known = if self.rebooted { known } else { Kept::default() };
         let drain = Drain::new(Duration::from_secs(5));
         let setup = Setup {
             config: self.config.clone(),
             cluster: None,
             run_dir: self.run_dir.clone(),
-            subnet: None,
+            subnet: known.subnet,
+            memory: Memory { addresses: known.addresses, services: known.services.into_values().collect() },
             reports,
+            learns,
+            leased,
             subnets,
             drain: drain.clone(),
         };
@@ -157,7 +178,22 @@ impl Node {
         });
         let net = ready.await.expect("the node's thread has ended");
         tokio::spawn(serve(self.index, self.address, self.cluster.clone(), reported));
-        tokio::spawn(async move { while kept.recv().await.is_some() {} });
+        let kept = self.kept.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    Some(subnet) = assigned.recv() => kept.lock().unwrap().subnet = Some(subnet),
+                    Some(learned) = learned.recv() => match learned {
+                        Learned::Answer(service, answer) => drop(kept.lock().unwrap().services.insert(service, answer)),
+                        Learned::Forgotten(service) => drop(kept.lock().unwrap().services.remove(&service)),
+                    },
+                    Ok(()) = addresses.changed() => {
+                        kept.lock().unwrap().addresses = addresses.borrow_and_update().clone();
+                    }
+                    else => return,
+                }
+            }
+        });
         self.running = Some(Running { net, drain, thread });
     }
 
@@ -173,6 +209,30 @@ impl Node {
         };
         net.deliver(Command::Registered(identity)).await.unwrap();
         net.deliver(Command::Connected).await.unwrap();
+    }
+
+    /// Ends it, and whatever a reboot forgets is gone; comes up again on its own.
+    pub async fn reboot(&mut self) {
+        self.stop().await;
+        let pins = pin_dir(&self.config);
+        let left = self.netns().run(|| datapath::uninstall(&pins)).expect("enter the node's namespace");
+        assert!(left.is_empty(), "{left:?}");
+        for link in self.veths().into_iter().chain([self.config.bridge.clone(), self.config.tun.clone()]) {
+            let _ = Process::new("ip").args(["-n", &self.name, "link", "delete", &link]).output();
+        }
+        self.nft("flush ruleset");
+        std::fs::remove_dir_all(&self.run_dir).expect("the run directory is forgotten");
+        self.rebooted = true;
+        self.start().await;
+    }
+
+    /// What `nft` says in the node's namespace.
+    pub fn nft(&self, words: &str) -> String {
+        let path = Path::new(netns::NAMED).join(&self.name);
+        let mut command = Process::new("nsenter");
+        command.arg(format!("--net={}", path.display())).arg("nft").args(words.split(' '));
+        let output = command.output().expect("nft is installed");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// Ends the network manager, which leaves everything in force.

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
 use node_engine::model::{PortMapping, Protocol};
@@ -32,6 +32,8 @@ on_both! {
     instances_reach_each_other_by_every_address,
     restart_without_a_cluster_breaks_no_connection,
     lost_veth_is_made_again,
+    flushed_rules_are_back_within_two_seconds,
+    services_are_reached_after_a_reboot_without_a_cluster,
     detached_instance_leaves_nothing,
     failed_attach_leaves_nothing,
 }
@@ -113,6 +115,58 @@ async fn lost_veth_is_made_again(choice: DatapathChoice) {
     ask(&client.netns, v6).await;
     ip(&["-n", &lab.nodes[0].name, "link", "delete", "edge-bridge"]);
     ask(&client.netns, v4).await;
+}
+
+async fn flushed_rules_are_back_within_two_seconds(choice: DatapathChoice) {
+    let mut lab = Lab::up(choice).await;
+    let published = PortMapping { host: 18080, container: PORT, protocol: Protocol::Tcp };
+    lab.nodes[0].deploy("web", 0, vec![published]).await;
+    let rules = |node: &lab::Node| node.nft("list ruleset").matches("18080").count();
+    let before = rules(&lab.nodes[0]);
+    assert!(before > 0);
+    for table in ["ip", "ip6", "netdev"] {
+        lab.nodes[0].nft(&format!("delete table {table} node_engine"));
+        let began = Instant::now();
+        until("the rules are back", async || {
+            rules(&lab.nodes[0]) == before && !lab.nodes[0].nft("list table netdev node_engine").is_empty()
+        })
+        .await;
+        let took = began.elapsed();
+        println!("{table}: back after {took:?}");
+        assert!(took < Duration::from_secs(4), "{table}: back after {took:?}, on a busy machine");
+    }
+}
+
+async fn services_are_reached_after_a_reboot_without_a_cluster(choice: DatapathChoice) {
+    let mut lab = Lab::up(choice).await;
+    let server = lab.nodes[1].deploy("web", 0, vec![]).await;
+    let near = lab.nodes[0].deploy("near", 0, vec![]).await;
+    let client = lab.nodes[0].deploy("client", 0, vec![]).await;
+    serve(&server.netns);
+    for address in Cluster::service("web") {
+        ask(&client.netns, address).await;
+    }
+    let queries = lab.cluster.lock().unwrap().queries;
+    for node in &mut lab.nodes {
+        node.reboot().await;
+    }
+    // In another order than at first: each has its own address all the same, because the other node remembers it.
+    for (node, instance) in [(0, &client), (1, &server), (0, &near)] {
+        let attachment = Attachment { instance: instance.id.clone(), netns: instance.path.clone(), ports: vec![] };
+        assert_eq!(lab.nodes[node].attach(attachment).await.unwrap(), instance.lease);
+    }
+    for (family, address) in Cluster::service("web").into_iter().enumerate() {
+        let seen = ask(&client.netns, address).await;
+        let own = lab.cluster.lock().unwrap().instance(&client.id);
+        assert_eq!(seen, own[family], "{address}: under its own address, which nobody has told since");
+    }
+    assert_eq!(lab.cluster.lock().unwrap().queries, queries, "nobody was asked");
+    // The cluster's word replaces what was remembered.
+    lab.nodes[0].connect().await;
+    let told = lab.cluster.lock().unwrap().forget(&server.id);
+    deliver(told).await;
+    let [v4, _] = Cluster::service("web");
+    until("what is gone is not remembered", async || connect(&client.netns, SocketAddr::new(v4, PORT)).is_err()).await;
 }
 
 async fn detached_instance_leaves_nothing(choice: DatapathChoice) {

@@ -114,6 +114,8 @@ fn every_setting_is_read_from_the_file() {
         volume_drivers = "d=/d.sock"
         host_path_volumes = "/srv/volumes"
         control_group = "/edge"
+        restart_limit = 2
+        restart_window = 90
         [telemetry]
         reports = "changes"
         sensors = "bme280"
@@ -149,6 +151,7 @@ fn every_setting_is_read_from_the_file() {
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
     );
+    assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
     assert!(config.runtime.process && config.runtime.unikernel && config.runtime.image_files);
     assert_eq!(config.runtime.host_path_volumes.as_deref(), Some(Path::new("/srv/volumes")));
     assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));

@@ -41,7 +41,7 @@ async fn orders_and_answers_become_commands() {
         running.commands.recv().await,
     ];
     let [
-        Some(Command::Delete(deleted)),
+        Some(Command::Delete(deleted, _)),
         Some(Command::Subnet(subnet)),
         Some(Command::Table(answer)),
         Some(Command::ServiceChanged(changed)),

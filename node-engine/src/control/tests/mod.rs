@@ -94,7 +94,7 @@ impl Running {
 
     pub(super) async fn deploy(&mut self) -> InstanceSpec {
         self.hear("a deploy", |command| match command {
-            Command::Deploy(spec) => Some(*spec),
+            Command::Deploy(spec, _) => Some(*spec),
             _ => None,
         })
         .await

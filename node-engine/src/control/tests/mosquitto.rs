@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command as Process};
 
@@ -97,11 +98,14 @@ async fn a_killed_broker_costs_no_status_and_no_interest() {
     let job_topic = format!("nodes/{NODE}/job");
     let text = mosquitto.hear(&job_topic, &running, status("web", Status::Creating)).await;
     assert!(text.contains("CREATING"), "{text}");
-    for _ in 0..3 {
+    let rounds = std::env::var("NODE_ENGINE_TEST_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(3);
+    for _ in 0..rounds {
         mosquitto.kill().await;
         running.disconnected().await;
         mosquitto.up().await;
+        let back = tokio::time::Instant::now();
         running.connected().await;
+        assert!(back.elapsed() < Duration::from_secs(6), "reconnected {:?} after the broker was back", back.elapsed());
         mosquitto.publish("jobs/app.default.web.test/updates_available", r#"{"type":"DEPLOYMENT"}"#).await;
         running.hear("a change", |command| matches!(command, Command::ServiceChanged(_)).then_some(())).await;
         let text = mosquitto.hear(&job_topic, &running, status("web", Status::Created)).await;
@@ -116,6 +120,47 @@ async fn a_killed_broker_costs_no_status_and_no_interest() {
     mosquitto.publish("nodes/6b034ec446528056c08b0000/control/deploy", &job("web")).await;
     running.deploy().await;
     running.end().await;
+}
+
+/// Passes bytes on: as fast as they come from the broker, a kilobyte a second towards it.
+async fn slow(broker: u16) -> u16 {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((node, _)) = listener.accept().await {
+            let broker = TcpStream::connect(("127.0.0.1", broker)).await.unwrap();
+            let (mut from_node, mut to_node) = node.into_split();
+            let (mut from_broker, mut to_broker) = broker.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_broker, &mut to_node).await });
+            tokio::spawn(async move {
+                let mut bytes = [0; 100];
+                while let Ok(count @ 1..) = from_node.read(&mut bytes).await {
+                    if to_broker.write_all(&bytes[..count]).await.is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(count as u64)).await;
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test]
+#[ignore = "needs mosquitto"]
+async fn a_broker_that_takes_a_kilobyte_a_second_holds_up_nobody() {
+    let mosquitto = Mosquitto::start().await;
+    let manager = Manager::start(slow(mosquitto.port).await, true).await;
+    let mut running = start(config(manager.port));
+    running.connected().await;
+    // Far more than the sockets in between hold.
+    let began = tokio::time::Instant::now();
+    for number in 0..5_000 {
+        running.say(status(&format!("s{number}"), Status::Failed)).await;
+    }
+    assert!(began.elapsed() < LONG, "whoever reports waits for the network: {:?}", began.elapsed());
+    mosquitto.publish(&format!("nodes/{NODE}/control/deploy"), &job("web")).await;
+    assert_eq!(running.deploy().await.id, instance("web"), "what the cluster says still comes in");
 }
 
 #[tokio::test]

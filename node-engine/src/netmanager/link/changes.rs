@@ -1,4 +1,4 @@
-//! News from the kernel: links, addresses or routes have changed. A burst is told once; what happens between two questions is kept.
+//! News from the kernel: links, addresses, routes or packet filter rules have changed. A burst is told once; what happens between two questions is kept.
 
 use std::io;
 use std::pin::Pin;
@@ -10,7 +10,9 @@ use futures_util::{FutureExt, StreamExt};
 use rtnetlink::MulticastGroup;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tracing::warn;
+use tracing::{debug, warn};
+
+use super::nft::Watch;
 
 /// A deploy makes some twenty changes within a few milliseconds; one look at the result is enough.
 const COALESCE: Duration = Duration::from_millis(50);
@@ -30,6 +32,7 @@ const GROUPS: [MulticastGroup; 5] = [
 pub(super) struct Changes {
     notify: Arc<Notify>,
     watcher: AbortHandle,
+    filter: Option<AbortHandle>,
 }
 
 impl Changes {
@@ -38,7 +41,11 @@ impl Changes {
         let notify = Arc::new(Notify::new());
         let first = Subscription::open()?;
         let watcher = tokio::spawn(run(first, notify.clone())).abort_handle();
-        Ok(Self { notify, watcher })
+        // A kernel without nf_tables has no rules of ours either.
+        let filter =
+            Watch::open().inspect_err(|error| debug!(%error, "changes of packet filter rules are not told")).ok();
+        let filter = filter.map(|watch| tokio::spawn(follow(watch, notify.clone())).abort_handle());
+        Ok(Self { notify, watcher, filter })
     }
 
     /// Resolves when something has changed since the last time. Cancelling it loses nothing.
@@ -50,6 +57,24 @@ impl Changes {
 impl Drop for Changes {
     fn drop(&mut self) {
         self.watcher.abort();
+        if let Some(filter) = &self.filter {
+            filter.abort();
+        }
+    }
+}
+
+async fn follow(watch: Watch, notify: Arc<Notify>) {
+    loop {
+        let heard = async {
+            watch.next().await?;
+            tokio::time::sleep(COALESCE).await;
+            watch.drain()
+        };
+        if let Err(error) = heard.await {
+            warn!(%error, "changes of packet filter rules are seen late");
+            tokio::time::sleep(REOPEN).await;
+        }
+        notify.notify_one();
     }
 }
 

@@ -87,10 +87,12 @@ impl Links {
     /// Compares the rules by their comments and rewrites in one transaction the chains in which one is missing or too many; what the
     /// others have counted stays.
     async fn ensure_table(&self, change: impl FnOnce(&mut Wanted)) -> Result<(), LinkError> {
-        let wanted = {
+        let (wanted, lost) = {
             let mut wanted = self.wanted();
+            let before = wanted.clone();
             change(&mut wanted);
-            wanted.clone()
+            // What was written for the same wish before and is not there now, somebody else has removed.
+            (wanted.clone(), wanted.subnet.is_some() && *wanted == before)
         };
         let mut tables: Vec<(Family, Vec<Chain>)> =
             families().into_iter().map(|family| (family, chains(family, &self.config, &wanted))).collect();
@@ -114,6 +116,9 @@ impl Links {
         let written =
             blocking("write", move || Ok(rewrite(&tables))).await?.map_err(|refused| refused_by_kernel(&refused))?;
         self.wanted().v4_alone |= written < all;
+        if lost {
+            warn!("others have removed packet filter rules of this node; they are back");
+        }
         info!(subnet = ?wanted.subnet, ports = wanted.ports.map(|ports| ports.len()), "wrote the address translation rules");
         Ok(())
     }

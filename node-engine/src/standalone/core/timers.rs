@@ -194,7 +194,7 @@ impl Core {
         self.services_v4.free(super::number_of(instance.address.v4));
         self.instances_v6.free(instance.address.v6.into());
         if let Some(node) = instance.node {
-            self.effects.messages.push(Message::Delete { node, instance: id.clone(), virtualization });
+            self.push_delete(node, id.clone(), virtualization);
         }
         self.changed(id);
     }
@@ -239,10 +239,11 @@ impl Core {
     fn send_delete(&mut self, node: NodeId, id: &InstanceId) {
         let Some(service) = self.services.get(&id.service) else { return };
         let virtualization = service.request.virtualization.clone();
-        self.effects.messages.push(Message::Delete { node, instance: id.clone(), virtualization });
+        self.push_delete(node, id.clone(), virtualization);
     }
 
     fn send_deploy(&mut self, node: NodeId, id: &InstanceId) {
+        let generation = self.count_order();
         let Some(service) = self.services.get(&id.service) else { return };
         let facts = self.node(&node).map(|node| (node.facts.address, node.facts.port.clone()));
         let (host, port) = facts.unwrap_or_default();
@@ -255,6 +256,7 @@ impl Core {
             next_number: service.next_number,
             host,
             port,
+            generation,
         };
         self.effects.messages.push(Message::Deploy(Box::new(order)));
     }

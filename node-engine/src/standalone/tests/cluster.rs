@@ -93,11 +93,15 @@ async fn the_whole_loop(cluster: Started) {
     a.runs(0);
     until("running", async || word(&cluster, 0).await == "RUNNING").await;
     b.runs(7);
-    let zombie = b.hears("control/delete", |_| true).await;
+    let count =
+        |order: &mut Value| order.as_object_mut().unwrap().remove("order_generation").unwrap().as_u64().unwrap();
+    let mut zombie = b.hears("control/delete", |_| true).await;
+    let first = count(&mut zombie);
     assert_eq!(zombie, json!({ "job_name": WEB, "virtualization": "docker", "instance_number": 7 }));
 
     assert_eq!(api.delete(Target::Service(WEB.parse().unwrap())).await.unwrap(), [instance(0)]);
-    let delete = a.hears("control/delete", |_| true).await;
+    let mut delete = a.hears("control/delete", |_| true).await;
+    assert!(count(&mut delete) > first, "a newer order counts more");
     assert_eq!(delete, json!({ "job_name": WEB, "virtualization": "container", "instance_number": 0 }));
     b.hears("updates_available", |update| *update == json!({ "type": "UNDEPLOYMENT" })).await;
     a.say("job", &json!({ "sname": WEB, "status": "UNDEPLOYED", "status_detail": "", "instance": 0, "publicip": "" }))

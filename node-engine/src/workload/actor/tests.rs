@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Mutex;
 
-use super::super::{InstanceInfo, Workload, start};
+use super::super::{InstanceInfo, Plan, Workload, start};
 use super::*;
+use crate::config::Restarts;
 use crate::drain::Drain;
 use crate::model::Addresses;
 use crate::netmanager::{Lease, NetManager, Request as NetRequest};
@@ -135,14 +136,21 @@ async fn what_runs_is_adopted_and_watched_on() {
     // Its container was removed while no daemon ran.
     node.net.lock().expect("no panic").attached.insert(9);
     node.deploy(0).await;
-    assert_eq!(node.until(1, Status::Failed).await, "exit code 4");
-    node.until(2, Status::Failed).await;
-    node.until(3, Status::Failed).await;
-    assert_eq!(node.runtime.instances(), [(id(0), true)]);
-    assert_eq!(node.usage().await, [0]);
-    assert_eq!(node.attached(), [0]);
-    let starts = node.runtime.calls().into_iter().filter(|(step, _)| *step == Step::Start);
-    assert_eq!(starts.count(), 3, "nothing was started a second time");
+    let mut up = BTreeSet::new();
+    while up.len() < 3 {
+        let (number, status, detail) = node.status().await;
+        match (number, status) {
+            (0..3, Status::Created) => drop(up.insert(number)),
+            (3, Status::Failed) | (_, Status::Creating) => {}
+            _ => panic!("{number} is {status}: {detail}"),
+        }
+    }
+    assert_eq!(node.usage().await, [0, 1, 2]);
+    assert_eq!(node.runtime.instances(), [(id(0), true), (id(1), true), (id(2), true)]);
+    assert_eq!(node.attached(), [0, 1, 2]);
+    let calls = node.runtime.calls();
+    let starts = calls.iter().filter(|call| **call == (Step::Start, Some(id(0))));
+    assert_eq!(starts.count(), 1, "what runs is not started a second time");
     node.runtime.exit(&id(0), 1, false);
     node.until(0, Status::Failed).await;
 }
@@ -242,6 +250,9 @@ impl Node {
             net: NetManager::new(requests),
             reports,
             events: crate::events::Events::default(),
+            plan: Plan::default(),
+            notes: mpsc::channel(8).0,
+            restarts: Restarts { limit: 0, ..Restarts::default() },
             parse: |document| document.strip_prefix("document of ")?.parse().ok().map(spec),
             drain: drain.clone(),
         };
@@ -250,7 +261,7 @@ impl Node {
     }
 
     async fn deploy(&self, number: u32) {
-        self.workload.deploy(spec(number)).await.expect("deploy");
+        self.workload.deploy(spec(number), 1).await.expect("deploy");
     }
 
     async fn report(&mut self) -> Report {

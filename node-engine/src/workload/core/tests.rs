@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 
+use super::super::{Wanted, Wanting};
 use super::*;
 use crate::model::Limits;
 
@@ -80,7 +81,7 @@ fn a_failing_clean_up_is_told_and_tried_again() {
     // A copy that is wanted waits until the earlier one is really gone.
     check(&[
         &[("deploy", "CREATING, prepare"), ("prepared!", "stop 0s"), ("stopped!", "FAILED boom; clean-up: boom")],
-        &[("deploy", "CREATING"), ("+2", "stop 0s"), ("stopped", "CREATING, prepare")],
+        &[("deploy", "CREATING clean-up: boom"), ("+2", "stop 0s"), ("stopped", "CREATING, prepare")],
     ]);
     check(&[
         UP,
@@ -97,7 +98,7 @@ fn a_back_end_that_is_away_is_waited_for() {
         &[("+6", "start"), ("started", "CREATED")],
     ]);
     check(&[
-        &[("deploy", "CREATING, prepare"), ("prepared?", ""), ("+59", "CREATING, prepare"), ("+60", "")],
+        &[("deploy", "CREATING, prepare"), ("prepared?", ""), ("+59", "CREATING away, prepare"), ("+60", "")],
         &[("prepared?", "stop 0s"), ("stopped", "FAILED away")],
     ]);
 }
@@ -202,23 +203,21 @@ fn what_an_earlier_run_left_is_adopted_or_cleaned_up() {
     adopting(&[("adopt running", "attach"), ("is", "running"), ("attached!", ""), ("is", "running: network: boom")]);
     adopting(&[("adopt running", "attach"), ("exit 1", ""), ("attached", "stop 0s log"), ("stopped", "detach")]);
     adopting(&[("adopt running", "attach"), ("attached?", ""), ("+2", "attach"), ("attached", "CREATED"), ("+60", "")]);
-    adopting(&[("adopt exit 7", "stop 0s log"), ("stopped", "detach"), ("detached", "FAILED exit code 7")]);
-    adopting(&[
-        ("adopt incomplete", "stop 0s log"),
-        ("stopped", "detach"),
-        ("detached", "FAILED the node restarted while it was being deployed"),
-    ]);
+    // A description of a container is wish enough where nothing else is known.
+    for state in ["adopt exit 7", "adopt incomplete"] {
+        adopting(&[(state, "stop 10s"), ("stopped", "detach"), ("detached", "CREATING, prepare")]);
+    }
     adopting(&[("adopt unreadable", "stop 0s log"), ("deploy", "CREATING"), ("stopped", "detach")]);
 }
 
 #[test]
 fn commands_wait_until_it_is_known_what_runs() {
     adopting(&[("deploy", ""), ("adopt running", "attach"), ("attached", "CREATED"), ("is", "running")]);
-    adopting(&[("delete", ""), ("adopt running", "attach"), ("attached", "stop 10s")]);
+    adopting(&[("delete", ""), ("adopt running", "stop 10s"), ("stopped", "detach"), ("detached", "UNDEPLOYED")]);
     adopting(&[("deploy", ""), ("adopt", "CREATING, prepare")]);
     adopting(&[
         ("deploy", ""),
-        ("adopt incomplete", "stop 0s log, CREATING"),
+        ("adopt incomplete", "stop 10s, CREATING"),
         ("stopped", "detach"),
         ("detached", "CREATING, prepare"),
     ]);
@@ -230,6 +229,155 @@ fn commands_wait_until_it_is_known_what_runs() {
         ("adopt running", ""),
         ("prepared", "attach"),
     ]);
+}
+
+#[test]
+fn what_is_wanted_is_brought_up_without_anybody_saying_so() {
+    let lost = vec![wanted(spec(0), None)];
+    planned(
+        lost,
+        &[
+            ("is", "absent: the runtime for docker does not say what it holds: it was only just asked"),
+            ("+3", ""),
+            ("adopt", "CREATING, prepare"),
+            // However long it takes: nobody else is told to run it.
+            ("prepared?", ""),
+            ("+200", "CREATING away, prepare"),
+            ("prepared?", ""),
+            ("+400", "CREATING away, prepare"),
+            ("prepared", "attach"),
+            ("attached?", ""),
+            ("+600", "CREATING away, attach"),
+        ],
+    );
+    // As it was described last, not as what is there was.
+    planned(vec![wanted(spec(0), None)], &[("adopt running", "attach"), ("attached", "CREATED"), ("is", "running")]);
+    let other = InstanceSpec { image: "b:1".into(), ..spec(0) };
+    planned(
+        vec![wanted(other, None)],
+        &[("adopt running", "stop 10s"), ("stopped", "detach"), ("detached", "CREATING, prepare b:1")],
+    );
+    // What a power cut has ended.
+    planned(
+        vec![wanted(spec(0), None)],
+        &[("adopt exit 137", "stop 10s"), ("stopped", "detach"), ("detached", "CREATING, prepare")],
+    );
+}
+
+#[test]
+fn what_is_not_wanted_goes_and_what_has_ended_stays_so() {
+    planned(vec![], &[("adopt running", "stop 10s"), ("stopped", "detach"), ("detached", "UNDEPLOYED"), ("is", "")]);
+    let once = InstanceSpec { one_shot: true, ..spec(0) };
+    planned(
+        vec![wanted(once.clone(), Some((Status::Completed, "")))],
+        &[("adopt", ""), ("+60", ""), ("is", "completed")],
+    );
+    planned(
+        vec![wanted(once.clone(), None)],
+        &[("adopt exit 0", "stop 0s log"), ("stopped", "detach"), ("detached", "COMPLETED"), ("+60", "")],
+    );
+    planned(
+        vec![wanted(once, None)],
+        &[("adopt exit 137", "stop 0s log"), ("stopped", "detach"), ("detached", "FAILED exit code 137")],
+    );
+    let ended = vec![wanted(spec(0), Some((Status::Failed, "exit code 3")))];
+    planned(ended, &[("adopt exit 3", "stop 0s log"), ("stopped", "detach"), ("detached", ""), ("+60", "")]);
+}
+
+#[test]
+fn what_falls_is_raised_again_where_it_was_and_told_after_the_last_time() {
+    raising(&[
+        UP,
+        &[
+            ("exit 3", "CREATING exit code 3; restart 1 of 2 in 1 s"),
+            ("is", "starting: exit code 3; restart 1 of 2 in 1 s"),
+        ],
+        &[
+            ("+1", "start"),
+            ("started", "CREATED"),
+            ("exit 0", "CREATING ended with exit code 0; restart 2 of 2 in 2 s"),
+        ],
+        &[("exit 0", ""), ("+3", "start"), ("started", "CREATED"), ("oom", "stop 0s log"), ("stopped", "detach")],
+        &[("detached", "FAILED out of memory (limit 64 MiB); given up after 2 restarts within 60 s"), ("+60", "")],
+        &[("deploy", "CREATING, prepare")],
+    ]);
+    // Long ago does not count.
+    raising(&[
+        UP,
+        &[("exit 3", "CREATING exit code 3; restart 1 of 2 in 1 s"), ("+1", "start"), ("started", "CREATED")],
+        &[
+            ("exit 3", "CREATING exit code 3; restart 2 of 2 in 2 s"),
+            ("+3", "start"),
+            ("started", "CREATED"),
+            ("+90", ""),
+        ],
+        &[
+            ("exit 3", "CREATING exit code 3; restart 1 of 2 in 1 s"),
+            ("+100", "CREATING exit code 3; restart 1 of 2 in 1 s, start"),
+        ],
+    ]);
+    // Where its sandbox has gone too, it is made anew; that is no second fall.
+    raising(&[
+        UP,
+        &[("exit 137", "CREATING exit code 137; restart 1 of 2 in 1 s"), ("+1", "start"), ("started!", "stop 10s")],
+        &[
+            ("stopped", "detach"),
+            ("detached", "CREATING, prepare"),
+            ("prepared!", "CREATING boom; restart 2 of 2 in 2 s, stop 0s"),
+        ],
+        &[("stopped", "CREATING"), ("+2", ""), ("+3", "prepare"), ("prepared", "attach")],
+    ]);
+    // A delete ends that, and so does another description.
+    raising(&[
+        UP,
+        &[("exit 3", "CREATING exit code 3; restart 1 of 2 in 1 s"), ("delete", "stop 10s"), ("stopped", "detach")],
+        &[("detached", "UNDEPLOYED"), ("+60", ""), ("is", "")],
+    ]);
+    // What has never run is somebody else's to try.
+    raising(&[&[("deploy", "CREATING, prepare"), ("prepared!", "stop 0s"), ("stopped", "FAILED boom"), ("+60", "")]]);
+    raising(&[
+        &[("deploy once", "CREATING, prepare"), ("prepared", "attach"), ("attached", "start"), ("started", "CREATED")],
+        &[("exit 2", "stop 0s log"), ("stopped", "detach"), ("detached", "FAILED exit code 2")],
+    ]);
+}
+
+#[test]
+fn an_end_is_kept_with_the_command_that_wanted_it() {
+    let mut core = adopted_core();
+    let mut kept = Vec::new();
+    for word in ["deploy", "prepared", "attached", "started", "exit 3", "stopped", "detached"] {
+        let notes = core.handle(Duration::ZERO, event(word)).into_iter();
+        kept.extend(notes.filter_map(|effect| if let Effect::Keep(note) = effect { Some(note) } else { None }));
+    }
+    let (instance, detail) = (spec(0).id, "exit code 3".to_owned());
+    assert_eq!(kept, [Note::Ended { instance, sequence: 1, status: Status::Failed, detail }]);
+    let found = core_after(&["adopt running"]);
+    assert_eq!(found, [Note::Found { instance: spec(0).id, document: "earlier".into() }, Note::LookedAround]);
+}
+
+fn core_after(words: &[&str]) -> Vec<Note> {
+    let mut core = core(Plan::default(), NEVER);
+    let effects = words.iter().flat_map(|word| core.handle(Duration::ZERO, event(word))).collect::<Vec<_>>();
+    effects.into_iter().filter_map(|effect| if let Effect::Keep(note) = effect { Some(note) } else { None }).collect()
+}
+
+#[test]
+fn an_explanation_says_what_stands_in_the_way() {
+    let mut core = core(Plan { wanted: vec![wanted(spec(0), None)], complete: true }, NEVER);
+    let silent = Event::Silent { technology: Technology::Container, reason: "no Docker at /d".into() };
+    core.handle(Duration::ZERO, silent);
+    let told = core.explain(Duration::from_secs(4), &spec(0).id).expect("it is wanted");
+    assert_eq!((told.wanted, told.sequence, told.state, told.wanted_for.as_secs()), (Wanting::Run, 7, "absent", 4));
+    assert_eq!(told.reasons, ["the runtime for docker does not say what it holds: no Docker at /d"]);
+    core.handle(Duration::from_secs(5), event("adopt"));
+    core.handle(Duration::from_secs(6), event("prepared?"));
+    let told = core.explain(Duration::from_secs(7), &spec(0).id).expect("it is there");
+    assert_eq!(
+        (told.state, told.state_for, told.next_try),
+        ("preparing", Some(Duration::from_secs(2)), Some(Duration::from_secs(1)))
+    );
+    assert_eq!(told.reasons, ["away"]);
+    assert_eq!(core.explain(Duration::ZERO, &spec(1).id), None);
 }
 
 #[test]
@@ -260,7 +408,7 @@ fn ended_instances_are_remembered_up_to_a_bound() {
     let mut core = adopted_core();
     for number in 0..ENDED as u32 + 5 {
         let spec = InstanceSpec { technology: Technology::Wasm, ..spec(number) };
-        core.handle(Duration::ZERO, Event::Deploy(Box::new(spec)));
+        core.handle(Duration::ZERO, Event::Deploy(Box::new(spec), 1));
     }
     assert_eq!(core.list().len(), ENDED);
     assert_eq!(core.output(&spec(0).id), Output::Nowhere);
@@ -284,8 +432,31 @@ fn check(parts: &[Rows]) {
     play(adopted_core(), &parts.concat());
 }
 
+/// Of a first run, or of one that has lost what was wanted.
 fn adopting(rows: Rows) {
-    play(Core::new(vec![Technology::Container]), rows);
+    play(core(Plan::default(), NEVER), rows);
+}
+
+/// Of a run that knows all that is wanted.
+fn planned(wanted: Vec<Wanted>, rows: Rows) {
+    play(core(Plan { wanted, complete: true }, NEVER), rows);
+}
+
+fn wanted(spec: InstanceSpec, ended: Option<(Status, &str)>) -> Wanted {
+    Wanted { spec, sequence: 7, ended: ended.map(|(status, why)| (status, why.to_owned())) }
+}
+
+/// Restarts up to twice in a minute.
+fn raising(parts: &[Rows]) {
+    let mut core = core(Plan::default(), Restarts { limit: 2, window: Duration::from_secs(60) });
+    core.handle(Duration::ZERO, event("adopt"));
+    play(core, &parts.concat());
+}
+
+const NEVER: Restarts = Restarts { limit: 0, window: Duration::from_secs(60) };
+
+fn core(plan: Plan, policy: Restarts) -> Core {
+    Core::new(vec![Technology::Container], plan, policy)
 }
 
 fn play(mut core: Core, rows: Rows) {
@@ -304,8 +475,8 @@ fn play(mut core: Core, rows: Rows) {
 }
 
 fn adopted_core() -> Core {
-    let mut core = Core::new(vec![Technology::Container]);
-    assert_eq!(core.handle(Duration::ZERO, event("adopt")), []);
+    let mut core = core(Plan::default(), NEVER);
+    assert_eq!(core.handle(Duration::ZERO, event("adopt")), [Effect::Keep(Note::LookedAround)]);
     core
 }
 
@@ -325,10 +496,10 @@ fn is(core: &Core) -> String {
 fn event(word: &str) -> Event {
     let instance = spec(0).id;
     match word {
-        "deploy" => Event::Deploy(Box::new(spec(0))),
-        "deploy b:1" => Event::Deploy(Box::new(InstanceSpec { image: "b:1".into(), ..spec(0) })),
-        "deploy once" => Event::Deploy(Box::new(InstanceSpec { one_shot: true, ..spec(0) })),
-        "deploy wasm" => Event::Deploy(Box::new(InstanceSpec { technology: Technology::Wasm, ..spec(0) })),
+        "deploy" => deploy(spec(0)),
+        "deploy b:1" => deploy(InstanceSpec { image: "b:1".into(), ..spec(0) }),
+        "deploy once" => deploy(InstanceSpec { one_shot: true, ..spec(0) }),
+        "deploy wasm" => deploy(InstanceSpec { technology: Technology::Wasm, ..spec(0) }),
         "delete" => Event::Delete(instance),
         "oom" => Event::Exited { instance, code: 137, out_of_memory: true },
         "drain leave" => Event::Drain { stop: false },
@@ -347,10 +518,14 @@ fn event(word: &str) -> Event {
     }
 }
 
+fn deploy(spec: InstanceSpec) -> Event {
+    Event::Deploy(Box::new(spec), 1)
+}
+
 fn answer(word: &str, instance: InstanceId) -> Event {
     let failure = match word.as_bytes().last() {
-        Some(b'!') => Some(Failure { reason: "boom".into(), transient: false }),
-        Some(b'?') => Some(Failure { reason: "away".into(), transient: true }),
+        Some(b'!') => Some(Failure { reason: "boom".into(), hope: Hope::None }),
+        Some(b'?') => Some(Failure { reason: "away".into(), hope: Hope::Soon }),
         _ => None,
     };
     fn result<T>(value: T, failure: Option<Failure>) -> Result<T, Failure> {
@@ -373,7 +548,9 @@ fn adopted(state: FoundState) -> Event {
 }
 
 fn text(effects: &[Effect]) -> String {
-    let words = effects.iter().map(|effect| match effect {
+    let said = effects.iter().filter(|effect| !matches!(effect, Effect::Keep(_)));
+    let words = said.map(|effect| match effect {
+        Effect::Keep(_) => unreachable!("left out"),
         Effect::Prepare(spec) if spec.image == "a:1" => "prepare".into(),
         Effect::Prepare(spec) => format!("prepare {}", spec.image),
         Effect::CancelPrepare(_) => "cancel".into(),
@@ -482,6 +659,11 @@ impl World {
                     instance.clone()
                 }
                 Effect::Stop { instance, .. } | Effect::Detach(instance) => instance.clone(),
+                Effect::Keep(Note::Ended { instance, .. }) => {
+                    assert!(self.wanted.contains_key(instance), "the end of {instance}, which nobody wants, is kept");
+                    continue;
+                }
+                Effect::Keep(_) => continue,
             };
             assert!(core.live.contains_key(&id), "{effect:?} for an unknown instance");
             assert!(!self.under_way.iter().any(|other| about(other) == id), "two effects of {id} at once");
@@ -491,8 +673,8 @@ impl World {
 
     fn answer(&mut self, core: &mut Core, index: usize, outcome: u8) {
         let failure = match outcome {
-            0 => Some(Failure { reason: "boom".into(), transient: false }),
-            1 => Some(Failure { reason: "away".into(), transient: true }),
+            0 => Some(Failure { reason: "boom".into(), hope: Hope::None }),
+            1 => Some(Failure { reason: "away".into(), hope: Hope::Soon }),
             _ => None,
         };
         let effect = self.under_way.remove(index);
@@ -513,7 +695,7 @@ impl World {
                 }
                 Event::Detached { instance, result: failure.map_or(Ok(()), Err) }
             }
-            Effect::CancelPrepare(_) | Effect::Report { .. } => unreachable!("not answered"),
+            Effect::CancelPrepare(_) | Effect::Report { .. } | Effect::Keep(_) => unreachable!("not answered"),
         };
         self.apply(core, event);
     }
@@ -542,6 +724,7 @@ fn about(effect: &Effect) -> InstanceId {
         | Effect::Start { instance, .. }
         | Effect::Stop { instance, .. }
         | Effect::Report { instance, .. } => instance.clone(),
+        Effect::Keep(_) => unreachable!("about a plan"),
     }
 }
 
@@ -549,14 +732,18 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn no_order_of_events_leaves_two_copies_or_forgets_one(moves in moves()) {
-        let (mut core, mut world) = (adopted_core(), World::default());
+    fn no_order_of_events_leaves_two_copies_or_forgets_one(moves in moves(), restarts in 0..3u32) {
+        let policy = Restarts { limit: restarts, window: Duration::from_secs(60) };
+        let (mut core, mut world) = (core(Plan::default(), policy), World::default());
+        core.handle(Duration::ZERO, event("adopt"));
+        let mut sequence = 0;
         for step in moves {
             match step {
                 Move::Deploy { number, image } => {
                     let spec = InstanceSpec { image: format!("image:{image}"), ..spec(number) };
                     world.wanted.insert(spec.id.clone(), spec.image.clone());
-                    world.apply(&mut core, Event::Deploy(Box::new(spec)));
+                    sequence += 1;
+                    world.apply(&mut core, Event::Deploy(Box::new(spec), sequence));
                 }
                 Move::Delete { number } => {
                     world.wanted.remove(&spec(number).id);

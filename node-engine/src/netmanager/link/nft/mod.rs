@@ -6,6 +6,7 @@
 mod attribute;
 mod expression;
 mod socket;
+mod watch;
 
 use std::io;
 
@@ -16,6 +17,7 @@ use attribute::{Writer, as_be32, as_be64, as_text, find};
 use socket::{Answer, dump, open, receive};
 
 pub(super) use expression::{Expression, Header};
+pub(super) use watch::Watch;
 
 /// What a base chain hangs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -22,6 +22,13 @@ fn a_burst_of_changes_is_told_once_and_none_is_lost_between_two_questions() {
         namespace.exec("ip route add 198.51.100.0/24 dev lk-up");
         told(5).await.expect("a route");
         namespace.exec("ip link set lk-up down");
+        // Told by nf_tables alone.
+        while timeout(Duration::from_millis(300), links.changed()).await.is_ok() {}
+        namespace.exec("nft add table ip somebody");
+        told(5).await.expect("a table");
+        namespace.exec("nft flush ruleset");
+        told(5).await.expect("a flush");
+        namespace.exec("ip link set lk-up mtu 1400");
         // A question that is given up takes no answer with it.
         let _ = timeout(Duration::from_millis(10), links.changed()).await;
         told(5).await.expect("a link");

@@ -1,4 +1,4 @@
-//! The little that outlives the process: who this node is to its cluster, and which subnet belongs to which node id.
+//! Who this node is to its cluster, and which subnet belongs to which node id.
 //!
 //! One JSON file, replaced as a whole: written beside, synced, renamed, directory synced. A crash leaves the old file or the new one.
 //! What cannot be read is moved aside, never deleted and never a reason not to start: the cluster gives all of it again.
@@ -19,8 +19,6 @@ const FORMAT: u32 = 1;
 const LARGEST: u64 = 1 << 20;
 /// Subnets kept of other node ids (of clusters that this node belonged to).
 const MOST_SUBNETS: usize = 64;
-/// Corrupt files kept aside.
-const MOST_ASIDE: u32 = 9;
 
 /// The open state file. Writing blocks until the disk has it.
 #[derive(Clone, Debug)]
@@ -71,7 +69,7 @@ impl Store {
             }
             Content::Newer(found) => Err(StoreError::Newer { path, found }),
             Content::Corrupt => {
-                let aside = free_name_aside(&path);
+                let aside = super::free_name_aside(&path);
                 fs::rename(&path, &aside).map_err(io("move aside", &path))?;
                 Ok((store, Some(aside)))
             }
@@ -170,12 +168,6 @@ fn write(dir: &Path, state: &State) -> Result<(), StoreError> {
     file.write_all(&text).and_then(|()| file.sync_all()).map_err(io("write", &beside))?;
     fs::rename(&beside, &path).map_err(io("replace", &path))?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))
-}
-
-/// `state.json.corrupt-<n>`, the first that is free; the last is replaced when all are taken.
-fn free_name_aside(path: &Path) -> PathBuf {
-    let name = |number| path.with_file_name(format!("state.json.corrupt-{number}"));
-    (1..MOST_ASIDE).map(name).find(|aside| !aside.exists()).unwrap_or_else(|| name(MOST_ASIDE))
 }
 
 fn io<'a>(step: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> StoreError + 'a {
@@ -309,7 +301,7 @@ mod tests {
             fs::write(&path, b"{").unwrap();
             Store::open(dir.path()).unwrap();
         }
-        assert_eq!(files(dir.path()).len(), MOST_ASIDE as usize);
+        assert_eq!(files(dir.path()).len(), super::super::MOST_ASIDE as usize);
     }
 
     #[test]

@@ -1,0 +1,257 @@
+use std::fs;
+
+use proptest::prelude::*;
+
+use super::super::record::{Fate, Given};
+use super::*;
+use crate::model::{FamilyPair, Policy, Query, SemanticAddress, TableRow};
+
+fn id(number: u32) -> InstanceId {
+    format!("app.default.web.test.instance.{number}").parse().unwrap()
+}
+
+fn given(node: &str, generation: u64) -> Option<Given> {
+    Some(Given { node: node.parse().unwrap(), generation })
+}
+
+fn deploy(number: u32, document: &str, given: Option<Given>) -> Order {
+    Order { instance: id(number), document: Some(document.into()), given }
+}
+
+fn delete(number: u32, given: Option<Given>) -> Order {
+    Order { instance: id(number), document: None, given }
+}
+
+fn answer(rows: u32) -> TableAnswer {
+    let service: ServiceName = "app.default.db.test".parse().unwrap();
+    let row = |number| TableRow {
+        number,
+        namespace: FamilyPair { v4: Some([10, 18, 0, 2].into()), v6: None },
+        instance: FamilyPair { v4: Some([10, 30, 0, 1].into()), v6: Some("fdff::1".parse().unwrap()) },
+        host: "192.0.2.7".parse().unwrap(),
+        host_port: 50103,
+        weight: 3,
+        services: vec![SemanticAddress { policy: Policy::Closest, address: "10.30.9.9".parse().unwrap() }],
+    };
+    TableAnswer {
+        query: Some(Query::Name(service.clone())),
+        service: Some(service),
+        rows: (0..rows).map(row).collect(),
+    }
+}
+
+/// What is wanted, in words.
+fn wanted(desired: &Desired) -> Vec<String> {
+    let word = |(id, record): (&InstanceId, &Record)| match &record.fate {
+        Fate::Run(document) => format!("{}:{document}", id.number),
+        Fate::Ended { status, detail, .. } => format!("{}:{status} {detail}", id.number),
+        Fate::Deleted => format!("{}:deleted", id.number),
+    };
+    desired.instances().map(word).collect()
+}
+
+#[test]
+fn what_was_acknowledged_is_there_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut desired = Desired::open(dir.path());
+    assert!(!desired.complete(), "nobody has looked around yet");
+    let verdicts = desired.orders(&[deploy(0, "a", None), deploy(1, "b", None), delete(0, None), deploy(2, "c", None)]);
+    assert_eq!(verdicts, [Verdict::New(1), Verdict::New(2), Verdict::New(3), Verdict::New(4)]);
+    let addresses = Addresses { v4: [10, 18, 0, 2].into(), v6: "fc00::2".parse().unwrap() };
+    let ended = Fact::Ended { instance: id(2), sequence: 4, status: Status::Failed, detail: "exit code 3".into() };
+    desired.facts(vec![
+        ended,
+        Fact::Addresses(BTreeMap::from([(id(1), addresses)])),
+        Fact::Service(answer(2).service.unwrap(), Some(answer(2))),
+        Fact::LookedAround,
+    ]);
+    drop(desired);
+
+    let mut desired = Desired::open(dir.path());
+    assert!(desired.complete() && desired.behind().is_none() && desired.aside().is_none());
+    assert_eq!(wanted(&desired), ["1:b", "2:FAILED exit code 3"]);
+    assert_eq!(desired.addresses(), BTreeMap::from([(id(1), addresses)]));
+    assert_eq!(desired.services(), [answer(2)]);
+    // Counts go on where they were.
+    assert_eq!(desired.orders(&[deploy(2, "c", None)]), [Verdict::New(5)]);
+    desired.facts(vec![Fact::Service(answer(0).service.unwrap(), None), Fact::Addresses(BTreeMap::new())]);
+    drop(desired);
+    let desired = Desired::open(dir.path());
+    assert_eq!((desired.services(), desired.addresses()), (vec![], BTreeMap::new()));
+}
+
+#[test]
+fn repetitions_and_old_orders_change_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut desired = Desired::open(dir.path());
+    let mut check = |order: Order, expected: Verdict, after: &[&str]| {
+        assert_eq!(desired.orders(std::slice::from_ref(&order)), [expected], "{order:?}");
+        assert_eq!(wanted(&desired), after, "{order:?}");
+    };
+    // A cluster that does not count: the order in which they come is theirs.
+    check(deploy(0, "a", None), Verdict::New(1), &["0:a"]);
+    check(deploy(0, "a", None), Verdict::Same(1), &["0:a"]);
+    check(deploy(0, "b", None), Verdict::New(2), &["0:b"]);
+    check(delete(0, None), Verdict::New(3), &[]);
+    check(delete(0, None), Verdict::Same(0), &[]);
+    // One that does.
+    check(deploy(0, "a", given("one", 7)), Verdict::New(4), &["0:a"]);
+    check(deploy(0, "b", given("one", 6)), Verdict::Old, &["0:a"]);
+    check(delete(0, given("one", 6)), Verdict::Old, &["0:a"]);
+    check(deploy(0, "a", given("one", 7)), Verdict::Same(4), &["0:a"]);
+    check(delete(0, given("one", 8)), Verdict::New(5), &["0:deleted"]);
+    check(deploy(0, "a", given("one", 7)), Verdict::Old, &["0:deleted"]);
+    check(delete(0, given("one", 8)), Verdict::Same(5), &["0:deleted"]);
+    // Another cluster's count says nothing about this one's.
+    check(deploy(0, "c", given("two", 1)), Verdict::New(6), &["0:c"]);
+    // A person's delete has no count and is the newest there is.
+    check(delete(0, None), Verdict::New(7), &[]);
+}
+
+#[test]
+fn what_has_ended_is_not_begun_again_by_the_same_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut desired = Desired::open(dir.path());
+    desired.orders(&[deploy(0, "a", given("one", 1)), deploy(1, "b", None)]);
+    let ended = |number, sequence| Fact::Ended {
+        instance: id(number),
+        sequence,
+        status: Status::Completed,
+        detail: String::new(),
+    };
+    desired.facts(vec![ended(0, 1), ended(1, 1)]);
+    assert_eq!(wanted(&desired), ["0:COMPLETED ", "1:b"], "the end of another deployment is no news");
+    assert_eq!(desired.orders(&[deploy(0, "a", given("one", 1))]), [Verdict::Over]);
+    assert_eq!(desired.orders(&[deploy(0, "a", given("one", 2))]), [Verdict::New(3)]);
+    desired.facts(vec![ended(0, 1)]);
+    assert_eq!(wanted(&desired), ["0:a", "1:b"]);
+    desired.facts(vec![Fact::Found { instance: id(0), document: "x".into() }]);
+    desired.facts(vec![Fact::Found { instance: id(5), document: "x".into() }]);
+    assert_eq!(wanted(&desired), ["0:a", "1:b", "5:x"]);
+}
+
+#[test]
+fn a_disk_that_takes_nothing_refuses_deployments_and_loses_no_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    // A file where the directory should be, so that nothing can be made in it.
+    fs::write(&state, "").unwrap();
+    let mut desired = Desired::open(&state);
+    assert!(desired.behind().is_some());
+    let verdicts = desired.orders(&[deploy(0, "a", None), delete(1, given("one", 4))]);
+    assert!(matches!(&verdicts[..], [Verdict::Refused(reason), Verdict::New(2)] if reason.contains("cannot write")));
+    assert_eq!(wanted(&desired), ["1:deleted"]);
+
+    fs::remove_file(&state).unwrap();
+    fs::create_dir(&state).unwrap();
+    desired.retry();
+    assert_eq!(desired.behind(), None);
+    assert_eq!(desired.orders(&[deploy(0, "a", None)]), [Verdict::New(3)]);
+    drop(desired);
+    assert_eq!(wanted(&Desired::open(&state)), ["0:a", "1:deleted"]);
+}
+
+#[test]
+fn a_damaged_file_is_kept_aside_and_what_is_wanted_is_then_unknown() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE);
+    fs::write(&path, b"this is no database").unwrap();
+    let mut desired = Desired::open(dir.path());
+    let aside = dir.path().join(format!("{FILE}.corrupt-1"));
+    assert_eq!((desired.aside(), desired.complete()), (Some(aside.as_path()), false));
+    assert_eq!(fs::read(&aside).unwrap(), b"this is no database");
+    desired.orders(&[deploy(0, "a", None)]);
+    drop(desired);
+    // Still not: nobody has looked around since.
+    let mut desired = Desired::open(dir.path());
+    assert!(!desired.complete());
+    desired.facts(vec![Fact::LookedAround]);
+    drop(desired);
+    assert!(Desired::open(dir.path()).complete());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_full_disk_refuses_deployments_and_heals_by_itself() {
+    use nix::mount::{MsFlags, mount, umount};
+    let dir = tempfile::tempdir().unwrap();
+    mount(Some("none"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some("size=8m")).unwrap();
+    let mut desired = Desired::open(dir.path());
+    assert_eq!(desired.orders(&[deploy(0, "a", None)]), [Verdict::New(1)]);
+    let filler = dir.path().join("filler");
+    fs::write(&filler, vec![1; 16 << 20]).unwrap_err();
+    let large = "x".repeat(64 << 10);
+    let refused = (1..500).find_map(|number| match &desired.orders(&[deploy(number, &large, None)])[0] {
+        Verdict::Refused(reason) => Some((number, reason.clone())),
+        verdict => {
+            assert!(matches!(verdict, Verdict::New(_)));
+            None
+        }
+    });
+    let (number, reason) = refused.expect("the disk is full at last");
+    assert!(reason.contains("No space left"), "{reason}");
+    // What has to be done is done, and is not forgotten.
+    assert!(matches!(desired.orders(&[delete(0, None)])[0], Verdict::New(_)));
+    assert!(desired.behind().is_some());
+    desired.retry();
+    assert!(desired.behind().is_some());
+
+    fs::remove_file(&filler).unwrap();
+    desired.retry();
+    assert_eq!(desired.behind(), None);
+    assert!(matches!(desired.orders(&[deploy(number, "small", None)])[0], Verdict::New(_)));
+    let before = wanted(&desired);
+    drop(desired);
+    assert_eq!(wanted(&Desired::open(dir.path())), before);
+    assert!(!before.iter().any(|row| row.starts_with("0:")));
+    umount(dir.path()).unwrap();
+}
+
+#[test]
+fn the_book_is_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut desired = Desired::open(dir.path());
+    let orders: Vec<Order> = (0..5000).map(|number| delete(number, given("one", 1))).collect();
+    desired.orders(&orders);
+    assert_eq!(desired.instances().count(), 4096);
+    assert!(desired.instances().all(|(id, _)| id.number >= 904), "the oldest are forgotten");
+    let many = answer(70_000);
+    desired.facts(vec![Fact::Service(many.service.clone().unwrap(), Some(many))]);
+    assert_eq!(desired.services(), []);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever is in the file, a start comes of it, and nothing that was not written.
+    #[test]
+    fn damage_never_panics_and_never_prevents_a_start(
+        cuts in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..40),
+        length in any::<prop::sample::Index>(),
+        truncate in any::<bool>(),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut desired = Desired::open(dir.path());
+        desired.orders(&[deploy(0, "a", None), deploy(1, "b", given("one", 2)), delete(2, given("one", 3))]);
+        desired.facts(vec![Fact::LookedAround]);
+        let whole = wanted(&desired);
+        drop(desired);
+        let path = dir.path().join(FILE);
+        let mut bytes = fs::read(&path).unwrap();
+        for (at, value) in &cuts {
+            // Most of the file is unused pages; what is used lies at its beginning.
+            let at = at.index(bytes.len().min(64 << 10));
+            bytes[at] = *value;
+        }
+        if truncate {
+            bytes.truncate(length.index(bytes.len()));
+        }
+        fs::write(&path, &bytes).unwrap();
+        let mut desired = Desired::open(dir.path());
+        prop_assert!(desired.behind().is_none());
+        let found = wanted(&desired);
+        prop_assert!(found == whole || (found.is_empty() && !desired.complete()), "{found:?}");
+        prop_assert_eq!(desired.orders(&[deploy(9, "z", None)]).len(), 1);
+        drop(desired);
+        prop_assert!(wanted(&Desired::open(dir.path())).contains(&"9:z".to_owned()));
+    }
+}
