@@ -71,7 +71,7 @@ const IMPORTS: [(&str, &[&str]); 7] = [
 const MAY_NAME_ENGINE: [&str; 4] = ["main", "lib", "cli", "engine"];
 
 /// A client crate and the places that may name it.
-const CLIENTS: [(&str, &[&str]); 10] = [
+const CLIENTS: [(&str, &[&str]); 11] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
