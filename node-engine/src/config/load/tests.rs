@@ -151,11 +151,11 @@ fn every_setting_is_read_from_the_file() {
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
     );
-    assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
     assert!(config.runtime.process && config.runtime.unikernel && config.runtime.image_files);
     assert_eq!(config.runtime.host_path_volumes.as_deref(), Some(Path::new("/srv/volumes")));
     assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));
     assert_eq!((config.runtime.privileged.len(), config.runtime.volume_drivers.len()), (1, 1));
+    assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
 }
 
 #[test]
