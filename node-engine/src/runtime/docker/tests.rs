@@ -289,7 +289,7 @@ async fn an_output_is_followed_and_an_instance_inspected() {
     let _up = DAEMON.read().await;
     let runtime = runtime().await;
     let script = "echo 1; echo 2; echo 3; while ! [ -e /tmp/go ]; do sleep 0.1; done; echo 4; exit 5";
-    let limits = Limits { vcpus: Some(1), memory_mib: Some(32), vgpus: 0 };
+    let limits = Limits { vcpus: Some(1), memory_mib: Some(32), ..Limits::default() };
     let spec = InstanceSpec { limits, environment: vec!["PATH=/bin".into(), "TOKEN=x".into()], ..shell(110, script) };
     run(&runtime, &spec).await;
     eventually("its output", async || {
