@@ -25,6 +25,9 @@ const MAX_SENSORS: usize = 512;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(u64);
 
+/// Which reports are given up together.
+type Rank<'a> = &'a dyn Fn(Ticket, &Report) -> bool;
+
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     waiting: VecDeque<(Ticket, Report)>,
@@ -88,7 +91,7 @@ impl Outbox {
         let is_status = |report: &Report| matches!(report, Report::Status { .. });
         let followed = |ticket: Ticket, report: &Report| about(report).is_some_and(|id| last.get(id) != Some(&ticket));
         let answered = |report: &Report| matches!(report, Report::Status { status: Status::Undeployed, .. });
-        let ranks: [&dyn Fn(Ticket, &Report) -> bool; 4] = [
+        let ranks: [Rank<'_>; 4] = [
             &|_, report| !is_status(report),
             &|ticket, report| followed(ticket, report),
             &|_, report| answered(report),
