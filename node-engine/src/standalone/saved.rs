@@ -337,7 +337,7 @@ fn add_service(core: &mut Core, saved: SavedService, request: Request) {
                 service.policies.insert(policy, AddressPair { v4, v6 });
             }
             _ => {
-                tracing::error!(service = %name, label, %v4, "a saved address is left out: it is taken, or of no policy")
+                tracing::error!(service = %name, label, %v4, "a saved address is left out: it is taken, or of no policy");
             }
         }
     }
