@@ -44,7 +44,7 @@ fn what_does_not_belong_is_dropped_and_counted() {
         ("another port", STRANGER, 7, b"anything".to_vec(), None),
         ("a foreign inner source", UPSTREAM, 0, good.clone(), dropped(DropReason::ForeignSource)),
         ("a stranger in a known name", STRANGER, 0, good.clone(), dropped(DropReason::ForeignSource)),
-        ("a stranger, framed", STRANGER, 1, framed(good.clone()), dropped(DropReason::ForeignSource)),
+        ("a stranger, framed", STRANGER, 1, framed(good), dropped(DropReason::ForeignSource)),
         ("a stranger's greeting", STRANGER, 0, control, dropped(DropReason::ForeignSource)),
         ("a stranger's framed greeting", STRANGER, 1, framed_control, dropped(DropReason::ForeignSource)),
         ("for an instance elsewhere", OURS, 0, from(DB0_INSTANCE.v4(), DB0.v4()), dropped(DropReason::NotOurs)),
