@@ -120,7 +120,8 @@ impl Tables for Maps {
             // Not written: another core may be reading its cache line.
             return;
         }
-        note(flow, now, state, key.protocol == u32::from(TCP) && flow.unanswered());
+        let first = key.protocol == u32::from(TCP) && flow.unanswered();
+        note(core::ptr::from_ref(*flow).cast_mut(), now, state, first);
     }
 
     #[inline(always)]
@@ -187,13 +188,13 @@ impl Tables for Maps {
 
 /// Not in line, as it is rare and the programs have no stack to spare. `answers`: this is the first packet that does.
 #[inline(never)]
-fn note(flow: &'static Flow, now: u32, state: u8, answers: bool) {
-    if answers {
-        note_answer(flow.server.into(), state & FLOW_CLOSING != 0);
-    }
-    let flow = core::ptr::from_ref(flow).cast_mut();
+fn note(flow: *mut Flow, now: u32, state: u8, answers: bool) {
+    // A pointer and not a reference: what a function gets by shared reference it may not write, and the compiler knows.
     // SAFETY: a live, writable map value (see `row`); both fields are written whole, by whoever comes last.
     unsafe {
+        if answers {
+            note_answer((*flow).server.into(), state & FLOW_CLOSING != 0);
+        }
         (*flow).seen = now;
         (*flow).state = state;
     }
