@@ -48,6 +48,8 @@ pub(super) struct Book {
     pub(super) complete: bool,
     rows: usize,
     sequence: u64,
+    /// Those of `instances` that are not to run, by sequence.
+    past: BTreeMap<u64, InstanceId>,
 }
 
 impl Book {
@@ -59,7 +61,7 @@ impl Book {
             match key.parse().ok().zip(Record::read(text)) {
                 Some((instance, record)) => {
                     book.sequence = book.sequence.max(record.sequence);
-                    book.instances.insert(instance, record);
+                    book.put(&instance, Some(record));
                 }
                 None => bad += 1,
             }
@@ -201,10 +203,7 @@ impl Book {
     /// Puts the record back that a refused order has replaced, unless that has been replaced since.
     pub(super) fn take_back(&mut self, instance: &InstanceId, sequence: u64, before: Option<Record>) {
         if self.instances.get(instance).is_some_and(|known| known.sequence == sequence) {
-            match before {
-                Some(before) => drop(self.instances.insert(instance.clone(), before)),
-                None => drop(self.instances.remove(instance)),
-            }
+            self.put(instance, before);
         }
     }
 
@@ -222,20 +221,27 @@ impl Book {
 
     fn set(&mut self, instance: &InstanceId, record: Option<Record>, puts: &mut Vec<Put>) {
         puts.push(put(Table::Instances, instance, record.as_ref().map(Record::text)));
-        match record {
-            Some(record) => drop(self.instances.insert(instance.clone(), record)),
-            None => drop(self.instances.remove(instance)),
+        self.put(instance, record);
+    }
+
+    fn put(&mut self, instance: &InstanceId, record: Option<Record>) {
+        if let Some(record) = record.as_ref().filter(|record| !matches!(record.fate, Fate::Run(_))) {
+            self.past.insert(record.sequence, instance.clone());
+        }
+        let sequence = record.as_ref().map(|record| record.sequence);
+        let before = match record {
+            Some(record) => self.instances.insert(instance.clone(), record),
+            None => self.instances.remove(instance),
+        };
+        if let Some(before) = before.filter(|before| Some(before.sequence) != sequence) {
+            self.past.remove(&before.sequence);
         }
     }
 
     fn forget_past(&mut self, puts: &mut Vec<Put>) {
-        let past = |record: &Record| !matches!(record.fate, Fate::Run(_));
-        if self.instances.values().filter(|record| past(record)).count() <= MOST_PAST {
-            return;
-        }
-        let oldest = self.instances.iter().filter(|(_, record)| past(record)).min_by_key(|(_, record)| record.sequence);
-        if let Some(id) = oldest.map(|(id, _)| id.clone()) {
-            self.set(&id, None, puts);
+        while self.past.len() > MOST_PAST {
+            let Some((_, oldest)) = self.past.pop_first() else { return };
+            self.set(&oldest, None, puts);
         }
     }
 }
