@@ -112,7 +112,11 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
     let sources = crate::config::Sources {
         file: Some("/dev/null".into()),
         environment: Default::default(),
-        flags: vec![crate::config::Flag { name: "--cluster", key: "cluster.host", value: "c.example".into() }],
+        flags: vec![
+            crate::config::Flag { name: "--cluster", key: "cluster.host", value: "c.example".into() },
+            // Each end is told at once.
+            crate::config::Flag { name: "--restart-limit", key: "runtime.restart_limit", value: "0".into() },
+        ],
     };
     let config = Config {
         run_dir: dir.join("run"),
