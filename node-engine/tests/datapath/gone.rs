@@ -57,13 +57,18 @@ pub async fn who_calls_a_service_without_instances_is_told(choice: DatapathChoic
     // The answers are few, however many ask.
     let before = node.counter("told_gone").await;
     let flood = connected(client, SocketAddr::new(SERVICES[0].parse().unwrap(), PORT));
-    for _ in 0..2_000 {
-        let _ = flood.send(b"?");
-    }
     let dropped = || async { node.counter("drop_no_instance").await };
-    let seen = dropped().await;
-    until("the flood has arrived", || async { dropped().await >= seen.max(500) }).await;
-    assert!(node.counter("told_gone").await - before < 400, "{:?}", node.counters().await);
+    let (seen, began) = (dropped().await, std::time::Instant::now());
+    // The queue before user space takes some of a flood only.
+    until("the flood has arrived", || async {
+        for _ in 0..100 {
+            let _ = flood.send(b"?");
+        }
+        dropped().await >= seen + 500
+    })
+    .await;
+    let allowed = 300 + 100 * began.elapsed().as_secs();
+    assert!(node.counter("told_gone").await - before < allowed, "{:?}", node.counters().await);
 }
 
 pub async fn answers_are_counted_and_a_trial_is_one_flow(choice: DatapathChoice) {
@@ -127,10 +132,15 @@ pub async fn a_flood_of_flows_costs_others_nothing(choice: DatapathChoice) {
         }
     });
     let flows: Vec<UdpSocket> = (0..LIVE).map(|_| connected(calm, to)).collect();
+    // Who is refused stays refused; what a full queue has lost is said again.
     let exchange = |flows: &[UdpSocket]| {
         for flow in flows {
-            flow.send(b"one").unwrap();
-            assert_eq!(flow.recv(&mut [0; 16]).expect("an answer"), 3);
+            flow.set_read_timeout(Some(PATIENCE / 10)).unwrap();
+            let answered = (0..10).any(|_| {
+                flow.send(b"one").unwrap();
+                flow.recv(&mut [0; 16]).is_ok_and(|len| len == 3)
+            });
+            assert!(answered, "no answer");
         }
     };
     exchange(&flows);
