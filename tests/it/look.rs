@@ -14,6 +14,10 @@ use lab::topology::{Lab, Plan};
 use lab::wait::until;
 use serde_json::Value;
 
+/// An engine of before 23.0 is told the size only after the command has begun.
+const AWAITS_SIZE: &str =
+    "test -t 0; i=0; while [ $i -lt 100 ] && ! stty size | grep \"33 77\"; do i=$((i+1)); sleep 0.1; done; exit 9";
+
 #[test]
 #[ignore = "needs root"]
 fn everything_the_node_knows_can_be_asked() {
@@ -59,6 +63,8 @@ fn attach_a_thermometer(node: &mut Node) -> Result<()> {
     node.set_variable("NODE_ENGINE_SENSORS", "all");
     node.set_variable("NODE_ENGINE_SENSORS_EVERY", "0.5");
     node.set_variable("NODE_ENGINE_METRICS", "127.0.0.1:9640");
+    // A killed container is told of at once.
+    node.set_variable("NODE_ENGINE_RESTART_LIMIT", "0");
     Ok(())
 }
 
@@ -114,7 +120,7 @@ fn entered(node: &Node) -> Result<()> {
     // `script` gives it a terminal, whose size it says.
     let engine = built("node-engine")?;
     let line = format!(
-        "stty cols 77 rows 33; {} --socket /run/node-engine/api.sock exec web -- sh -c 'test -t 0 && stty size; exit 9'",
+        "stty cols 77 rows 33; {} --socket /run/node-engine/api.sock exec web -- sh -c '{AWAITS_SIZE}'",
         engine.display()
     );
     let ended = capture(node.host.command("script").args(["-qefc", &line, "/dev/null"]))?;

@@ -9,7 +9,11 @@ use lab::topology::{Lab, Plan};
 use lab::wait::until_true;
 use serde_json::json;
 
-const SETTINGS: &[(&str, &str)] = &[("NODE_ENGINE_PROCESS", "true"), ("NODE_ENGINE_PROCESS_USER", "root")];
+const SETTINGS: &[(&str, &str)] =
+    &[("NODE_ENGINE_PROCESS", "true"), ("NODE_ENGINE_PROCESS_USER", "root"), ("NODE_ENGINE_RESTART_LIMIT", "0")];
+/// The size is told when the command has begun.
+const AWAITS_SIZE: &str =
+    "test -t 0; i=0; while [ $i -lt 100 ] && ! stty size | grep \"33 77\"; do i=$((i+1)); sleep 0.1; done; exit 9";
 
 each_datapath!(a_process_is_a_workload_like_any_other);
 
@@ -59,7 +63,7 @@ fn looked_at(node: &Node) {
     assert!(pid < 100 && ended.stderr == b"error\n", "in the namespace of the instance: {ended:?}");
     let engine = built("node-engine").expect("built");
     let line = format!(
-        "stty cols 77 rows 33; {} --socket /run/node-engine/api.sock exec web -- sh -c 'test -t 0 && stty size; exit 9'",
+        "stty cols 77 rows 33; {} --socket /run/node-engine/api.sock exec web -- sh -c '{AWAITS_SIZE}'",
         engine.display()
     );
     let ended = capture(node.host.command("script").args(["-qefc", &line, "/dev/null"])).expect("it runs");
