@@ -40,7 +40,6 @@ mod restart;
 mod standalone;
 mod survive;
 mod underlay;
-mod unikernel;
 mod uninstall;
 mod update;
 mod view;
