@@ -1,6 +1,6 @@
 //! Every door at which bytes of others come in, as a target for a fuzzer: what nobody may make us panic with, and what must hold of
-//! whatever is understood. `cargo xtask fuzz` looks for inputs that break a promise; those it has ever found interesting are under
-//! `tests/fuzz/corpus` and are replayed by a plain `cargo test`.
+//! whatever is understood. `cargo xtask fuzz` looks for inputs that break a promise; the corpora under `tests/fuzz/corpus`, which begin
+//! with the seeds, are replayed by a plain `cargo test`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 

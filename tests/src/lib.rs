@@ -6,7 +6,6 @@
 
 pub mod bench;
 pub mod cluster;
-pub mod guest;
 pub mod host;
 pub mod image;
 pub mod lan;
