@@ -330,7 +330,11 @@ fn stream(to: &str, seconds: &str) -> Outcome {
     while begin.elapsed() < length {
         block[..8].copy_from_slice(&number.to_be_bytes());
         block[BLOCK - 8..].copy_from_slice(&number.to_be_bytes());
-        stream.write_all(&block).map_err(|error| format!("after {number} blocks: {error}"))?;
+        if let Err(error) = stream.write_all(&block) {
+            // The kernel tells a connection's error once, to whichever of the two asks first; the other hears of a broken pipe.
+            let heard = reader.join().map_err(|_| "the reader panicked")?.err();
+            return Err(format!("after {number} blocks: {error}; {}", heard.unwrap_or_default()).into());
+        }
         number += 1;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
