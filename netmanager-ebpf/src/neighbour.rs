@@ -1,5 +1,7 @@
 //! The link address of the next hop to a peer: asked of the kernel's routes and neighbours now and then, in between remembered.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::bindings::{
     __sk_buff, BPF_FIB_LOOKUP_OUTPUT, bpf_fib_lookup as FibLookup, bpf_fib_lookup__bindgen_ty_3 as FibSource,
     bpf_fib_lookup__bindgen_ty_4 as FibDestination,
@@ -12,6 +14,7 @@ use netmanager_common::pipeline::Tables as _;
 use crate::maps::{Maps, neighbour};
 
 const AF_INET: u8 = 2;
+const _: () = assert!(size_of::<FibLookup>().is_multiple_of(4) && align_of::<FibLookup>() >= 4);
 /// Jiffies for which an answer is trusted: a quarter of a second up to two and a half, by the kernel's clock rate.
 const TRUST: u32 = 250;
 
@@ -38,8 +41,14 @@ pub fn next_hop(context: &TcContext, number: u32, peer: &Peer) -> Option<Macs> {
 #[inline(never)]
 fn ask(skb: *mut __sk_buff, number: u32, answer: &mut Macs) {
     let Some(peer) = Maps.peer(number) else { return };
+    let mut block = MaybeUninit::<FibLookup>::uninit();
+    // Cleared word by word: anything else becomes a call, and old kernels count 32 bytes of the stack for one at the end of this chain.
+    for word in 0..size_of::<FibLookup>() / 4 {
+        // SAFETY: inside the block, which is aligned to words.
+        unsafe { block.as_mut_ptr().cast::<u32>().add(word).write_volatile(0) };
+    }
     // SAFETY: integers, arrays and unions of them: all zero is a value.
-    let mut question: FibLookup = unsafe { core::mem::zeroed() };
+    let question = unsafe { block.assume_init_mut() };
     question.family = AF_INET;
     question.ifindex = peer.ifindex;
     question.__bindgen_anon_3 = FibSource { ipv4_src: u32::from_ne_bytes(peer.source.v4_bytes()) };
@@ -47,7 +56,7 @@ fn ask(skb: *mut __sk_buff, number: u32, answer: &mut Macs) {
     // SAFETY: a valid context, and a parameter block of the length that is given.
     let found = unsafe {
         let len = size_of::<FibLookup>() as i32;
-        bpf_fib_lookup(skb.cast(), &raw mut question, len, BPF_FIB_LOOKUP_OUTPUT)
+        bpf_fib_lookup(skb.cast(), question, len, BPF_FIB_LOOKUP_OUTPUT)
     };
     if found == 0 && question.ifindex == peer.ifindex {
         *answer = Macs { destination: Mac(question.dmac), source: Mac(question.smac) };

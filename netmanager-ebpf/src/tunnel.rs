@@ -57,7 +57,11 @@ pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8;
     } else {
         (OUTER_LEN_V4, flags, peer.port)
     };
-    context.skb.adjust_room(room as i32, BPF_ADJ_ROOM_MAC, flags).map_err(|_| Unfit)?;
+    let done = context.skb.adjust_room(room as i32, BPF_ADJ_ROOM_MAC, flags);
+    if done.is_err() {
+        // An old kernel refuses what it does not know before it touches the packet. It takes the inner headers for Ethernet all the same.
+        context.skb.adjust_room(room as i32, BPF_ADJ_ROOM_MAC, flags & !ENCAP_L2_ETH).map_err(|_| Unfit)?;
+    }
 
     if framed {
         *header_at(context, BARE_LEN).ok_or(Unfit)? = Vxlan::OURS;
