@@ -69,9 +69,10 @@ impl Client {
                 });
             }
         }
-        // The HTTP client is built with TLS and wants a provider for it, though nothing here is encrypted.
+        // The HTTP client is built with TLS and wants a provider and roots for it, though nothing here is encrypted.
         let _already_there = rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder().unix_socket(socket).no_proxy().timeout(PATIENCE).build();
+        let http =
+            reqwest::Client::builder().unix_socket(socket).no_proxy().timeout(PATIENCE).tls_certs_only([]).build();
         let http = http.map_err(|error| ClientError::Broken { socket: socket.to_owned(), reason: chain(&error) })?;
         Ok(Self { socket: socket.to_owned(), http })
     }

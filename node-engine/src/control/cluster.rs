@@ -106,7 +106,7 @@ impl ControlPlane for Cluster {
     ) -> anyhow::Result<()> {
         let tls = self.config.mqtt_tls.as_ref().map(client_config).transpose()?;
         let registrar = Registrar {
-            http: http_client()?,
+            http: http_client(self.config.tls)?,
             cluster: self.config,
             facts: self.node.facts,
             public_address: self.node.address,

@@ -33,13 +33,16 @@ pub(super) struct Answer {
     pub(super) body: Vec<u8>,
 }
 
-/// The client for the cluster manager. It goes there directly: broker and tunnels cannot take a proxy either.
+/// The client for the cluster manager. It goes there directly: broker and tunnels cannot take a proxy either. Only where it is asked over
+/// TLS are the system's roots read: small machines have none.
 ///
 /// # Errors
 /// Where the TLS roots of the system cannot be used.
-pub(super) fn client() -> Result<reqwest::Client, HttpError> {
+pub(super) fn client(tls: bool) -> Result<reqwest::Client, HttpError> {
     super::tls::ensure_provider();
-    Ok(reqwest::Client::builder().connect_timeout(CONNECT).timeout(ANSWER).no_proxy().build()?)
+    let client = reqwest::Client::builder().connect_timeout(CONNECT).timeout(ANSWER).no_proxy();
+    let client = if tls { client } else { client.tls_certs_only([]) };
+    Ok(client.build()?)
 }
 
 /// Sends a request and reads at most `limit` bytes of answer.

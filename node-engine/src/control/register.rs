@@ -196,6 +196,6 @@ impl RegisterError {
 }
 
 /// A client for the cluster manager.
-pub(super) fn http_client() -> Result<reqwest::Client, HttpError> {
-    http::client()
+pub(super) fn http_client(tls: bool) -> Result<reqwest::Client, HttpError> {
+    http::client(tls)
 }

@@ -114,7 +114,7 @@ async fn a_namespace_that_is_never_confirmed_is_spoken_to_anyway() {
 #[tokio::test]
 async fn a_refused_namespace_is_an_error_with_its_reason() {
     let init = Init::start(Manner::Refusing, 1).await;
-    let http = super::super::http::client().unwrap();
+    let http = super::super::http::client(false).unwrap();
     let base = format!("http://127.0.0.1:{}", init.port);
     let error = super::super::socketio::register(&http, &base, "{}").await.unwrap_err();
     assert!(error.to_string().contains("not you"), "{error}");
@@ -123,7 +123,7 @@ async fn a_refused_namespace_is_an_error_with_its_reason() {
 #[tokio::test]
 async fn whoever_speaks_no_engine_io_is_refused() {
     let manager = Manager::start(1, true).await;
-    let http = super::super::http::client().unwrap();
+    let http = super::super::http::client(false).unwrap();
     let error = super::super::socketio::register(&http, &format!("http://127.0.0.1:{}", manager.port), "{}").await;
     assert!(error.unwrap_err().to_string().contains("404"));
 }
