@@ -1,7 +1,7 @@
 #!/bin/sh
 # Starts the Node Engine in the foreground.
 #
-#   ./start-up.sh amd64|arm-7 [OPTION...]
+#   ./start-up.sh amd64|arm64|arm-7 [OPTION...]
 #
 # The cluster is named by CLUSTER_MANAGER_IP (and CLUSTER_MANAGER_PORT), by an option of node-engine such as --cluster, or in
 # /etc/node-engine/config.toml. The superuser password will be asked. With nohup it goes on after logging out:
@@ -20,9 +20,13 @@ usage() {
 architecture=$1
 shift
 case $architecture in
-    amd64) targets="x86_64-unknown-linux-musl x86_64-unknown-linux-gnu"; machines="x86_64" ;;
-    arm-7) targets="armv7-unknown-linux-musleabihf armv7-unknown-linux-gnueabihf"; machines="armv7l armv8l" ;;
-    *) echo "start-up.sh: $architecture is not an architecture: amd64 or arm-7" >&2; usage ;;
+    amd64) target_name=amd64 targets="x86_64-unknown-linux-musl x86_64-unknown-linux-gnu"; machines="x86_64" ;;
+    arm64) target_name=arm64 targets="aarch64-unknown-linux-musl aarch64-unknown-linux-gnu"; machines="aarch64" ;;
+    arm-7)
+        target_name=armv7 targets="armv7-unknown-linux-musleabihf armv7-unknown-linux-gnueabihf"
+        machines="armv7l armv8l"
+        ;;
+    *) echo "start-up.sh: $architecture is not an architecture: amd64, arm64 or arm-7" >&2; usage ;;
 esac
 
 # A build for this architecture, the newest kind first: named, beside this script, cross-built, or built on this machine.
@@ -31,8 +35,10 @@ find_binary() {
         [ -n "$candidate" ] && [ -x "$candidate" ] && echo "$candidate" && return
     done
     for target in $targets; do
-        candidate=$here/../target/$target/release/node-engine
-        [ -x "$candidate" ] && echo "$candidate" && return
+        for directory in "cross/$target/dist" "$target/release"; do
+            candidate=$here/../target/$directory/node-engine
+            [ -x "$candidate" ] && echo "$candidate" && return
+        done
     done
     case " $machines " in
         *" $(uname -m) "*)
@@ -46,7 +52,11 @@ find_binary() {
 if ! binary=$(find_binary); then
     case " $machines " in
         *" $(uname -m) "*) ;;
-        *) echo "start-up.sh: this machine is $(uname -m), and there is no build for $architecture" >&2; exit 1 ;;
+        *)
+            echo "start-up.sh: this machine is $(uname -m), and there is no build for $architecture; elsewhere it is made by" >&2
+            echo "    cargo xtask build --release --target $target_name" >&2
+            exit 1
+            ;;
     esac
     if ! command -v cargo >/dev/null; then
         echo "start-up.sh: there is no build for $architecture, and no cargo to make one: see https://rustup.rs" >&2

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use aya::maps::{Array, HashMap, MapData};
-use aya::programs::{SchedClassifier, Xdp};
+use aya::programs::{Program, SchedClassifier, Xdp};
 use aya::{Ebpf, EbpfLoader, Pod, TestRun, TestRunOptions};
 use netmanager_common::abi::Answers;
 use netmanager_common::addr::Addr;
@@ -14,6 +14,7 @@ use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::testing::{Case, Direction, Frames, GATEWAY_MAC, HERE, PORT, World, cases};
 use netmanager_common::verdict::{DropReason, Miss, Verdict};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 const ETH_LEN: usize = 14;
 const OUTER_LEN: usize = ETH_LEN + 28;
@@ -36,17 +37,35 @@ fn every_case_is_decided_as_the_law_says() {
     }
 }
 
-/// What loading costs a node at its start, and how near the kernel's limit of a million is.
+/// What loading costs a node at its start, and how near the kernel's limit of a million is. Every program is tried, so that another
+/// kernel's words on each of them are seen at once (`cargo xtask vm`).
 #[test]
 #[ignore = "needs root"]
 fn programs_are_cheap_to_verify() {
-    let kernel = Kernel::load(&World::sample());
-    for (name, program) in kernel.ebpf.programs() {
+    let mut ebpf = object(&mut EbpfLoader::new());
+    let mut refused = Vec::new();
+    for (name, program) in ebpf.programs_mut() {
+        let loaded = match program {
+            Program::SchedClassifier(program) => program.load(),
+            Program::Xdp(program) => program.load(),
+            _ => panic!("{name} is of a kind that nothing attaches"),
+        };
+        if let Err(error) = loaded {
+            println!("program {name}: refused");
+            refused.push(format!("{name}: {error:?}"));
+            continue;
+        }
         let info = program.info().expect("the program is loaded");
-        let (verified, jited) = (info.verified_instruction_count().unwrap_or(0), info.size_jitted());
-        println!("{name}: {verified} instructions verified, {jited} bytes of machine code");
-        assert!(verified < 150_000, "{name}: {verified}");
+        // Kernels before 5.16 do not tell.
+        match info.verified_instruction_count() {
+            Some(verified) if verified > 0 => {
+                println!("program {name}: {verified}");
+                assert!(verified < 150_000, "{name}: {verified}");
+            }
+            _ => println!("program {name}: loads"),
+        }
     }
+    assert!(refused.is_empty(), "{}", refused.join("\n"));
 }
 
 #[test]
@@ -202,12 +221,8 @@ struct Kernel {
 
 impl Kernel {
     fn load(world: &World) -> Self {
-        let path = object_path();
-        let object = std::fs::read(&path)
-            .unwrap_or_else(|error| panic!("{}: {error} (run `cargo xtask build-ebpf`)", path.display()));
         let pick = u64::from(world.pick) + 1;
-        let mut ebpf =
-            EbpfLoader::new().override_global("FIXED_PICK", &pick, true).load(&object).expect("the object loads");
+        let mut ebpf = object(EbpfLoader::new().override_global("FIXED_PICK", &pick, true));
         for name in ["tc_veth_ingress", "tc_uplink_ingress", "tc_framed_ingress", "tc_framing_ingress"] {
             let program: &mut SchedClassifier =
                 ebpf.program_mut(name).expect("the program is there").try_into().expect("a classifier");
@@ -286,6 +301,16 @@ impl Kernel {
         assert!(some(|one| one.answered) && some(|one| one.refused), "{:?}", world.answers);
         assert!(world.trials.is_empty(), "each was taken: {:?}", world.trials);
     }
+}
+
+/// The object with its maps, none of its programs loaded yet.
+fn object(loader: &mut EbpfLoader<'_>) -> Ebpf {
+    // Kernels before 5.11 count maps against it.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).expect("root may have as much as it likes");
+    let path = object_path();
+    let object = std::fs::read(&path)
+        .unwrap_or_else(|error| panic!("{}: {error} (run `cargo xtask build-ebpf`)", path.display()));
+    loader.load(&object).expect("the object loads")
 }
 
 fn object_path() -> PathBuf {

@@ -104,10 +104,37 @@ fn start_up_hands_the_environment_over_to_the_superuser() {
 }
 
 #[test]
-fn start_up_knows_the_two_architectures() {
+fn start_up_knows_the_architectures_and_what_is_built_for_each() {
     for (arguments, code) in [(&[] as &[&str], 2), (&["mips"], 2)] {
         let output = Command::new(script("start-up.sh")).args(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(code));
-        assert!(text(&output.stderr).contains("amd64|arm-7"), "{}", text(&output.stderr));
+        assert!(text(&output.stderr).contains("amd64|arm64|arm-7"), "{}", text(&output.stderr));
+    }
+    // A checkout of the test's own, on a machine of another kind.
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("scripts/start-up.sh");
+    fs::create_dir_all(dir.path().join("scripts")).unwrap();
+    fs::copy(script("start-up.sh"), &copy).unwrap();
+    executable(&dir.path().join("id"), "#!/bin/sh\necho 0\n");
+    executable(&dir.path().join("uname"), "#!/bin/sh\necho mips\n");
+    let start = |architecture: &str| -> Output {
+        let path = format!("{}:/usr/bin:/bin", dir.path().display());
+        Command::new(&copy).args([architecture, "--now"]).env_clear().env("PATH", path).output().unwrap()
+    };
+    for (architecture, name, triple) in [
+        ("amd64", "amd64", "x86_64-unknown-linux-gnu"),
+        ("arm64", "arm64", "aarch64-unknown-linux-gnu"),
+        ("arm-7", "armv7", "armv7-unknown-linux-gnueabihf"),
+    ] {
+        let without = start(architecture);
+        assert_eq!(without.status.code(), Some(1));
+        let wanted = format!("cargo xtask build --release --target {name}");
+        assert!(text(&without.stderr).contains(&wanted), "{}", text(&without.stderr));
+
+        let built = dir.path().join("target/cross").join(triple).join("dist");
+        fs::create_dir_all(&built).unwrap();
+        executable(&built.join("node-engine"), &format!("#!/bin/sh\necho {name} \"$@\"\n"));
+        let output = start(architecture);
+        assert_eq!(text(&output.stdout), format!("{name} --now\n"), "{}", text(&output.stderr));
     }
 }

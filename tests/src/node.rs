@@ -1,6 +1,7 @@
 //! A node: a simulated host with the engine's daemon on it.
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -45,6 +46,8 @@ pub struct Node {
     cluster: String,
     options: Vec<String>,
     settings: Vec<(String, String)>,
+    /// Where the daemon is not the one of this build.
+    program: Option<PathBuf>,
     daemon: Option<Child>,
 }
 
@@ -86,7 +89,16 @@ impl Node {
         let options = options.iter().map(|&option| option.to_owned()).collect();
         // What the daemon makes itself goes with the host, as what its dockerd makes does.
         let settings = vec![("NODE_ENGINE_CONTROL_GROUP".to_owned(), format!("/{}", host.group()))];
-        Self { host, number, datapath, cluster: lan::CLUSTER.to_owned(), options, settings, daemon: None }
+        Self {
+            host,
+            number,
+            datapath,
+            cluster: lan::CLUSTER.to_owned(),
+            options,
+            settings,
+            program: None,
+            daemon: None,
+        }
     }
 
     /// Further settings of the daemon, as variables of its environment.
@@ -116,6 +128,15 @@ impl Node {
         self.settings.push((name.to_owned(), value.to_owned()));
     }
 
+    /// The daemon that the next start runs.
+    pub fn set_program(&mut self, program: PathBuf) {
+        self.program = Some(program);
+    }
+
+    fn program(&self) -> Result<PathBuf> {
+        self.program.clone().map_or_else(|| built("node-engine"), Ok)
+    }
+
     /// Starts the daemon; it may not be ready yet.
     pub fn start(&mut self) -> Result<()> {
         if self.daemon.is_some() {
@@ -125,7 +146,7 @@ impl Node {
         let log = log.context("cannot make the daemon's log")?;
         let child = self
             .host
-            .command(built("node-engine")?)
+            .command(self.program()?)
             .args(["--cluster", &self.cluster, "--name", self.host.name(), "--datapath", self.datapath.name()])
             .args(["--uplink", "eth0", "--run-dir", RUN])
             .arg("--state-dir")

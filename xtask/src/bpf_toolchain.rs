@@ -11,6 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::cache;
 use crate::process::{cargo, output, run, which, without_leaks};
 
 pub(crate) const TARGET: &str = "bpfel-unknown-none";
@@ -134,13 +135,8 @@ fn linker(compiler: &Compiler) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Outside `target/`, so that neither `cargo clean` nor a fresh clone builds it again.
 fn linker_cache() -> Result<PathBuf> {
-    let cache = match env::var_os("XDG_CACHE_HOME").filter(|value| !value.is_empty()) {
-        Some(cache) => PathBuf::from(cache),
-        None => PathBuf::from(env::var_os("HOME").context("neither XDG_CACHE_HOME nor HOME is set")?).join(".cache"),
-    };
-    Ok(cache.join("node-engine/bpf-linker"))
+    cache::directory("bpf-linker")
 }
 
 /// Installs bpf-linker for the compiler unless it is there already.

@@ -9,6 +9,9 @@ const SHT_SYMTAB: u32 = 2;
 const SHF_EXECINSTR: u64 = 4;
 const STT_FUNC: u8 = 2;
 const PT_INTERP: u32 = 3;
+/// How little-endian files begin, of 64 bits and of 32.
+const WIDE: &[u8] = b"\x7fELF\x02\x01";
+const NARROW: &[u8] = b"\x7fELF\x01\x01";
 
 /// A function in an executable section.
 #[derive(Debug, PartialEq, Eq)]
@@ -27,10 +30,19 @@ pub(crate) fn functions(path: &Path) -> Result<Vec<Function>> {
 /// Does the program run without a dynamic linker?
 pub(crate) fn is_static(path: &Path) -> Result<bool> {
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let elf = Elf::new(&bytes)?;
-    let (start, size, count) = (elf.u64(0x20)?, u64::from(elf.u16(0x36)?), u64::from(elf.u16(0x38)?));
-    for index in 0..count {
-        if elf.u32(start + index * size)? == PT_INTERP {
+    parse_static(&bytes).with_context(|| format!("{} is not a whole ELF program", path.display()))
+}
+
+fn parse_static(bytes: &[u8]) -> Result<bool> {
+    let (elf, start, size, count) = if bytes.starts_with(NARROW) {
+        let elf = Elf { bytes };
+        (elf, u64::from(elf.u32(0x1c)?), elf.u16(0x2a)?, elf.u16(0x2c)?)
+    } else {
+        let elf = Elf::new(bytes)?;
+        (elf, elf.u64(0x20)?, elf.u16(0x36)?, elf.u16(0x38)?)
+    };
+    for index in 0..u64::from(count) {
+        if elf.u32(start + index * u64::from(size))? == PT_INTERP {
             return Ok(false);
         }
     }
@@ -69,13 +81,14 @@ struct Section {
     link: u32,
 }
 
+#[derive(Clone, Copy)]
 struct Elf<'a> {
     bytes: &'a [u8],
 }
 
 impl<'a> Elf<'a> {
     fn new(bytes: &'a [u8]) -> Result<Self> {
-        if !bytes.starts_with(b"\x7fELF\x02\x01") {
+        if !bytes.starts_with(WIDE) {
             bail!("not a little-endian 64-bit ELF file");
         }
         Ok(Self { bytes })
@@ -139,5 +152,21 @@ mod tests {
         for cut in [0, 5, 63, 64, own.len() / 2] {
             assert!(parse_functions(&own[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn a_program_is_static_where_nothing_is_to_interpret_it() {
+        let own = fs::read(std::env::current_exe().expect("a test program has a path")).expect("readable");
+        assert!(!parse_static(&own).expect("the compiler writes good ELF"), "tests are linked dynamically");
+        for (segment, is_static) in [(1, true), (PT_INTERP, false)] {
+            let mut narrow = NARROW.to_vec();
+            narrow.resize(0x34, 0);
+            narrow[0x1c] = 0x34;
+            (narrow[0x2a], narrow[0x2c]) = (32, 1);
+            narrow.extend(segment.to_le_bytes());
+            assert_eq!(parse_static(&narrow).expect("whole"), is_static);
+            assert!(parse_static(&narrow[..0x34]).is_err(), "its segments are cut off");
+        }
+        assert!(parse_static(b"#!/bin/sh").is_err());
     }
 }

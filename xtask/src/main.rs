@@ -5,10 +5,15 @@
 
 mod bench;
 mod bpf_toolchain;
+mod build;
+mod cache;
 mod ci;
+mod cross;
+mod debian;
 mod demo;
 mod ebpf;
 mod elf;
+mod footprint;
 mod fuzz;
 mod lint;
 mod process;
@@ -16,10 +21,13 @@ mod setup;
 mod source;
 mod test;
 mod tidy;
+mod vm;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::cross::Target;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Builds, checks and shows node-engine")]
@@ -38,6 +46,15 @@ enum Task {
     },
     /// Build the eBPF programs into target/ebpf
     BuildEbpf,
+    /// Build the daemon for this machine or another, with the eBPF programs in it, into target/cross
+    Build {
+        /// amd64, arm64 or armv7; this machine by default
+        #[arg(long)]
+        target: Option<Target>,
+        /// As it is handed out: optimised, small, stripped
+        #[arg(long)]
+        release: bool,
+    },
     /// Check format, clippy (host and eBPF) and tidiness
     Lint {
         /// Only clippy of the eBPF crate
@@ -74,6 +91,21 @@ enum Task {
         #[arg(long)]
         keep: bool,
     },
+    /// Measure what the daemon costs an idle node, and compare it with what is promised
+    Footprint {
+        /// Fewer starts and a shorter watch, as CI does
+        #[arg(long)]
+        short: bool,
+    },
+    /// Boot other kernels in emulators: every program into the verifier, real packets, a node that joins a cluster
+    Vm {
+        /// amd64 or armv7
+        #[arg(long, default_value = "amd64")]
+        arch: Target,
+        /// A version such as 6.1, the newest that Debian's archive has of it; `all`; 5.10, 6.1 and 6.12 by default
+        #[arg(long)]
+        kernel: Vec<String>,
+    },
     /// lint, demo and test, as CI does
     Ci,
 }
@@ -83,6 +115,9 @@ fn main() -> ExitCode {
         Task::Setup { ebpf: true } => setup::ebpf(),
         Task::Setup { ebpf: false } => setup::everything(),
         Task::BuildEbpf => ebpf::build().map(drop),
+        Task::Build { target, release } => {
+            target.map_or_else(Target::own, Ok).and_then(|target| build::run(target, release)).map(drop)
+        }
         Task::Lint { ebpf: true } => ebpf::clippy(),
         Task::Lint { ebpf: false } => lint::run(),
         Task::Tidy => tidy::run(),
@@ -90,6 +125,8 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),
+        Task::Footprint { short } => footprint::run(short),
+        Task::Vm { arch, kernel } => vm::run(arch, &kernel),
         Task::Ci => ci::run(),
     };
     match outcome {

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::bpf_toolchain;
+use crate::cross::{Target, Toolchain};
 use crate::elf;
 use crate::process::{as_root, cargo, output, run, which};
 
@@ -90,6 +91,28 @@ pub(crate) fn ebpf() -> Result<()> {
     let linker = bpf_toolchain::ensure_linker(&compiler)?;
     println!("setup: eBPF is built by {} and {}", compiler.rustc.display(), linker.display());
     Ok(())
+}
+
+/// What building for another machine needs.
+pub(crate) fn cross(target: Target) -> Result<()> {
+    let Err(reason) = Toolchain::find(target) else { return Ok(()) };
+    println!("missing: {reason:#}");
+    apt_install(&target.packages().iter().map(String::as_str).collect::<Vec<_>>())?;
+    if Toolchain::find(target).is_err() {
+        apt_install(&["rustc-web", "libstd-rust-web-dev"])?;
+    }
+    Toolchain::find(target).map(drop)
+}
+
+/// What running another machine's programs, or the whole machine, needs: programs, each with its package.
+pub(crate) fn emulators(needs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> =
+        needs.iter().filter(|(name, _)| which(name).is_none()).map(|(_, package)| *package).collect();
+    apt_install(&missing)?;
+    match needs.iter().find(|(name, _)| which(name).is_none()) {
+        Some((name, package)) => bail!("{name} is still missing after installing {package}"),
+        None => Ok(()),
+    }
 }
 
 /// What judging the sources needs: rustup's smallest profile comes without.

@@ -1,16 +1,21 @@
 //! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), tidies up.
 
 mod demo;
+mod vm;
 
 use std::net::UdpSocket;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use lab::footprint::{self, Effort};
 use lab::host::{Docker, Host};
+use lab::node::Datapath;
 use lab::scratch::{self, Scratch};
 
 const USAGE: &str = "usage: lab demo                       two nodes and a cluster on this machine, step by step
+       lab footprint DAEMON [--short]  what a daemon costs an idle node
+       lab vm MACHINE OPTION VALUE...  other kernels, in emulators (see `cargo xtask vm`)
        lab host-run -- PROGRAM ARGUMENTS  run a program on a simulated host with its own dockerd
        lab clean                      remove what killed runs have left";
 
@@ -29,6 +34,8 @@ fn main() -> ExitCode {
 fn run(words: &[&str]) -> Result<ExitCode> {
     match words {
         ["demo"] => demo::run()?,
+        ["footprint", daemon, short @ ..] => return footprint(Path::new(daemon), short.contains(&"--short")),
+        ["vm", machine, options @ ..] => vm::run(machine, options)?,
         ["host-run", "--", command @ ..] => return host_run(command),
         ["clean"] => {
             for path in scratch::clean()? {
@@ -41,6 +48,25 @@ fn run(words: &[&str]) -> Result<ExitCode> {
         }
         ["datagrams", to, times, payloads @ ..] => datagrams(to, times.parse()?, payloads)?,
         _ => bail!("{USAGE}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn footprint(daemon: &Path, short: bool) -> Result<ExitCode> {
+    let effort = if short { Effort::SHORT } else { Effort::FULL };
+    let mut exceeded = 0;
+    for datapath in [Datapath::Ebpf, Datapath::Tun] {
+        println!(
+            "an idle node with two instances, its overlay on {}, watched for {:?}:",
+            datapath.name(),
+            effort.watch
+        );
+        let (text, beyond) = footprint::measure(daemon, datapath, effort)?.report();
+        println!("{text}");
+        exceeded += beyond;
+    }
+    if exceeded > 0 {
+        bail!("{exceeded} figures exceed their limits");
     }
     Ok(ExitCode::SUCCESS)
 }
