@@ -112,6 +112,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         plan: plan(&desired),
         notes: noting,
         restarts: config.runtime.restarts,
+        devices: devices.clone(),
         parse: |document| crate::wire::deploy(document.as_bytes(), None).ok(),
         drain: drain.clone(),
     });

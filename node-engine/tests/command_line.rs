@@ -60,8 +60,24 @@ fn version_and_help_are_told() {
     assert_eq!(String::from_utf8_lossy(&version.stdout), format!("node-engine {}\n", env!("CARGO_PKG_VERSION")));
     let help = run(&["--help"]);
     assert!(help.status.success());
-    for command in ["standalone", "status", "ps", "logs", "deploy", "delete", "replicate", "move", "nodes", "uninstall"]
-    {
+    for command in [
+        "standalone",
+        "status",
+        "ps",
+        "logs",
+        "inspect",
+        "stats",
+        "exec",
+        "events",
+        "hardware",
+        "metrics",
+        "deploy",
+        "delete",
+        "replicate",
+        "move",
+        "nodes",
+        "uninstall",
+    ] {
         assert!(String::from_utf8_lossy(&help.stdout).contains(command), "{command} is not in the help");
     }
 }

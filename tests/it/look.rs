@@ -44,6 +44,7 @@ fn everything_the_node_knows_can_be_asked() {
         assert!(hardware.contains(word), "no {word} in {hardware}");
     }
     carried(&lab).expect("messages on the broker");
+    given(&lab).expect("a device by its name");
     let status = say(node, &["status"]).expect("status");
     let line = status.lines().find(|line| line.starts_with("sent today")).expect("what was sent");
     for purpose in ["information ", "resources ", "job ", "net ", "sensors "] {
@@ -59,6 +60,13 @@ fn attach_a_thermometer(node: &mut Node) -> Result<()> {
     fs::create_dir_all(&monitor)?;
     fs::write(monitor.join("name"), "tmp117\n")?;
     fs::write(monitor.join("temp1_input"), "21500\n")?;
+    // And an accelerometer, whose node is a second /dev/zero.
+    let accelerometer = tree.join("bus/iio/devices/iio:device0");
+    fs::create_dir_all(&accelerometer)?;
+    fs::write(accelerometer.join("name"), "lsm6dso\n")?;
+    let devices = node.host.directory().join("dev");
+    node.host.shell(&format!("mkdir -p {0}; mknod {0}/iio:device0 c 1 5", devices.display()))?;
+    node.set_variable("NODE_ENGINE_DEV_DIR", &devices.to_string_lossy());
     node.set_variable("NODE_ENGINE_SYS_DIR", &tree.to_string_lossy());
     node.set_variable("NODE_ENGINE_SENSORS", "all");
     node.set_variable("NODE_ENGINE_SENSORS_EVERY", "0.5");
@@ -210,6 +218,30 @@ fn carried(lab: &Lab) -> Result<()> {
         "{sensor}"
     );
     assert!(sensor["time"].as_f64() > Some(1.7e9), "{sensor}");
+    Ok(())
+}
+
+/// Checked at the deployment, and there for the instance.
+fn given(lab: &Lab) -> Result<()> {
+    let document = |name: &str, device: &str| {
+        serde_json::json!({
+            "job_name": format!("app.default.{name}.default"), "virtualization": "container", "image": lab::image::PROBE,
+            "devices": [device],
+        })
+    };
+    lab.cluster.deploy_document(&document("reads", "lsm6dso"), "node-a")?;
+    lab.cluster.running("reads", 1)?;
+    let node = &lab.nodes[0];
+    let said = say(node, &["exec", "reads", "--", "sh", "-c", "head -c 4 /dev/iio:device0 | od -An -tx1"])?;
+    assert_eq!(said.trim(), "00 00 00 00");
+    let known = ask(node, &["inspect", "reads"])?;
+    assert!(
+        known["runtime"]["devices"][0].as_str().is_some_and(|node| node.ends_with("/dev/iio:device0")),
+        "{known:#}"
+    );
+    lab.cluster.deploy_document(&document("lost", "camera7"), "node-a")?;
+    let reason = lab.cluster.ended("lost", "FAILED")?;
+    assert_eq!(reason, "device: camera7 is not attached to this node; attached: lsm6dso");
     Ok(())
 }
 

@@ -37,6 +37,9 @@ pub(super) struct DeployArgs {
     /// CPU limit
     #[arg(long, requires = "image", value_name = "N")]
     vcpus: Option<u32>,
+    /// Device of the node, by its name in `node-engine hardware` or as vendor/class=name (CDI); may be repeated
+    #[arg(long = "device", requires = "image", value_name = "NAME")]
+    devices: Vec<String>,
     /// What runs it: container, unikernel, wasm
     #[arg(long, requires = "image", value_name = "TECHNOLOGY", default_value = "container")]
     technology: String,
@@ -82,6 +85,9 @@ impl DeployArgs {
             "port": self.ports.join(";"),
             "one_shot": self.one_shot,
         });
+        if !self.devices.is_empty() {
+            document["devices"] = json!(self.devices);
+        }
         if let Some(memory) = self.memory {
             document["memory"] = memory.into();
         }

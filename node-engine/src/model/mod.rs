@@ -20,7 +20,7 @@ pub use node::{
     NodeHealth, NodeId, NodeIdentity, NodeUsage, Pressure, Subnet, Wear,
 };
 pub use service::{
-    Addresses, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName, ServicePattern,
-    Technology,
+    Addresses, DeviceGrant, InstanceId, InstanceSpec, InvalidName, Limits, PortMapping, Protocol, ServiceName,
+    ServicePattern, Technology,
 };
 pub use status::Status;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -188,6 +189,8 @@ pub struct InstanceSpec {
     pub files: Vec<AddedFile>,
     /// What the node mounts into the instance. No description asks for it by itself.
     pub mounts: Vec<Mount>,
+    /// Devices of the node.
+    pub devices: Vec<DeviceGrant>,
     /// Exit code 0 means completed, not dead.
     pub one_shot: bool,
     pub privileged: bool,
@@ -214,10 +217,27 @@ impl InstanceSpec {
             volumes: Vec::new(),
             files: Vec::new(),
             mounts: Vec::new(),
+            devices: Vec::new(),
             one_shot: false,
             privileged: false,
             document: "".into(),
         }
+    }
+}
+
+/// A device that an instance asks for, and, once the node has granted it, what that is here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceGrant {
+    /// Name or id of something attached; or `vendor/class=name`, which a CDI specification of the node describes.
+    pub name: String,
+    /// Device nodes; empty until it is granted, and for what CDI describes.
+    pub nodes: Vec<PathBuf>,
+}
+
+impl DeviceGrant {
+    /// What is granted by the runtime, by a specification that vendors install (Container Device Interface).
+    pub fn is_cdi(&self) -> bool {
+        self.name.contains('=')
     }
 }
 

@@ -82,7 +82,7 @@ pub fn look(roots: &Roots) -> Hardware {
         memory_bytes: memory(roots),
         disks: disks(roots),
         networks: networks(roots),
-        gpus: gpus(gpu::cards(roots), usage),
+        gpus: gpus(roots, gpu::cards(roots), usage),
         devices: found.into_iter().map(|device| (device.clone(), devices::read(&device))).collect(),
     }
 }
@@ -164,20 +164,14 @@ fn networks(roots: &Roots) -> Vec<Network> {
 }
 
 /// Cards with their usage, matched by driver in the order in which both are told; then usage of what is no card.
-fn gpus(cards: Vec<Card>, mut usage: Vec<GpuUsage>) -> Vec<Gpu> {
+fn gpus(roots: &Roots, cards: Vec<Card>, mut usage: Vec<GpuUsage>) -> Vec<Gpu> {
     let mut gpus: Vec<Gpu> = cards
         .into_iter()
         .map(|card| {
             let same = |gpu: &GpuUsage| gpu.driver.split(' ').next() == Some(card.driver.as_str());
             let found = usage.iter().position(same).map(|at| usage.remove(at));
-            Gpu {
-                name: card.name,
-                vendor: card.vendor,
-                driver: card.driver,
-                place: card.place,
-                id: card.id,
-                usage: found,
-            }
+            let name = gpu::name(roots, &card);
+            Gpu { name, vendor: card.vendor, driver: card.driver, place: card.place, id: card.id, usage: found }
         })
         .collect();
     gpus.extend(usage.into_iter().map(|gpu| Gpu {

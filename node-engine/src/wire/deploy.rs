@@ -9,7 +9,7 @@ use super::furniture::{self, FileDocument, VolumeDocument};
 use super::json::{MAX_DOCUMENT, Malformed, Members, excerpt};
 use super::service_name;
 use crate::model::{
-    InstanceId, InstanceSpec, InvalidName, Limits, NodeId, PortMapping, Protocol, ServiceName, Technology,
+    DeviceGrant, InstanceId, InstanceSpec, InvalidName, Limits, NodeId, PortMapping, Protocol, ServiceName, Technology,
 };
 
 /// Why a job document cannot be carried out. Carries the instance where that much was understood, so that the cluster can
@@ -47,6 +47,8 @@ pub enum DeployFault {
     User(String),
     #[error("working directory {0} is not an absolute path")]
     Directory(String),
+    #[error("device {0} is neither the name of a device nor vendor/class=name")]
+    Device(String),
     #[error("environment entry {0} is not of the form NAME=value")]
     Environment(String),
     #[error("port mapping {text}: {reason} (expected host:container/tcp|udp, several joined by `;`)")]
@@ -117,6 +119,7 @@ fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, De
         volumes: furniture::volumes(members)?,
         files: furniture::files(members)?,
         mounts: Vec::new(),
+        devices: devices(members)?,
         one_shot: members.flag("one_shot")?,
         privileged: members.flag("privileged")?,
         document: Arc::from(""),
@@ -314,6 +317,18 @@ fn platform(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
     Ok(Some(platform))
 }
 
+/// Ours: no generation of the reference system gives devices away. The node says at the deployment whether it has them.
+fn devices(members: &Members<'_>) -> Result<Vec<DeviceGrant>, DeployFault> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:/=".contains(&byte);
+    let names = members.texts("devices")?.into_iter().map(|name| {
+        if name.is_empty() || name.len() > 128 || !name.bytes().all(plain) {
+            return Err(DeployFault::Device(excerpt(name.as_bytes())));
+        }
+        Ok(DeviceGrant { name, nodes: Vec::new() })
+    });
+    names.collect()
+}
+
 fn user(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
     let Some(user) = members.said("user")? else { return Ok(None) };
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
@@ -387,6 +402,8 @@ pub struct Document {
     volumes: Vec<VolumeDocument>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     added_files: Vec<FileDocument>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub one_shot: bool,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -418,6 +435,7 @@ impl From<&InstanceSpec> for Document {
             vgpus: spec.limits.vgpus,
             volumes: VolumeDocument::of(spec),
             added_files: FileDocument::of(spec),
+            devices: spec.devices.iter().map(|device| device.name.clone()).collect(),
             one_shot: spec.one_shot,
             privileged: spec.privileged,
         }

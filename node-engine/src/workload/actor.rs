@@ -22,6 +22,7 @@ use crate::model::{EventKind, InstanceId, InstanceSpec, InstanceUsage, Report, S
 use crate::netmanager::{Attachment, NetError};
 use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
 
+mod grant;
 mod look;
 #[cfg(test)]
 mod tests;
@@ -338,8 +339,9 @@ impl Actor {
         self.setup.events.say_of(&spec.id, EventKind::Status(Status::Creating), spec.image.clone());
         let (runtime, instance, token) = (self.runtime(&spec.technology), spec.id.clone(), CancellationToken::new());
         self.prepares.insert(instance.clone(), token.clone());
+        let granted = grant::grant(&spec, &self.setup.devices.borrow());
         let step = async move {
-            let runtime = held(runtime)?;
+            let (runtime, spec) = (held(runtime)?, granted?);
             // Dropping the prepare is allowed at any point; the stop that follows cleans up.
             tokio::select! {
                 sandbox = runtime.prepare(&spec) => sandbox.map(|sandbox| sandbox.netns),

@@ -13,13 +13,15 @@ mod wish;
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::config::{OnExit, Restarts};
 use crate::drain::Drain;
 use crate::events::Events;
-use crate::model::{Addresses, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
+use crate::model::{
+    Addresses, Device, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology,
+};
 use crate::netmanager::NetManager;
 use crate::runtime::{Exec, Follow, Runtime, RuntimeError, Session};
 
@@ -47,6 +49,8 @@ pub struct Setup {
     /// Told what the plan of the next run has to take in.
     pub notes: mpsc::Sender<Note>,
     pub restarts: Restarts,
+    /// What is attached to the node, to be given to instances that ask for it.
+    pub devices: watch::Receiver<Arc<Vec<Device>>>,
     /// Reads back `InstanceSpec::document`.
     pub parse: fn(&str) -> Option<InstanceSpec>,
     pub drain: Drain,

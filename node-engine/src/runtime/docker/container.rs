@@ -2,6 +2,7 @@
 //! which joins it.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use bollard::models::{
     ContainerCreateBody, DeviceMapping, DeviceRequest, HostConfig, HostConfigLogConfig, Mount, MountType,
@@ -58,11 +59,17 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
         capabilities: Some(vec![vec!["gpu".into()]]),
         ..DeviceRequest::default()
     };
-    let fuse = DeviceMapping {
-        path_on_host: Some("/dev/fuse".into()),
-        path_in_container: Some("/dev/fuse".into()),
-        cgroup_permissions: Some("rwm".into()),
-    };
+    let fuse = spec.privileged.then(|| mapped(Path::new("/dev/fuse")));
+    let granted = spec.devices.iter().flat_map(|device| &device.nodes).map(|node| mapped(node));
+    let devices: Vec<DeviceMapping> = fuse.into_iter().chain(granted).collect();
+    let cdi: Vec<String> =
+        spec.devices.iter().filter(|device| device.is_cdi()).map(|device| device.name.clone()).collect();
+    let cdi = (!cdi.is_empty()).then(|| DeviceRequest {
+        driver: Some("cdi".into()),
+        device_ids: Some(cdi),
+        ..DeviceRequest::default()
+    });
+    let requests: Vec<DeviceRequest> = (spec.limits.vgpus > 0).then_some(gpus).into_iter().chain(cdi).collect();
     let log_options = [("max-size", "10m"), ("max-file", "2")];
     ContainerCreateBody {
         image: Some(spec.image.clone()),
@@ -77,8 +84,8 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
             memory,
             // The same value for memory and swap together: no swap.
             memory_swap: memory,
-            devices: spec.privileged.then(|| vec![fuse]),
-            device_requests: (spec.limits.vgpus > 0).then(|| vec![gpus]),
+            devices: Some(devices).filter(|devices| !devices.is_empty()),
+            device_requests: Some(requests).filter(|requests| !requests.is_empty()),
             storage_opt: spec.limits.storage_mib.map(|mib| HashMap::from([("size".into(), format!("{mib}M"))])),
             mounts: (!spec.mounts.is_empty()).then(|| spec.mounts.iter().map(bound).collect()),
             log_config: Some(HostConfigLogConfig {
@@ -100,6 +107,13 @@ fn bound(mount: &crate::model::Mount) -> Mount {
         read_only: Some(mount.read_only),
         ..Mount::default()
     }
+}
+
+/// Below the same name in the container, wherever the node keeps its devices.
+fn mapped(node: &Path) -> DeviceMapping {
+    let host = node.to_string_lossy().into_owned();
+    let inside = host.rsplit_once("/dev/").map_or_else(|| host.clone(), |(_, name)| format!("/dev/{name}"));
+    DeviceMapping { path_on_host: Some(host), path_in_container: Some(inside), cgroup_permissions: Some("rwm".into()) }
 }
 
 fn labels(spec: &InstanceSpec, role: &str) -> HashMap<String, String> {
@@ -147,6 +161,33 @@ pub(super) mod tests {
         assert_eq!(host.privileged, None, "privileged adds a device and no more");
         assert_eq!(host.devices.map(|devices| devices.len()), Some(1));
         assert_eq!(host.device_requests.map(|requests| requests[0].count), Some(Some(1)));
+    }
+
+    #[test]
+    fn granted_devices_are_below_the_same_name_inside() {
+        let grant = |name: &str, nodes: &[&str]| crate::model::DeviceGrant {
+            name: name.into(),
+            nodes: nodes.iter().map(Into::into).collect(),
+        };
+        let devices = vec![
+            grant("usb", &["/dev/bus/usb/001/012"]),
+            grant("x", &["/tree/dev/iio:device0"]),
+            grant("v.com/gpu=0", &[]),
+        ];
+        let host = workload(&InstanceSpec { devices, ..spec(0) }, "s", 4).host_config.expect("a host config");
+        let mapped = host.devices.expect("devices").into_iter();
+        let mapped: Vec<_> =
+            mapped.map(|device| (device.path_on_host.unwrap(), device.path_in_container.unwrap())).collect();
+        let own = |host: &str, inside: &str| (host.to_owned(), inside.to_owned());
+        assert_eq!(
+            mapped,
+            [own("/dev/bus/usb/001/012", "/dev/bus/usb/001/012"), own("/tree/dev/iio:device0", "/dev/iio:device0")]
+        );
+        let requests = host.device_requests.expect("a request");
+        assert_eq!(
+            (requests[0].driver.as_deref(), requests[0].device_ids.as_deref()),
+            (Some("cdi"), Some(&["v.com/gpu=0".to_owned()][..]))
+        );
     }
 
     #[test]

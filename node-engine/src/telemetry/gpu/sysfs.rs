@@ -1,7 +1,9 @@
 //! GPUs as the kernel describes them: `/sys/class/drm` of AMD, Intel and others, and the board's own GPU of NVIDIA Jetsons.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use super::super::hardware::pci_name;
 use super::super::roots::{Roots, entries, link, number, text};
 use crate::model::GpuUsage;
 
@@ -40,16 +42,18 @@ pub(in crate::telemetry) fn cards(roots: &Roots) -> Vec<Card> {
             _ => "",
         };
         let place = link(&device).unwrap_or_default();
-        let name = text(device.join("product_name")).unwrap_or_else(|| called(roots, vendor, id.as_deref(), &driver));
+        let name = text(device.join("product_name")).unwrap_or_default();
         Some(Card { entry, vendor: vendor.into(), id: id.unwrap_or_default(), driver, place, name })
     });
     cards.collect()
 }
 
-pub(super) fn sample(roots: &Roots) -> Vec<GpuUsage> {
+pub(super) fn sample(roots: &Roots, names: &mut BTreeMap<String, String>) -> Vec<GpuUsage> {
     let mut gpus: Vec<GpuUsage> = cards(roots)
         .into_iter()
-        .filter_map(|card| {
+        .filter_map(|mut card| {
+            let key = format!("{} {}", card.place, card.id);
+            card.name = names.entry(key).or_insert_with(|| name(roots, &card)).clone();
             let device = roots.sys.join("class/drm").join(&card.entry).join("device");
             match card.vendor.as_str() {
                 "AMD" => Some(amd(&card, &device)),
@@ -129,12 +133,15 @@ fn temperature(device: &Path) -> f64 {
     millis.unwrap_or(0.0) / 1000.0
 }
 
-/// From the list of PCI ids, where the machine has one.
-fn called(roots: &Roots, vendor: &str, id: Option<&str>, driver: &str) -> String {
-    let known = id.and_then(|id| super::super::hardware::pci_name(roots, id));
-    known.unwrap_or_else(|| match (vendor, id) {
-        ("", _) | (_, None) => driver.to_owned(),
-        (vendor, Some(id)) => format!("{vendor} GPU {id}"),
+/// What it calls itself, else what the machine's list of PCI ids calls it, else what there is to call it by.
+pub(in crate::telemetry) fn name(roots: &Roots, card: &Card) -> String {
+    if !card.name.is_empty() {
+        return card.name.clone();
+    }
+    let listed = Some(card.id.as_str()).filter(|id| !id.is_empty()).and_then(|id| pci_name(roots, id));
+    listed.unwrap_or_else(|| match (card.vendor.as_str(), card.id.as_str()) {
+        ("", _) | (_, "") => card.driver.clone(),
+        (vendor, id) => format!("{vendor} GPU {id}"),
     })
 }
 
@@ -145,7 +152,9 @@ mod tests {
 
     #[test]
     fn cards_of_each_maker_tell_what_they_do() {
-        let gpus = sample(&fixture());
+        let mut names = BTreeMap::new();
+        let gpus = sample(&fixture(), &mut names);
+        assert_eq!(names.len(), 2, "looked up once");
         let told: Vec<_> = gpus
             .iter()
             .map(|gpu| {
@@ -175,7 +184,7 @@ mod tests {
     fn a_machine_without_cards_has_none() {
         let dir = tempfile::tempdir().unwrap();
         let roots = Roots { sys: dir.path().into(), proc: dir.path().into(), dev: dir.path().into() };
-        assert_eq!(sample(&roots), []);
+        assert_eq!(sample(&roots, &mut BTreeMap::new()), []);
         assert_eq!(cards(&roots), []);
     }
 }

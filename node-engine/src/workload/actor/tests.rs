@@ -253,6 +253,7 @@ impl Node {
             plan: Plan::default(),
             notes: mpsc::channel(8).0,
             restarts: Restarts { limit: 0, ..Restarts::default() },
+            devices: tokio::sync::watch::channel(Arc::default()).1,
             parse: |document| document.strip_prefix("document of ")?.parse().ok().map(spec),
             drain: drain.clone(),
         };
