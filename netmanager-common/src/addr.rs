@@ -29,16 +29,16 @@ impl Addr {
     /// The last four bytes: the IPv4 address where this is a mapped one.
     #[inline(always)]
     pub const fn v4_bytes(&self) -> [u8; 4] {
-        let [.., a, b, c, d] = self.0;
-        [a, b, c, d]
+        self.words()[3].to_ne_bytes()
     }
 
-    /// Of four 32-bit words, each as it lies in memory.
+    /// Of four 32-bit words, each as it lies in memory. Never taken apart into bytes on the way: the kernel's programs would write them one
+    /// by one, and a look-up that reads them as words right after waits for every one.
     #[inline(always)]
-    pub const fn from_words([a, b, c, d]: [u32; 4]) -> Self {
-        let ([a0, a1, a2, a3], [b0, b1, b2, b3]) = (a.to_ne_bytes(), b.to_ne_bytes());
-        let ([c0, c1, c2, c3], [d0, d1, d2, d3]) = (c.to_ne_bytes(), d.to_ne_bytes());
-        Self([a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3, d0, d1, d2, d3])
+    pub fn from_words(words: [u32; 4]) -> Self {
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(words.map(u32::to_ne_bytes).as_flattened());
+        Self(bytes)
     }
 
     /// The four 32-bit words, each as it lies in memory.
@@ -54,8 +54,9 @@ impl Addr {
     }
 
     #[inline(always)]
-    pub fn is_v4(&self) -> bool {
-        self.0[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
+    pub const fn is_v4(&self) -> bool {
+        let [a, b, c, _] = self.words();
+        a | b | (c ^ 0xffff_u32.to_be()) == 0
     }
 
     #[inline(always)]

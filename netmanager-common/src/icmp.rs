@@ -127,7 +127,7 @@ pub fn answer<'a>(packet: &[u8], cause: Cause, out: &'a mut [u8; MAX_LEN]) -> Op
 pub fn outbound(packet: &mut [u8], tables: &mut impl Tables, host: bool) -> Result<Verdict, DropReason> {
     let error = Message::read(packet)?;
     let Some(config) = tables.config() else { return Ok(Verdict::Pass) };
-    if !is_service(&config, &error.destination.words()) {
+    if !is_service(&config, error.family, &error.destination.words()) {
         return Ok(Verdict::Pass);
     }
     // The instance that did not want the packet.

@@ -72,7 +72,7 @@ impl<T> Deref for Owned<T> {
 pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> Result<Verdict, DropReason> {
     let Some(ip) = Ip::read(frame)? else { return Ok(Verdict::Pass) };
     let Some(config) = tables.config() else { return Ok(Verdict::Pass) };
-    if !is_service(&config, &ip.destination) {
+    if !is_service(&config, ip.family, &ip.destination) {
         return Ok(Verdict::Pass);
     }
     let transport = match Transport::read(frame, &ip)? {
@@ -82,25 +82,26 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
         }
     };
     let key = transport.key(&ip);
-    let known = tables.flow(&key);
+    let known = tables.flow(&key).filter(|flow| flow.epoch == config.epoch && (port == 0 || flow.port == port));
+    let receiver = known.as_ref().and_then(|flow| receiver(tables, flow));
     let mut fresh;
-    let flow: &Flow = match &known {
-        Some(flow) if flow.epoch == config.epoch && (port == 0 || flow.port == port) && sends(tables, flow) => {
+    let (flow, slot): (&Flow, _) = match (&known, receiver) {
+        (Some(flow), Some(slot)) => {
             tables.touch(&key, flow, transport.stage == Stage::Ends);
-            flow
+            (flow, slot)
         }
         _ => {
             fresh = Fresh::default();
             fresh.midway = transport.stage != Stage::Begins;
             send_first(tables, &key, port, &mut fresh);
             match fresh.outcome {
-                Outcome::Ready => &fresh.flow,
+                Outcome::Ready => {}
                 Outcome::Slow(miss) => return Ok(Verdict::Slow(miss)),
                 Outcome::Dropped(reason) => return Err(reason),
             }
+            (&fresh.flow, tables.slot(fresh.flow.slot).ok_or(DropReason::NoInstance)?)
         }
     };
-    let slot = tables.slot(flow.slot).ok_or(DropReason::NoInstance)?;
     carry(frame, tables, &key, &Place::of(&ip), port, &slot, flow)
 }
 
@@ -122,12 +123,10 @@ enum Outcome {
     Dropped(DropReason),
 }
 
-/// Is the instance still there, and, where it is here, is it known where?
+/// The instance, if it is still there, and, where it is here, it is known where.
 #[inline(always)]
-fn sends(tables: &mut impl Tables, flow: &Flow) -> bool {
-    tables
-        .slot(flow.slot)
-        .is_some_and(|slot| slot.generation == flow.generation && (slot.peer != 0 || flow.ifindex != 0))
+fn receiver<T: Tables>(tables: &mut T, flow: &Flow) -> Option<T::Row<Slot>> {
+    tables.slot(flow.slot).filter(|slot| slot.generation == flow.generation && (slot.peer != 0 || flow.ifindex != 0))
 }
 
 #[inline(never)]
@@ -454,9 +453,12 @@ fn sits_at(tables: &mut impl Tables, slot: &Slot, outer: &Addr) -> bool {
 
 /// Is the address one of those that mean a service?
 #[inline(always)]
-pub(crate) fn is_service(config: &Config, address: &[u32; 4]) -> bool {
-    within(address, &config.service_v4.words(), &config.service_v4_mask.words())
-        || within(address, &config.service_v6.words(), &config.service_v6_mask.words())
+pub(crate) fn is_service(config: &Config, family: Family, address: &[u32; 4]) -> bool {
+    match family {
+        // What is before the last word is the same in all.
+        Family::V4 => address[3] & config.service_v4_mask.words()[3] == config.service_v4.words()[3],
+        Family::V6 => within(address, &config.service_v6.words(), &config.service_v6_mask.words()),
+    }
 }
 
 #[inline(always)]

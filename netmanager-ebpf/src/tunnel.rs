@@ -5,7 +5,6 @@ use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
 };
-use aya_ebpf::helpers::bpf_get_hash_recalc;
 use aya_ebpf::programs::TcContext;
 use netmanager_common::abi::{Macs, Peer};
 use netmanager_common::checksum;
@@ -48,8 +47,7 @@ pub struct Unfit;
 #[inline(always)]
 pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8; 2]) -> Result<(), Unfit> {
     let framed = peer.framed_port != [0, 0];
-    // SAFETY: a valid context.
-    let hash = unsafe { bpf_get_hash_recalc(context.skb.skb) };
+    let hash = flow_hash(context, protocol);
     let inner_len = context.len() as usize - ETH_LEN;
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);
     let (room, flags, port) = if framed {
@@ -88,12 +86,28 @@ pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8;
     outer.ip.checksum = header_checksum(&outer.ip);
     outer.udp = Udp {
         // The upper quarter of the ports, by flow: so that receivers and links spread flows, not packets.
-        source: (0xc000 | (hash as u16 & 0x3fff)).to_be_bytes(),
+        source: (0xc000 | (hash >> 18) as u16).to_be_bytes(),
         destination: port,
         len: ((inner_len + room - size_of::<Ipv4>()) as u16).to_be_bytes(),
         checksum: [0; 2],
     };
     Ok(())
+}
+
+/// The same for all packets of a flow. The socket's own where it has one, which changes when the way does not work; asking the kernel for
+/// one would have it take the packet apart again each time.
+#[inline(always)]
+fn flow_hash(context: &TcContext, protocol: [u8; 2]) -> u32 {
+    // SAFETY: a field of the valid context.
+    let known = unsafe { (*context.skb.skb).hash };
+    if known != 0 {
+        return known;
+    }
+    // Both addresses' last words, and the ports.
+    let places = if protocol == ETH_P_IP { [12, 16, 20] } else { [20, 36, 40] };
+    let word = |place: usize| header_at::<u32>(context, ETH_LEN + place).map_or(0, |word| *word);
+    let [source, destination, ports] = places.map(word);
+    (source ^ destination.rotate_left(16) ^ ports.rotate_left(8)).wrapping_mul(0x9e37_79b1)
 }
 
 /// Takes the framing out of a datagram and leaves the rest to the tunnel's socket, which gets it as if it had come bare.

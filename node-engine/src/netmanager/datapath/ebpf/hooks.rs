@@ -130,10 +130,10 @@ impl Hooks {
         Ok(())
     }
 
-    /// Puts the programs for what peers send on the interface.
+    /// Puts the programs for what peers send on the interface. The first sees every packet: what comes framed is the most.
     pub(super) fn attach_uplink(&mut self, port: &Port) -> Result<(), DatapathError> {
-        self.attach(Hook::Uplink, port)?;
         self.attach(Hook::Framed, port)?;
+        self.attach(Hook::Uplink, port)?;
         filter::put(&mut self.programs, &self.pins, port, self.xdp);
         Ok(())
     }
@@ -254,6 +254,7 @@ mod tests {
 
     use super::super::{OBJECT, maps, pins};
     use super::*;
+    use crate::netmanager::datapath::Capacity;
     use crate::netns;
 
     /// Kernels before 6.6.
@@ -273,7 +274,7 @@ mod tests {
             };
             let mut seen = Vec::new();
             for _ in 0..2 {
-                let pins = Pins::ensure(&pin_dir).unwrap();
+                let pins = Pins::ensure(&pin_dir, Capacity::USUAL).unwrap();
                 let mut loader = aya::EbpfLoader::new();
                 for map in maps::PINNED {
                     loader.map_pin_path(map, pins.map(map));
