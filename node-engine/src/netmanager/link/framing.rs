@@ -1,9 +1,10 @@
 //! The device that makes the kernel join framed packets: a VXLAN device bound to their port. It carries nothing itself.
 
 use netlink_packet_route::link::InfoKind;
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
 use super::journal::Undo;
+use super::kernel::LinkState;
 use super::{LinkError, Links, sysctl};
 
 /// On the device, for people.
@@ -36,9 +37,27 @@ impl Links {
 
     pub(super) async fn raise_framing_link(&self) -> Result<(), LinkError> {
         match self.netlink.link(&self.config.framing).await? {
-            Some(link) => self.netlink.set_up(&link).await,
+            Some(link) => {
+                self.netlink.set_up(&link).await?;
+                self.lend_room(&link).await
+            }
             None => Ok(()),
         }
+    }
+
+    /// Makes the device a port of the bridge, over which nothing goes. Its only effect: the bridge tells its other ports how much room this
+    /// one needs before a packet, and what instances send has room for the outer headers from the start. Without it each of their datagrams
+    /// is copied on its way. There is no other way to ask a veth for it.
+    async fn lend_room(&self, device: &LinkState) -> Result<(), LinkError> {
+        let Some(bridge) = self.netlink.link(&self.config.bridge).await? else { return Ok(()) };
+        if device.controller == Some(bridge.index) {
+            return Ok(());
+        }
+        self.netlink
+            .set(&device.name, LinkUnspec::new_with_index(device.index).controller(bridge.index).build())
+            .await?;
+        let silent = LinkBridgePort::new(device.index).learning(false).flood(false).bcast_flood(false);
+        self.netlink.set(&device.name, silent.mcast_flood(false).build()).await
     }
 
     /// Removes the device of an earlier run.

@@ -35,6 +35,30 @@ fn the_bridge_has_the_gateway_addresses_and_a_mac_of_its_own() {
 
 #[test]
 #[ignore = "needs root"]
+fn the_framing_device_is_a_port_of_the_bridge_that_carries_nothing() {
+    let host = Host::new("room");
+    let bridge = host.links(|links| async move {
+        let bridge = links.ensure_bridge(SUBNET).await.expect("bridge");
+        for _ in 0..2 {
+            links.ensure_framing(50_104).await.expect("a device");
+            links.raise_framing().await.expect("up");
+        }
+        bridge
+    });
+    let port = &host.namespace.json("ip -j -d link show lk-framing")[0];
+    assert_eq!(port["master"], BRIDGE, "so that instances leave room for the outer headers");
+    for way in ["learning", "flood", "bcast_flood", "mcast_flood"] {
+        assert_eq!(port["linkinfo"]["info_slave_data"][way], false, "{way}");
+    }
+    let link = &host.namespace.json(&format!("ip -j link show {BRIDGE}"))[0];
+    let mac = bridge.mac.map(|byte| format!("{byte:02x}")).join(":");
+    assert_eq!((&link["mtu"], &link["address"]), (&1450.into(), &mac.into()), "the bridge is as it was");
+    host.links(|links| async move { links.remove_framing().await.expect("removed") });
+    assert!(!host.namespace.exec("ip link").contains("lk-framing"));
+}
+
+#[test]
+#[ignore = "needs root"]
 fn a_new_subnet_replaces_the_old_one() {
     let host = Host::new("sub");
     host.links(|links| async move {
