@@ -43,9 +43,9 @@ static HOSTS: HashMap<Addr, u32> = HashMap::with_max_entries(MAX_PEERS, 0);
 /// The link address of the next hop to each peer, as long as it is fresh. By peer number; nobody but the programs writes it.
 #[map]
 static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(MAX_PEERS, 0);
-/// Whose turn it is, by the service's id; ids that are this far apart share their turns.
+/// Whose turn it is, by the service's id.
 #[map]
-static TURNS: Array<u32> = Array::with_max_entries(MAX_SERVICES, 0);
+static TURNS: Array<u32> = Array::with_max_entries(MAX_SERVICES + 1, 0);
 /// Flows that each slot was chosen for, over all CPUs. Only a new flow writes here.
 #[map]
 static CHOSEN: Array<u64> = Array::with_max_entries(MAX_SLOTS, 0);
@@ -54,7 +54,7 @@ static CHOSEN: Array<u64> = Array::with_max_entries(MAX_SLOTS, 0);
 static ANSWERS: Array<Answers> = Array::with_max_entries(MAX_SLOTS, 0);
 /// The slot that the next new flow to a service shall try, by the service's id; 0 once a flow has taken it.
 #[map]
-static TRIALS: Array<u32> = Array::with_max_entries(MAX_SERVICES, 0);
+static TRIALS: Array<u32> = Array::with_max_entries(MAX_SERVICES + 1, 0);
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTERS_LEN, 0);
 
@@ -146,7 +146,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn turn(&mut self, service: u32) -> u32 {
-        let Some(turn) = TURNS.get_ptr_mut(service % MAX_SERVICES) else { return 0 };
+        let Some(turn) = TURNS.get_ptr_mut(service) else { return 0 };
         // SAFETY: a live map value, a word whole. Two CPUs at the same moment may take the same turn; the next is the next again, so
         // that nobody is passed over.
         unsafe {
@@ -158,7 +158,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn trial(&mut self, service: u32) -> Option<u32> {
-        let trial = TRIALS.get_ptr_mut(service % MAX_SERVICES)?;
+        let trial = TRIALS.get_ptr_mut(service)?;
         // SAFETY: as in `turn`; two CPUs at the same moment may both try.
         let slot = unsafe { core::mem::replace(&mut *trial, 0) };
         (slot != 0).then_some(slot)

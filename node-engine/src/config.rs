@@ -12,6 +12,7 @@ use std::time::Duration;
 
 pub use crate::model::Generation;
 use crate::model::ServicePattern;
+use crate::netmanager::datapath::Capacity;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use load::load_text;
 pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
@@ -78,6 +79,8 @@ pub struct NetworkConfig {
     pub drain: Duration,
     /// Drop what does not belong in the uplink's driver.
     pub xdp: XdpChoice,
+    /// How many instances (of all nodes, each address family by itself) the tables have room for.
+    pub instances: Capacity,
 }
 
 impl Default for NetworkConfig {
@@ -96,6 +99,7 @@ impl Default for NetworkConfig {
             framing: true,
             drain: Duration::from_secs(10),
             xdp: XdpChoice::Auto,
+            instances: Capacity::USUAL,
         }
     }
 }

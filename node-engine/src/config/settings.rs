@@ -11,6 +11,7 @@ use super::{
     ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, ServicePattern,
     TelemetryConfig, XdpChoice,
 };
+use crate::netmanager::datapath::Capacity;
 
 /// One setting.
 pub(super) struct Setting {
@@ -159,6 +160,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "network.drain",
         environment: &["NODE_ENGINE_DRAIN"],
         set: |draft, text| seconds(text).map(|drain| draft.config.network.drain = drain),
+    },
+    Setting {
+        key: "network.instances",
+        environment: &["NODE_ENGINE_INSTANCES"],
+        set: |draft, text| capacity(text).map(|capacity| draft.config.network.instances = capacity),
     },
     Setting {
         key: "runtime.docker_host",
@@ -401,6 +407,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
 fn whole(text: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
     let number = text.parse().ok().filter(|number| range.contains(number));
     number.ok_or_else(|| format!("is not a whole number from {} to {}", range.start(), range.end()))
+}
+
+fn capacity(text: &str) -> Result<Capacity, String> {
+    let slots = whole(text, Capacity::USUAL.slots()..=Capacity::LARGEST)?;
+    Ok(Capacity::of(slots).unwrap_or_default())
 }
 
 fn truth(text: &str) -> Result<bool, String> {

@@ -145,6 +145,7 @@ pub(super) async fn start(
         mtu,
         service_v4: config.service_v4,
         service_v6: config.service_v6,
+        capacity: config.instances,
         pin_dir: pin_dir(config),
         xdp: config.xdp,
     };
@@ -160,6 +161,7 @@ pub(super) async fn start(
         nets: ServiceNets { v4: config.service_v4, v6: config.service_v6 },
         tunnel_port: config.tunnel_port,
         relax_source: config.relax_source,
+        capacity: config.instances,
         framed_port,
         address: config.public_ip.unwrap_or(uplink.source),
         uplink: way(&uplink),

@@ -14,7 +14,7 @@ use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, Mac, PEER_OURS, Peer};
 use netmanager_common::addr::Addr;
 
 use super::connect::{Made, Member, Step};
-use super::datapath::{Event as DatapathEvent, Port, Snapshot, TableDelta, Tally};
+use super::datapath::{Capacity, Event as DatapathEvent, Port, Snapshot, TableDelta, Tally};
 use super::hello::{Greetings, Known, Outcome as Greeting};
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
@@ -131,6 +131,8 @@ pub(super) struct Settings {
     pub(super) nets: ServiceNets,
     pub(super) tunnel_port: u16,
     pub(super) relax_source: bool,
+    /// How much the datapath's tables hold.
+    pub(super) capacity: Capacity,
     /// Where the datapath takes framed packets; `None`: it takes and sends none.
     pub(super) framed_port: Option<u16>,
     /// This node's address towards its peers, and the way there.
@@ -208,7 +210,7 @@ impl Core {
             connected: false,
             home: Home::new(settings.nets, settings.subnet.clone(), in_use),
             members: BTreeMap::new(),
-            table: ServiceTable::new(settings.nets, host),
+            table: ServiceTable::new(settings.nets, host).with_room(settings.capacity),
             interests: Interests::new(),
             greetings: Greetings::new(settings.seed, settings.framed_port),
             figures: Figures::default(),

@@ -109,6 +109,7 @@ impl Gateway {
 #[cfg(test)]
 mod tests {
     use super::super::core::{Event, Remains, Settings};
+    use super::super::datapath::Capacity;
     use super::super::table::{ServiceNets, Way};
     use super::*;
     use crate::model::{Command, FamilyPair, Policy, Report, SemanticAddress, TableRow};
@@ -175,6 +176,7 @@ mod tests {
             nets: ServiceNets { v4: ([10, 30, 0, 0].into(), 16), v6: ("fdff::".parse().unwrap(), 16) },
             tunnel_port: 50_103,
             relax_source: false,
+            capacity: Capacity::USUAL,
             framed_port: None,
             address: [192, 0, 2, 1].into(),
             uplink: Way::default(),

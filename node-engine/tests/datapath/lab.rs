@@ -16,7 +16,9 @@ use netmanager_common::abi::{Config, Endpoint, Mac, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, setsockopt, socket, sockopt};
 use node_engine::config::{DatapathChoice, XdpChoice};
-use node_engine::netmanager::datapath::{Chosen, Datapath, Event, Port, TableDelta, Underlay, choose, uninstall};
+use node_engine::netmanager::datapath::{
+    Capacity, Chosen, Datapath, Event, Port, TableDelta, Underlay, choose, uninstall,
+};
 use node_engine::netns::{self, Netns};
 use tokio::sync::{mpsc, oneshot};
 
@@ -307,6 +309,7 @@ impl Node {
             mtu: MTU,
             service_v4: (Ipv4Addr::new(10, 30, 0, 0), 16),
             service_v6: ("fdff::".parse().unwrap(), 16),
+            capacity: Capacity::USUAL,
             pin_dir: scratch.join(format!("bpf-{number}")),
             xdp: XdpChoice::Off,
         };

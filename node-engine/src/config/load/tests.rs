@@ -104,6 +104,7 @@ fn every_setting_is_read_from_the_file() {
         framing = false
         drain = 30
         xdp = "off"
+        instances = 1048576
         [runtime]
         docker_host = "unix:///d.sock"
         process = true
@@ -141,6 +142,7 @@ fn every_setting_is_read_from_the_file() {
     assert_ne!(config.network.framing, defaults.network.framing);
     assert_ne!(config.network.drain, defaults.network.drain);
     assert_ne!(config.network.xdp, defaults.network.xdp);
+    assert_eq!(config.network.instances.slots(), 1 << 20);
     assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d.sock"));
     let telemetry = &config.telemetry;
     assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));
@@ -176,6 +178,12 @@ fn errors_say_where_and_what() {
             &[],
             &[],
             "FILE: network.tunnel_port: \"1.5\" is not a text, a whole number or a truth value",
+        ),
+        (
+            "",
+            &[("NODE_ENGINE_INSTANCES", "9")],
+            &[],
+            "environment variable NODE_ENGINE_INSTANCES: \"9\" is not a whole number from 65536 to 4194304",
         ),
         ("", &[("MY_PORT", "x")], &[], "environment variable MY_PORT: \"x\" is not a port (1 to 65535)"),
         ("", &[], &[("network.datapath", "xdp")], "--flag: \"xdp\" is not one of auto, ebpf, tun"),

@@ -722,6 +722,7 @@ fn settings(kept: Option<&str>) -> Settings {
         nets: ServiceNets { v4: (Ipv4Addr::new(10, 30, 0, 0), 16), v6: ("fdff::".parse().unwrap(), 16) },
         tunnel_port: 50103,
         relax_source: false,
+        capacity: Capacity::USUAL,
         framed_port: Some(50104),
         address: "192.0.2.1".parse().unwrap(),
         uplink: Way { source: ip("192.0.2.1"), ifindex: 2 },

@@ -10,6 +10,7 @@
 //! This directory knows neither where rows come from nor who asks the cluster for missing ones.
 
 mod batch;
+mod capacity;
 mod carry;
 mod choose;
 mod counters;
@@ -40,6 +41,7 @@ use netmanager_common::addr::Addr;
 
 use crate::config::XdpChoice;
 
+pub use capacity::Capacity;
 pub use choose::{Chosen, choose};
 pub use ebpf::{Ebpf, uninstall};
 pub use memory::Memory;
@@ -222,6 +224,7 @@ pub struct Underlay {
     /// Networks whose addresses are service addresses.
     pub service_v4: (Ipv4Addr, u8),
     pub service_v6: (Ipv6Addr, u8),
+    pub capacity: Capacity,
     /// Where programs, links and maps are pinned, on a bpffs.
     pub pin_dir: std::path::PathBuf,
     /// Whether what does not belong is dropped in the uplink's driver.

@@ -7,11 +7,11 @@ use netmanager_common::abi::{Answers, CandidateKey, Config, Endpoint, Flow, Flow
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::{Owned, Tables};
-use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
+use netmanager_common::{MAX_ENDPOINTS, MAX_PEERS};
 
 use super::flows::{Flows, now};
 use super::projection::{Projection, Write};
-use super::{DatapathError, FlowRow, Snapshot, Tally};
+use super::{Capacity, DatapathError, FlowRow, Snapshot, Tally};
 
 /// Rows under the same limits as the kernel's maps.
 #[derive(Debug, Default)]
@@ -27,6 +27,13 @@ pub(super) struct MemoryTables {
     turns: HashMap<u32, u32>,
     tallies: HashMap<u32, Tally>,
     trials: HashMap<u32, u32>,
+    capacity: Capacity,
+}
+
+impl MemoryTables {
+    pub(super) fn with_room(capacity: Capacity) -> Self {
+        Self { capacity, ..Self::default() }
+    }
 }
 
 impl Tables for MemoryTables {
@@ -76,14 +83,13 @@ impl Tables for MemoryTables {
     }
 
     fn turn(&mut self, service: u32) -> u32 {
-        // As many as there are services, like the kernel's.
-        let turn = self.turns.entry(service % MAX_SERVICES).or_default();
+        let turn = self.turns.entry(service).or_default();
         *turn = turn.wrapping_add(1);
         turn.wrapping_sub(1)
     }
 
     fn trial(&mut self, service: u32) -> Option<u32> {
-        self.trials.remove(&(service % MAX_SERVICES))
+        self.trials.remove(&service)
     }
 
     fn chosen(&mut self, slot: u32, tcp: bool) {
@@ -112,13 +118,17 @@ impl Projection for MemoryTables {
                 if self.slots.get(index as usize).is_some_and(|old| old.generation != slot.generation) {
                     self.tallies.remove(&index);
                 }
-                put(&mut self.slots, index, slot, MAX_SLOTS, "SLOTS")?;
+                put(&mut self.slots, index, slot, self.capacity.slots(), "SLOTS")?;
             }
             Write::Endpoint(address, row) => insert(&mut self.endpoints, address, row, MAX_ENDPOINTS, "ENDPOINTS")?,
-            Write::Candidate(key, slot) => insert(&mut self.candidates, key, slot, MAX_CANDIDATES, "CANDIDATES")?,
-            Write::Trial(service, 0) => drop(self.trials.remove(&(service % MAX_SERVICES))),
-            Write::Trial(service, slot) => drop(self.trials.insert(service % MAX_SERVICES, slot)),
-            Write::Service(address, row) => insert(&mut self.services, address, row, MAX_SERVICES, "SERVICES")?,
+            Write::Candidate(key, slot) => {
+                insert(&mut self.candidates, key, slot, self.capacity.candidates(), "CANDIDATES")?;
+            }
+            Write::Trial(service, 0) => drop(self.trials.remove(&service)),
+            Write::Trial(service, slot) => drop(self.trials.insert(service, slot)),
+            Write::Service(address, row) => {
+                insert(&mut self.services, address, row, self.capacity.services(), "SERVICES")?;
+            }
             Write::CandidateGone(key) => drop(self.candidates.remove(&key)),
             Write::ServiceGone(address) => drop(self.services.remove(&address)),
             Write::EndpointGone(address) => drop(self.endpoints.remove(&address)),

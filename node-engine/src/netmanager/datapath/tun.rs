@@ -38,7 +38,7 @@ impl Tun {
     /// # Errors
     /// `Unsupported` where there is no TUN driver or no permission for it.
     pub fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
-        Proxied::open(underlay, MemoryTables::default(), true).map(Self)
+        Proxied::open(underlay, MemoryTables::with_room(underlay.capacity), true).map(Self)
     }
 }
 

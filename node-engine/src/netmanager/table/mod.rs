@@ -34,7 +34,7 @@ use self::projection::{Placement, Projection, SlotKey};
 pub use self::row::ServiceNets;
 use self::row::{Row, Side, sift};
 use self::watch::Watch;
-use super::datapath::{Snapshot, TableDelta, Tally};
+use super::datapath::{Capacity, Snapshot, TableDelta, Tally};
 use crate::model::{Addresses, FamilyPair, InstanceId, Policy, Query, ServiceName, Subnet, TableAnswer, TableRow};
 
 /// An instance connected on this node.
@@ -136,7 +136,7 @@ impl ServiceTable {
             namespaces: Claims::default(),
             semantics: Claims::default(),
             sequence: 0,
-            projection: Projection::new(),
+            projection: Projection::with_room(Capacity::USUAL),
             choices: HashMap::new(),
             figures: Figures::default(),
             health: Health::default(),
@@ -146,6 +146,12 @@ impl ServiceTable {
             now: Duration::ZERO,
             refusals: Refusals::default(),
         }
+    }
+
+    /// An empty table as large as the datapath's.
+    #[must_use]
+    pub fn with_room(self, capacity: Capacity) -> Self {
+        Self { projection: Projection::with_room(capacity), ..self }
     }
 
     /// Whoever vanishes from the table keeps the flows it has for so long.

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use netmanager_common::abi::{Config, Endpoint, PEER_OURS, POLICY_TRIAL, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
-use netmanager_common::{MAX_CANDIDATES, MAX_ENDPOINTS, MAX_PEERS, MAX_SERVICES, MAX_SLOTS};
+use netmanager_common::{MAX_ENDPOINTS, MAX_PEERS};
 
 use super::numbers::Numbers;
 use crate::model::InstanceId;
-use crate::netmanager::datapath::{Snapshot, TableDelta};
+use crate::netmanager::datapath::{Capacity, Snapshot, TableDelta};
 
 /// An instance in one family.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,6 +62,7 @@ struct ServiceRow {
 
 #[derive(Clone, Debug)]
 pub(super) struct Projection {
+    capacity: Capacity,
     config: Option<Config>,
     slot_numbers: Numbers<Occupant>,
     /// By number, also of slots that are free: their generation goes on from here.
@@ -100,10 +101,11 @@ struct Changes {
 }
 
 impl Projection {
-    pub(super) fn new() -> Self {
+    pub(super) fn with_room(capacity: Capacity) -> Self {
         Self {
+            capacity,
             config: None,
-            slot_numbers: Numbers::new(MAX_SLOTS),
+            slot_numbers: Numbers::new(capacity.slots()),
             slots: vec![Slot::default()],
             adopted_by_instance: BTreeSet::new(),
             adopted_by_namespace: BTreeSet::new(),
@@ -169,7 +171,8 @@ impl Projection {
         // Half of the candidates: old and new list stand side by side while the row flips.
         let after = self.candidates - before + candidates.len();
         let Ok(count) = u32::try_from(candidates.len()) else { return false };
-        if after > MAX_CANDIDATES as usize / 2 || (old.is_none() && self.services.len() >= MAX_SERVICES as usize) {
+        let (candidates_fit, is_new) = (after <= self.capacity.candidates() as usize / 2, old.is_none());
+        if !candidates_fit || (is_new && self.services.len() >= self.capacity.services() as usize) {
             self.full += 1;
             return false;
         }
@@ -364,7 +367,7 @@ impl Projection {
             }
         }
         for (address, row) in &snapshot.services {
-            if self.services.len() < MAX_SERVICES as usize && self.service_ids.insert(row.id) {
+            if self.services.len() < self.capacity.services() as usize && self.service_ids.insert(row.id) {
                 self.services.insert(*address, ServiceRow { row: *row, candidates: None, trial: None });
             } else {
                 self.changes.services.insert(*address);
@@ -387,7 +390,7 @@ impl Projection {
 
     /// A live slot is kept while the service row of its instance address is there; that row is what brings it an owner or its end.
     fn adopt_slot(&mut self, number: u32, slot: Slot) {
-        if number == 0 || number >= MAX_SLOTS {
+        if number == 0 || number >= self.capacity.slots() {
             return;
         }
         if self.slots.len() <= number as usize {

@@ -5,7 +5,6 @@ use std::fmt;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
-use netmanager_common::MAX_SERVICES;
 use netmanager_common::abi::{
     CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
 };
@@ -21,7 +20,7 @@ use crate::netmanager::datapath::counters::kernel_name;
 use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::projection::{Projection, Write};
 use crate::netmanager::datapath::tables::Random;
-use crate::netmanager::datapath::{DatapathError, Snapshot, Tally};
+use crate::netmanager::datapath::{Capacity, DatapathError, Snapshot, Tally};
 
 /// The maps that outlive the process, by their names in the object.
 pub(super) const PINNED: [&str; 17] = [
@@ -43,6 +42,19 @@ pub(super) const PINNED: [&str; 17] = [
     "TRIALS",
     "COUNTERS",
 ];
+
+/// The maps that are as large as the node wants them; the others are as the object has them.
+pub(super) fn sizes(capacity: Capacity) -> [(&'static str, u32); 7] {
+    [
+        ("SERVICES", capacity.services()),
+        ("CANDIDATES", capacity.candidates()),
+        ("SLOTS", capacity.slots()),
+        ("CHOSEN", capacity.slots()),
+        ("ANSWERS", capacity.slots()),
+        ("TURNS", capacity.services() + 1),
+        ("TRIALS", capacity.services() + 1),
+    ]
+}
 
 /// The kernel's maps by their pins.
 pub(super) struct BpfTables {
@@ -168,16 +180,14 @@ impl Tables for BpfTables {
 
     /// The kernel's programs may take the same turn at this moment: then two flows go to the same instance.
     fn turn(&mut self, service: u32) -> u32 {
-        let index = service % MAX_SERVICES;
-        let turn = self.turns.get(&index, 0).unwrap_or(0);
-        let _ = self.turns.set(index, turn.wrapping_add(1), 0);
+        let turn = self.turns.get(&service, 0).unwrap_or(0);
+        let _ = self.turns.set(service, turn.wrapping_add(1), 0);
         turn
     }
 
     fn trial(&mut self, service: u32) -> Option<u32> {
-        let index = service % MAX_SERVICES;
-        let slot = self.trials.get(&index, 0).ok().filter(|slot| *slot != 0)?;
-        let _ = self.trials.set(index, 0, 0);
+        let slot = self.trials.get(&service, 0).ok().filter(|slot| *slot != 0)?;
+        let _ = self.trials.set(service, 0, 0);
         Some(slot)
     }
 
@@ -206,7 +216,7 @@ impl Projection for BpfTables {
                 written("ENDPOINTS", self.endpoints.insert(key, row, 0))
             }
             Write::Candidate(key, slot) => written("CANDIDATES", self.candidates.insert(key, slot, 0)),
-            Write::Trial(service, slot) => written("TRIALS", self.trials.set(service % MAX_SERVICES, slot, 0)),
+            Write::Trial(service, slot) => written("TRIALS", self.trials.set(*service, slot, 0)),
             Write::Service(key, row) => written("SERVICES", self.services.insert(key, row, 0)),
             Write::CandidateGone(key) => written("CANDIDATES", gone(self.candidates.remove(key))),
             Write::ServiceGone(key) => written("SERVICES", gone(self.services.remove(key))),

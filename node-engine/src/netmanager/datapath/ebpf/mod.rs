@@ -65,8 +65,11 @@ impl Ebpf {
         // Kernels before 5.11 count maps against this limit. Where it may not be raised it may still suffice.
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
-        let pins = Pins::ensure(&underlay.pin_dir)?;
+        let pins = Pins::ensure(&underlay.pin_dir, underlay.capacity)?;
         let mut loader = EbpfLoader::new();
+        for (map, rows) in maps::sizes(underlay.capacity) {
+            loader.map_max_entries(map, rows);
+        }
         for map in maps::PINNED {
             loader.map_pin_path(map, pins.map(map));
         }

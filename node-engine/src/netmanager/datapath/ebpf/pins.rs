@@ -1,12 +1,12 @@
 //! Where maps, links and programs are pinned, and how they go away.
 //!
 //! ```text
-//! <pin_dir>/v<ABI_VERSION>/maps/<MAP>
+//! <pin_dir>/v<ABI_VERSION>[_<slots>]/maps/<MAP>
 //!                         /links/veth_<ifindex>   uplink_<ifindex>
 //!                         /programs/<program>
 //! ```
 //!
-//! Each layout version has a directory of its own, so that an upgrade never reads a row it does not understand. bpffs knows neither
+//! Each layout version, and each size of the tables that is not the usual one, has a directory of its own, so that an upgrade never reads a row it does not understand. bpffs knows neither
 //! ordinary files nor names with dots.
 
 use std::fs::{self, DirBuilder};
@@ -19,7 +19,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 
 use super::hooks;
-use crate::netmanager::datapath::DatapathError;
+use crate::netmanager::datapath::{Capacity, DatapathError};
 
 /// Where the system has its bpffs, mounted or not.
 const SYSTEM: &str = "/sys/fs/bpf";
@@ -30,13 +30,14 @@ const MOUNTED: &str = "mounted_by_node_engine";
 #[derive(Clone, Debug)]
 pub(super) struct Pins {
     root: PathBuf,
+    version: String,
 }
 
 impl Pins {
     /// Makes the directories, on a bpffs.
-    pub(super) fn ensure(root: &Path) -> Result<Self, DatapathError> {
+    pub(super) fn ensure(root: &Path, capacity: Capacity) -> Result<Self, DatapathError> {
         ensure_bpffs(root)?;
-        let pins = Self { root: root.to_owned() };
+        let pins = Self { root: root.to_owned(), version: version_name(capacity) };
         for directory in ["maps", "links", "programs"] {
             make_directory(&pins.version().join(directory))?;
         }
@@ -62,8 +63,7 @@ impl Pins {
 
     /// Removes the link of this name that another layout version has pinned; ours carries now. A version without links goes whole.
     pub(super) fn retire_others(&self, link: &str) {
-        let own = version_name();
-        for other in versions(&self.root).into_iter().filter(|version| *version != own) {
+        for other in versions(&self.root).into_iter().filter(|version| *version != self.version) {
             let directory = self.root.join(other);
             let _ = fs::remove_file(directory.join("links").join(link));
             if names(&directory.join("links")).is_empty() {
@@ -73,7 +73,7 @@ impl Pins {
     }
 
     fn version(&self) -> PathBuf {
-        self.root.join(version_name())
+        self.root.join(&self.version)
     }
 }
 
@@ -152,13 +152,15 @@ fn mountpoint(root: &Path) -> PathBuf {
     if root.starts_with(SYSTEM) { SYSTEM.into() } else { root.to_owned() }
 }
 
-fn version_name() -> String {
-    format!("v{ABI_VERSION}")
+fn version_name(capacity: Capacity) -> String {
+    if capacity == Capacity::USUAL { format!("v{ABI_VERSION}") } else { format!("v{ABI_VERSION}_{}", capacity.slots()) }
 }
 
 /// The layout versions that have pins.
 fn versions(root: &Path) -> Vec<String> {
-    let number = |name: &String| name.strip_prefix('v').is_some_and(|rest| rest.parse::<u32>().is_ok());
+    let number = |name: &String| {
+        name.strip_prefix('v').is_some_and(|rest| rest.split('_').all(|part| part.parse::<u32>().is_ok()))
+    };
     names(root).into_iter().filter(number).collect()
 }
 
