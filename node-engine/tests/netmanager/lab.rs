@@ -257,8 +257,10 @@ impl Node {
         let path = Path::new(netns::NAMED).join(&name);
         self.cluster.lock().unwrap().register(&id);
         let attachment = Attachment { instance: id.clone(), netns: path.clone(), ports };
+        let begin = Instant::now();
         let lease = self.attach(attachment).await.expect("attached");
-        Instance { id, netns: Netns::open(&path).unwrap(), path, lease }
+        let took = begin.elapsed();
+        Instance { id, netns: Netns::open(&path).unwrap(), path, lease, took }
     }
 
     pub async fn attach(&self, attachment: Attachment) -> Result<Lease, NetError> {
@@ -279,6 +281,8 @@ pub struct Instance {
     pub netns: Netns,
     pub path: PathBuf,
     pub lease: Lease,
+    /// The attachment.
+    pub took: Duration,
 }
 
 impl Cluster {
