@@ -10,7 +10,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     setup::everything()?;
     ebpf::build()?;
     // Figures of a debug build would say nothing about the proxy.
-    process::run(cargo().args(["build", "--release", "--package", "node-engine", "--package", "lab", "--bins"]))?;
+    process::run(cargo().args(["build", "--release", "--package", "lab", "--bin", "bench"]))?;
     let mut command = std::process::Command::new(root().join("target/release/bench"));
     process::run(command.current_dir(root()).args(arguments))
 }

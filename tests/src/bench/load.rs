@@ -2,8 +2,8 @@
 //! datagrams. Every loop ends by a clock.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd;
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,60 +12,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::time::{TimeVal, TimeValLike};
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Case {
-    TcpStream,
-    TcpStreams,
-    TcpRequests,
-    UdpRequests,
-    Connects,
-    SmallUdp,
-}
-
-impl Case {
-    pub const ALL: [Self; 6] =
-        [Self::TcpStream, Self::TcpStreams, Self::TcpRequests, Self::UdpRequests, Self::Connects, Self::SmallUdp];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::TcpStream => "tcp_stream",
-            Self::TcpStreams => "tcp_streams_4",
-            Self::TcpRequests => "tcp_rr",
-            Self::UdpRequests => "udp_rr",
-            Self::Connects => "connect_request_close",
-            Self::SmallUdp => "udp_small",
-        }
-    }
-
-    pub fn unit(self) -> &'static str {
-        match self {
-            Self::TcpStream | Self::TcpStreams => "Gbit/s",
-            Self::TcpRequests | Self::UdpRequests | Self::Connects => "1/s",
-            Self::SmallUdp => "packets/s",
-        }
-    }
-}
-
-/// Who talks to whom.
-#[derive(Clone, Debug)]
-pub struct Ends {
-    pub client: PathBuf,
-    pub server: PathBuf,
-    /// What the client connects to; the server listens on every address.
-    pub target: IpAddr,
-}
-
-/// One measurement.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Sample {
-    /// In the case's unit.
-    pub value: f64,
-    /// Microseconds; 0 where the case has no round trips.
-    pub p50: f64,
-    pub p99: f64,
-}
+use super::case::{Case, Ends, Sample};
+use super::cores::{Watch, pin_thread};
 
 const PORT: u16 = 5201;
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -94,17 +44,21 @@ pub fn measure(case: Case, ends: &Ends, time: Duration) -> Result<Sample> {
             },
         ));
     }
+    let watch = Watch::start(case.cores())?;
     let client = {
         let ends = ends.clone();
         thread::spawn(move || -> Result<Sample> {
             enter(&ends.client)?;
-            drive(case, SocketAddr::new(ends.target, PORT), time)
+            let targets: Vec<_> = ends.targets.iter().map(|target| SocketAddr::new(*target, PORT)).collect();
+            drive(case, &targets, time)
         })
     };
     let sample = client.join().map_err(|_| anyhow::anyhow!("the client panicked"))?;
+    let busy = watch.read()?;
     stop.store(true, Ordering::Relaxed);
     let received = server.join().map_err(|_| anyhow::anyhow!("the server panicked"))??;
-    let mut sample = sample.with_context(|| format!("{} to {}", case.name(), ends.target))?;
+    let mut sample = sample.with_context(|| format!("{} to {}", case.name(), ends.targets[0]))?;
+    sample.busy = busy;
     match case {
         Case::TcpStream | Case::TcpStreams => sample.value = received as f64 * 8.0 / 1e9 / time.as_secs_f64(),
         Case::SmallUdp => sample.value = received as f64 / time.as_secs_f64(),
@@ -130,6 +84,7 @@ fn serve(case: Case, ready: &mpsc::Sender<()>, stop: &Arc<AtomicBool>) -> Result
         }
         _ => {
             let listener = TcpListener::bind(any).context("cannot bind the server")?;
+            choose_cubic(&listener)?;
             listener.set_nonblocking(true)?;
             let _ = ready.send(());
             serve_tcp(case, &listener, stop)
@@ -167,7 +122,12 @@ fn serve_tcp(case: Case, listener: &TcpListener, stop: &Arc<AtomicBool>) -> Resu
                         let _ = stream.write_all(&byte);
                     }
                 } else {
-                    workers.push(thread::spawn(move || drain(stream, case == Case::TcpRequests)));
+                    let core = core(case, workers.len());
+                    workers.push(thread::spawn(move || {
+                        // Unpinned it is as right, and less steady.
+                        let _ = pin_thread(core);
+                        drain(stream, case == Case::TcpRequests)
+                    }));
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => wait_readable(listener),
@@ -200,22 +160,26 @@ fn drain(mut stream: TcpStream, answer: bool) -> u64 {
     }
 }
 
-fn drive(case: Case, target: SocketAddr, time: Duration) -> Result<Sample> {
+/// The core of a stream's both ends: what one end sends is taken in on the same core, and no flow is reordered.
+fn core(case: Case, stream: usize) -> usize {
+    let cores = case.cores();
+    cores[stream % cores.len()]
+}
+
+fn drive(case: Case, targets: &[SocketAddr], time: Duration) -> Result<Sample> {
+    let target = targets[0];
     match case {
-        Case::TcpStream => stream(target, time).map(|()| Sample::default()),
+        Case::TcpStream => stream(connect(target)?, time).map(|()| Sample::default()),
         Case::TcpStreams => {
-            let netns = PathBuf::from("/proc/thread-self/ns/net");
-            let here = std::fs::File::open(&netns)?;
-            let workers: Vec<_> = (0..STREAMS)
-                .map(|_| {
-                    let here = here.try_clone();
-                    thread::spawn(move || -> Result<()> {
-                        nix::sched::setns(here?.as_fd(), nix::sched::CloneFlags::CLONE_NEWNET)?;
-                        stream(target, time)
-                    })
+            // Connected here, one after the other: a thread of its own would have to enter the namespace again.
+            let streams: Vec<TcpStream> = (0..STREAMS).map(|_| connect(target)).collect::<Result<_>>()?;
+            let work = |(number, connection): (usize, TcpStream)| {
+                thread::spawn(move || -> Result<()> {
+                    pin_thread(core(case, number))?;
+                    stream(connection, time)
                 })
-                .collect();
-            for worker in workers {
+            };
+            for worker in streams.into_iter().enumerate().map(work).collect::<Vec<_>>() {
                 worker.join().map_err(|_| anyhow::anyhow!("a stream panicked"))??;
             }
             Ok(Sample::default())
@@ -238,20 +202,10 @@ fn drive(case: Case, target: SocketAddr, time: Duration) -> Result<Sample> {
                 socket.recv(&mut byte).map(drop)
             })
         }
-        Case::Connects => round_trips(time, || {
-            let mut stream = TcpStream::connect_timeout(&target, PATIENCE)?;
-            stream.set_read_timeout(Some(PATIENCE))?;
-            let mut byte = [1; 1];
-            stream.write_all(&byte)?;
-            stream.read_exact(&mut byte)?;
-            // The client closes with a reset, so that its ports do not run out in TIME_WAIT.
-            nix::sys::socket::setsockopt(
-                &stream,
-                nix::sys::socket::sockopt::Linger,
-                &libc::linger { l_onoff: 1, l_linger: 0 },
-            )
-            .map_err(std::io::Error::from)
-        }),
+        Case::Connects => {
+            let mut targets = targets.iter().cycle();
+            round_trips(time, || connect_request_close(targets.next().copied().unwrap_or(target)))
+        }
         Case::SmallUdp => {
             let socket = udp(target)?;
             let payload = [7; 64 - 28];
@@ -267,12 +221,38 @@ fn drive(case: Case, target: SocketAddr, time: Duration) -> Result<Sample> {
     }
 }
 
+fn connect_request_close(target: SocketAddr) -> std::io::Result<()> {
+    let mut stream = connect_cubic(target)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut byte = [1; 1];
+    stream.write_all(&byte)?;
+    stream.read_exact(&mut byte)?;
+    // The client closes with a reset, so that its ports do not run out in TIME_WAIT.
+    let linger = libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::Linger, &linger).map_err(std::io::Error::from)
+}
+
 fn connect(target: SocketAddr) -> Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&target, PATIENCE).context("cannot connect")?;
+    let stream = connect_cubic(target).context("cannot connect")?;
     stream.set_nodelay(true)?;
-    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpCongestion, &"cubic".into())
-        .context("cannot choose cubic")?;
     Ok(stream)
+}
+
+fn connect_cubic(target: SocketAddr) -> std::io::Result<TcpStream> {
+    use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, sockopt};
+    let family = if target.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    choose_cubic(&socket)?;
+    // Also the patience of `connect`.
+    socket::setsockopt(&socket, sockopt::SendTimeout, &TimeVal::seconds(PATIENCE.as_secs() as i64))?;
+    socket::connect(socket.as_raw_fd(), &SockaddrStorage::from(target))?;
+    Ok(socket.into())
+}
+
+/// Before the connection is made: what other algorithms have begun to pace by timers stays paced, and the timers would be measured.
+fn choose_cubic(socket: &impl AsFd) -> std::io::Result<()> {
+    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::TcpCongestion, &"cubic".into())?;
+    Ok(())
 }
 
 fn udp(target: SocketAddr) -> Result<UdpSocket> {
@@ -282,8 +262,7 @@ fn udp(target: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn stream(target: SocketAddr, time: Duration) -> Result<()> {
-    let mut stream = connect(target)?;
+fn stream(mut stream: TcpStream, time: Duration) -> Result<()> {
     stream.set_write_timeout(Some(PATIENCE))?;
     let buffer = vec![7; 128 * 1024];
     let end = Instant::now() + time;
@@ -311,5 +290,5 @@ fn round_trips(time: Duration, mut trip: impl FnMut() -> std::io::Result<()>) ->
     let value = latencies.len() as f64 / begin.elapsed().as_secs_f64();
     latencies.sort_by(f64::total_cmp);
     let quantile = |part: f64| latencies[((latencies.len() - 1) as f64 * part) as usize];
-    Ok(Sample { value, p50: quantile(0.5), p99: quantile(0.99) })
+    Ok(Sample { value, p50: quantile(0.5), p99: quantile(0.99), busy: 0.0 })
 }

@@ -1,65 +1,86 @@
 //! How fast the overlay is, beside what there is without it: ratios of one run, never absolute figures.
-//!
-//! Everything is pinned to one core: two make TCP slower here (interrupts between them are dear) and reorder it.
 
+pub mod case;
+pub mod cores;
+pub mod goals;
 pub mod load;
+pub mod mode;
 pub mod overlay;
+pub mod plot;
+pub mod programs;
+pub mod readme;
 pub mod report;
 pub mod rig;
+pub mod scale;
+pub mod table;
+pub mod vpn;
 
-use std::net::IpAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, ensure};
 
-use load::{Case, Ends, measure};
-use overlay::{Kind, Overlay};
+use case::{Case, Ground};
+use mode::{ACROSS, Mode, WITHIN};
 use report::Report;
-use rig::{Rig, Wire};
 
 /// What to run, and how long.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub rounds: usize,
     pub time: Duration,
-    pub wires: Vec<Wire>,
+    pub grounds: Vec<Ground>,
     pub cases: Vec<Case>,
-    /// Empty: all of them.
-    pub modes: Vec<String>,
+    pub modes: Vec<&'static str>,
     pub services: u32,
+    /// Also the programs by themselves.
+    pub programs: bool,
+    /// Also what there may be of everything.
+    pub scale: bool,
 }
 
 impl Plan {
     pub fn full() -> Self {
         Self {
-            rounds: 5,
-            time: Duration::from_secs(1),
-            wires: vec![Wire::Pass, Wire::Seg],
+            // Many short ones: what disturbs a machine is shorter than a long measurement, and falls into few of these.
+            rounds: 15,
+            time: Duration::from_millis(150),
+            grounds: vec![Ground::PASS, Ground::SEG, Ground::PASS_JUMBO, Ground::SEG_JUMBO],
             cases: Case::ALL.to_vec(),
-            modes: Vec::new(),
+            modes: ACROSS.into_iter().chain(WITHIN).collect(),
             services: 1_000,
+            programs: true,
+            scale: true,
         }
     }
 
     /// A first look, in under a minute.
     pub fn quick() -> Self {
         Self {
-            rounds: 3,
-            time: Duration::from_millis(400),
-            wires: vec![Wire::Pass],
+            rounds: 7,
+            time: Duration::from_millis(100),
+            grounds: vec![Ground::PASS],
             cases: vec![Case::TcpStream, Case::TcpRequests, Case::Connects],
+            scale: false,
             ..Self::full()
         }
     }
-}
 
-/// A way for packets, ready to be measured.
-struct Mode {
-    name: &'static str,
-    ends: Ends,
-    /// Kept while measured.
-    _overlay: Option<Overlay>,
-    _rig: Rig,
+    /// Large frames change what a stream costs, and nothing else.
+    fn cases_on(&self, ground: Ground) -> Vec<Case> {
+        let jumbo = ground.mtu != Ground::USUAL_MTU;
+        self.cases.iter().copied().filter(|case| !jumbo || *case == Case::TcpStream).collect()
+    }
+
+    /// No wire is between the containers of one node; and what large frames are for is a network card.
+    fn modes_on(&self, ground: Ground) -> Vec<&'static str> {
+        let jumbo = ground.mtu != Ground::USUAL_MTU;
+        let wanted = |mode: &&str| match *mode {
+            "bridge" | "local" => ground == Ground::PASS,
+            "ebpf-instance" | "wireguard-go" => !jumbo,
+            _ => true,
+        };
+        self.modes.iter().copied().filter(wanted).collect()
+    }
 }
 
 /// Measures what the plan says, modes alternating within each round.
@@ -67,60 +88,36 @@ struct Mode {
 /// # Errors
 /// Where a mode cannot be set up, or carries nothing.
 pub fn run(plan: &Plan) -> Result<Report> {
-    pin_to_one_core()?;
     let mut report = Report::default();
-    for wire in &plan.wires {
-        let modes = modes(plan, *wire)?;
-        for case in &plan.cases {
-            for _ in 0..plan.rounds {
-                for mode in &modes {
-                    let sample = measure(*case, &mode.ends, plan.time)
-                        .with_context(|| format!("mode {} on wire {}", mode.name, wire.name()))?;
-                    report.add(*wire, *case, mode.name, sample);
-                }
-            }
-        }
+    if plan.programs {
+        cores::pin(&[0], &[])?;
+        report.programs = programs::measure()?;
+    }
+    for ground in &plan.grounds {
+        measure(plan, *ground, &mut report)?;
+    }
+    if plan.scale {
+        cores::pin(&[0, 1][..cores::count().min(2)], &[])?;
+        report.scale = scale::run()?;
     }
     Ok(report)
 }
 
-fn modes(plan: &Plan, wire: Wire) -> Result<Vec<Mode>> {
-    const NAMES: [&str; 7] = ["direct", "routed", "vxlan", "vxlan+dnat", "ebpf", "ebpf-bare", "tun"];
-    let wanted = |name: &&str| plan.modes.is_empty() || plan.modes.iter().any(|mode| mode == name);
-    let all = NAMES.into_iter().filter(wanted);
-    all.map(|name| Mode::new(name, wire, plan.services).with_context(|| format!("cannot set up {name}"))).collect()
-}
-
-impl Mode {
-    fn new(name: &'static str, wire: Wire, services: u32) -> Result<Self> {
-        let mtu = if matches!(name, "direct" | "routed") { 1500 } else { 1450 };
-        let rig = Rig::new(name, wire, mtu)?;
-        let overlay = |kind| Overlay::new(&rig, kind, services);
-        let (target, overlay): (IpAddr, _) = match name {
-            "direct" => (rig.direct(wire)?, None),
-            "routed" => (rig.route()?, None),
-            "vxlan" => (rig.vxlan()?, None),
-            "vxlan+dnat" => {
-                rig.vxlan()?;
-                (rig.dnat(services)?, None)
+fn measure(plan: &Plan, ground: Ground, report: &mut Report) -> Result<()> {
+    let cases = plan.cases_on(ground);
+    let modes: Vec<Mode> =
+        plan.modes_on(ground).into_iter().map(|mode| Mode::new(mode, ground, plan.services)).collect::<Result<_>>()?;
+    for case in cases {
+        ensure!(cores::count() >= case.cores().len(), "{} needs {} cores", case.name(), case.cores().len());
+        for round in 0..plan.rounds {
+            // There and back: a drift of the machine favours nobody.
+            let order: Vec<&Mode> = if round % 2 == 0 { modes.iter().collect() } else { modes.iter().rev().collect() };
+            for mode in order {
+                report.add(ground, case, mode.name, &mode.measure(case, plan.time)?);
             }
-            ours => {
-                let overlay = overlay(match ours {
-                    "tun" => Kind::Tun,
-                    "ebpf-bare" => Kind::Bare,
-                    _ => Kind::Framed,
-                })?;
-                (overlay.service(), Some(overlay))
-            }
-        };
-        let [client, server] = &rig.sides;
-        let ends = Ends { client: client.container_netns(), server: server.container_netns(), target };
-        Ok(Self { name, ends, _overlay: overlay, _rig: rig })
+        }
     }
-}
-
-fn pin_to_one_core() -> Result<()> {
-    let mut cores = nix::sched::CpuSet::new();
-    cores.set(0)?;
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cores).context("cannot pin to one core")
+    report.in_order(&plan.modes);
+    report.derive(ground);
+    Ok(())
 }

@@ -1,171 +1,270 @@
-//! What a run found: medians, ratios, a table for the terminal and a document for machines.
+//! What a run found: medians, paired ratios, and a document for machines.
 
 use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::load::{Case, Sample};
-use super::rig::Wire;
+use super::case::{Case, Figure, Ground, Sample, figure};
+use super::goals::{Goal, Outcome};
+use super::programs::Program;
+use super::scale::Measured;
 
-/// The samples of a run, by wire, case and mode.
+/// The samples of a run.
 #[derive(Debug, Default)]
 pub struct Report {
-    rows: Vec<Row>,
+    pub rows: Vec<Row>,
+    pub programs: Vec<Program>,
+    pub scale: Vec<Measured>,
 }
 
+/// One figure on one ground, by mode.
 #[derive(Debug)]
-struct Row {
-    wire: Wire,
-    case: Case,
-    modes: Vec<(&'static str, Vec<Sample>)>,
+pub struct Row {
+    pub ground: Ground,
+    pub figure: Figure,
+    pub modes: Vec<(&'static str, Vec<f64>)>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Spread {
+    pub median: f64,
+    pub min: f64,
+    pub max: f64,
+}
+
+/// A goal that the run says something about.
+#[derive(Clone, Copy, Debug)]
+pub struct Judged {
+    pub goal: Goal,
+    pub value: f64,
+    pub outcome: Outcome,
 }
 
 #[derive(Debug, Serialize)]
-struct Document {
+struct Document<'a> {
     cases: Vec<CaseDocument>,
     ratios: BTreeMap<String, BTreeMap<String, f64>>,
+    goals: Vec<GoalDocument>,
+    programs: &'a [Program],
+    scale: &'a [Measured],
 }
 
 #[derive(Debug, Serialize)]
 struct CaseDocument {
     case: &'static str,
-    wire: &'static str,
     unit: &'static str,
     better: &'static str,
+    wire: &'static str,
+    mtu: u32,
     modes: BTreeMap<&'static str, Spread>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-    /// Microseconds, medians over the rounds; 0 where the case has no round trips.
-    p50: f64,
-    p99: f64,
+#[derive(Debug, Serialize)]
+struct GoalDocument {
+    ratio: String,
+    case: String,
+    goal: f64,
+    value: f64,
+    outcome: &'static str,
 }
 
 impl Report {
-    pub fn add(&mut self, wire: Wire, case: Case, mode: &'static str, sample: Sample) {
-        let row = match self.rows.iter().position(|row| row.wire == wire && row.case == case) {
-            Some(at) => &mut self.rows[at],
-            None => {
-                self.rows.push(Row { wire, case, modes: Vec::new() });
-                let last = self.rows.len() - 1;
-                &mut self.rows[last]
-            }
-        };
-        match row.modes.iter_mut().find(|(name, _)| *name == mode) {
-            Some((_, samples)) => samples.push(sample),
-            None => row.modes.push((mode, vec![sample])),
+    pub fn add(&mut self, ground: Ground, case: Case, mode: &'static str, sample: &Sample) {
+        for (figure, value) in case.figures(sample) {
+            self.add_value(ground, figure, mode, value);
         }
     }
 
-    /// A table with bars: each mode's median, and its part of `direct`.
-    pub fn table(&self) -> String {
-        let mut text = String::new();
-        for row in &self.rows {
-            let best = row.spread("direct").map_or(0.0, |spread| spread.median);
-            text += &format!("\n{} ({}, wire {})\n", row.case.name(), row.case.unit(), row.wire.name());
-            for (mode, samples) in &row.modes {
-                let spread = Spread::of(samples);
-                let part = if best > 0.0 { spread.median / best } else { 0.0 };
-                let bar = "█".repeat((part * 40.0).round().clamp(0.0, 60.0) as usize);
-                let latency = if spread.p50 > 0.0 {
-                    format!("  p50 {:.0} µs, p99 {:.0} µs", spread.p50, spread.p99)
-                } else {
-                    String::new()
-                };
-                text += &format!("  {mode:<12} {:>10} {part:>5.2} {bar}{latency}\n", number(spread.median));
-            }
-        }
-        text
-    }
-
-    /// The run as a JSON document.
-    pub fn json(&self) -> String {
-        let cases = self.rows.iter().map(|row| CaseDocument {
-            case: row.case.name(),
-            wire: row.wire.name(),
-            unit: row.case.unit(),
-            better: "higher",
-            modes: row.modes.iter().map(|(mode, samples)| (*mode, Spread::of(samples))).collect(),
+    fn add_value(&mut self, ground: Ground, figure: Figure, mode: &'static str, value: f64) {
+        let at = self.rows.iter().position(|row| row.ground == ground && row.figure == figure).unwrap_or_else(|| {
+            self.rows.push(Row { ground, figure, modes: Vec::new() });
+            self.rows.len() - 1
         });
-        let document = Document { cases: cases.collect(), ratios: self.ratios() };
-        serde_json::to_string_pretty(&document).expect("numbers and names serialise")
+        let modes = &mut self.rows[at].modes;
+        match modes.iter_mut().find(|(name, _)| *name == mode) {
+            Some((_, samples)) => samples.push(value),
+            None => modes.push((mode, vec![value])),
+        }
     }
 
-    /// Our modes against what there is without us, by case and wire: `ebpf/routed` → `tcp_stream:pass` → 0.96.
+    /// Modes as they are listed, however they alternated.
+    pub fn in_order(&mut self, modes: &[&str]) {
+        for row in &mut self.rows {
+            row.modes.sort_by_key(|(mode, _)| modes.iter().position(|other| other == mode));
+        }
+    }
+
+    /// Adds what follows from two cases together.
+    pub fn derive(&mut self, ground: Ground) {
+        let (Some(four), Some(one)) = (self.row(ground, figure::TCP_STREAMS), self.row(ground, figure::TCP_STREAM))
+        else {
+            return;
+        };
+        let mut scalings = Vec::new();
+        for (mode, four) in &four.modes {
+            let pairs = one.samples(mode).into_iter().flatten().zip(four);
+            scalings.extend(pairs.filter(|(one, _)| **one > 0.0).map(|(one, four)| (*mode, four / one)));
+        }
+        for (mode, scaling) in scalings {
+            self.add_value(ground, figure::SCALING, mode, scaling);
+        }
+    }
+
+    pub fn row(&self, ground: Ground, figure: Figure) -> Option<&Row> {
+        self.rows.iter().find(|row| row.ground == ground && row.figure == figure)
+    }
+
+    /// Every mode of ours against every other: `ebpf/routed` → `tcp_stream` → 1.1. On other grounds than the usual one, the wire `pass`
+    /// at an MTU of 1500, the figure's name says so: `tcp_stream:seg`, `tcp_stream:seg:jumbo`.
     pub fn ratios(&self) -> BTreeMap<String, BTreeMap<String, f64>> {
         let mut ratios: BTreeMap<String, BTreeMap<String, f64>> = BTreeMap::new();
+        let ours = |mode: &str| mode.starts_with("ebpf") || mode == "tun" || mode == "local";
         for row in &self.rows {
-            for (ours, _) in row.modes.iter().filter(|(mode, _)| mode.starts_with("ebpf") || mode.starts_with("tun")) {
-                for (base, _) in row.modes.iter().filter(|(mode, _)| mode != ours) {
-                    if let Some(ratio) = row.ratio(ours, base) {
-                        let case = format!("{}:{}", row.case.name(), row.wire.name());
-                        ratios.entry(format!("{ours}/{base}")).or_default().insert(case, (ratio * 1e3).round() / 1e3);
+            for (mode, _) in row.modes.iter().filter(|(mode, _)| ours(mode)) {
+                for (base, _) in row.modes.iter().filter(|(base, _)| base != mode) {
+                    if let Some(ratio) = row.ratio(mode, base) {
+                        ratios.entry(format!("{mode}/{base}")).or_default().insert(row.name(), round(ratio));
                     }
                 }
             }
         }
         ratios
     }
+
+    /// The goals that the run has both sides of.
+    pub fn judged(&self) -> Vec<Judged> {
+        let judge = |goal: Goal| {
+            let value = self.row(goal.ground, goal.figure)?.ratio(goal.ours, goal.base)?;
+            Some(Judged { goal, value, outcome: Outcome::of(value, goal.at_least) })
+        };
+        super::goals::all().into_iter().filter_map(judge).collect()
+    }
+
+    /// The run as a JSON document.
+    pub fn json(&self) -> String {
+        let cases = self.rows.iter().map(|row| CaseDocument {
+            case: row.figure.name,
+            unit: row.figure.unit,
+            better: row.figure.better,
+            wire: row.ground.wire.name(),
+            mtu: row.ground.mtu,
+            modes: row.modes.iter().map(|(mode, samples)| (*mode, Spread::of(samples))).collect(),
+        });
+        let goals = self.judged().into_iter().map(|judged| GoalDocument {
+            ratio: judged.goal.ratio(),
+            case: judged.goal.case(),
+            goal: judged.goal.at_least,
+            value: round(judged.value),
+            outcome: judged.outcome.words(),
+        });
+        let document = Document {
+            cases: cases.collect(),
+            ratios: self.ratios(),
+            goals: goals.collect(),
+            programs: &self.programs,
+            scale: &self.scale,
+        };
+        serde_json::to_string_pretty(&document).expect("numbers and names serialise")
+    }
 }
 
 impl Row {
-    fn samples(&self, mode: &str) -> Option<&[Sample]> {
+    pub fn samples(&self, mode: &str) -> Option<&[f64]> {
         self.modes.iter().find(|(name, _)| *name == mode).map(|(_, samples)| samples.as_slice())
     }
 
-    fn spread(&self, mode: &str) -> Option<Spread> {
-        self.samples(mode).map(Spread::of)
+    pub fn median(&self, mode: &str) -> Option<f64> {
+        median(self.samples(mode)?.to_vec())
     }
 
     /// The median of the ratios of each round: what disturbs a round disturbs both.
-    fn ratio(&self, ours: &str, base: &str) -> Option<f64> {
+    pub fn ratio(&self, ours: &str, base: &str) -> Option<f64> {
         let (ours, base) = (self.samples(ours)?, self.samples(base)?);
-        let ratios =
-            ours.iter().zip(base).filter(|(_, base)| base.value > 0.0).map(|(ours, base)| ours.value / base.value);
-        median(ratios.collect())
+        median(ours.iter().zip(base).filter(|(_, base)| **base > 0.0).map(|(ours, base)| ours / base).collect())
+    }
+
+    fn name(&self) -> String {
+        format!("{}{}", self.figure.name, self.ground.suffix())
+    }
+}
+
+impl Goal {
+    pub fn ratio(&self) -> String {
+        format!("{}/{}", self.ours, self.base)
+    }
+
+    pub fn case(&self) -> String {
+        format!("{}{}", self.figure.name, self.ground.suffix())
     }
 }
 
 impl Spread {
-    fn of(samples: &[Sample]) -> Self {
-        let of = |part: fn(&Sample) -> f64| median(samples.iter().map(part).collect()).unwrap_or(0.0);
-        let values = || samples.iter().map(|sample| sample.value);
+    pub fn of(samples: &[f64]) -> Self {
         Self {
-            median: of(|sample| sample.value),
-            min: values().fold(f64::INFINITY, f64::min),
-            max: values().fold(0.0, f64::max),
-            p50: of(|sample| sample.p50),
-            p99: of(|sample| sample.p99),
+            median: median(samples.to_vec()).unwrap_or(0.0),
+            min: samples.iter().copied().fold(f64::INFINITY, f64::min),
+            max: samples.iter().copied().fold(0.0, f64::max),
         }
     }
 }
 
-fn median(mut values: Vec<f64>) -> Option<f64> {
+pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
 }
 
-fn number(value: f64) -> String {
-    if value < 100.0 { format!("{value:.2}") } else { format!("{value:.0}") }
+fn round(value: f64) -> f64 {
+    (value * 1e3).round() / 1e3
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn ratios_are_medians_of_paired_rounds() {
+    fn report() -> Report {
         let mut report = Report::default();
         for (ours, routed) in [(10.0, 20.0), (30.0, 30.0), (8.0, 10.0)] {
             for (mode, value) in [("ebpf", ours), ("routed", routed)] {
-                report.add(Wire::Pass, Case::TcpStream, mode, Sample { value, p50: 0.0, p99: 0.0 });
+                let sample = Sample { value, busy: 0.5, ..Sample::default() };
+                report.add(Ground::PASS, Case::TcpStream, mode, &sample);
+                report.add(Ground::SEG, Case::TcpStream, mode, &sample);
+                report.add(Ground::PASS, Case::TcpStreams, mode, &Sample { value: 3.0 * value, ..sample });
             }
         }
-        assert_eq!(report.ratios()["ebpf/routed"]["tcp_stream:pass"], 0.8);
-        assert!(report.table().contains("tcp_stream"));
+        report.derive(Ground::PASS);
+        report
+    }
+
+    #[test]
+    fn ratios_are_medians_of_paired_rounds() {
+        let ratios = &report().ratios()["ebpf/routed"];
+        assert_eq!((ratios["tcp_stream"], ratios["tcp_stream:seg"], ratios["tcp_scaling"]), (0.8, 0.8, 1.0));
+        // Half a core for a fifth of the traffic.
+        assert_eq!(report().row(Ground::PASS, figure::CPU).and_then(|row| row.median("routed")), Some(0.5 / 20.0));
+    }
+
+    #[test]
+    fn goals_are_judged_where_both_modes_ran() {
+        let report = report();
+        let judged: Vec<_> =
+            report.judged().iter().map(|one| (one.goal.ratio(), one.goal.case(), one.outcome)).collect();
+        assert_eq!(
+            judged,
+            [
+                ("ebpf/routed".into(), "tcp_stream".into(), Outcome::Short),
+                ("ebpf/routed".into(), "tcp_stream:seg".into(), Outcome::Short),
+                ("ebpf/routed".into(), "tcp_scaling".into(), Outcome::Reached),
+            ]
+        );
+    }
+
+    #[test]
+    fn the_document_has_the_shape_that_others_read() {
+        let document: serde_json::Value = serde_json::from_str(&report().json()).unwrap();
+        let first = &document["cases"][0];
+        assert_eq!((&first["case"], &first["unit"]), (&"tcp_stream".into(), &"Gbit/s".into()));
+        assert_eq!((&first["better"], &first["wire"]), (&"higher".into(), &"pass".into()));
+        assert_eq!(first["modes"]["routed"], serde_json::json!({"median": 20.0, "min": 10.0, "max": 30.0}));
+        assert_eq!(document["ratios"]["ebpf/routed"]["tcp_stream"], 0.8);
     }
 }

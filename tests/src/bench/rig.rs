@@ -7,6 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use super::case::Ground;
+
 /// How super-packets cross the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
@@ -36,6 +38,8 @@ pub struct Side {
     pub address: &'static str,
     /// The subnet of its containers.
     pub subnet: &'static str,
+    /// Host end of the container's veth.
+    pub port: &'static str,
 }
 
 impl Side {
@@ -60,13 +64,15 @@ pub struct Rig {
 
 pub const UPLINK: &str = "uplink0";
 pub const BRIDGE: &str = "br0";
-/// Host end of the container's veth.
-pub const PORT: &str = "port0";
+/// What the kernel's VXLAN, and our own framing, put around a packet.
+pub const VXLAN: u32 = 50;
+const PORT: &str = "port0";
+const SECOND_PORT: &str = "port1";
 
 impl Rig {
-    /// Namespaces, wire, bridges and containers; nothing leads across yet.
-    pub fn new(name: &str, wire: Wire, mtu: u32) -> Result<Self> {
-        let prefix = format!("bench{}-{name}", std::process::id());
+    /// Namespaces, wire, bridges and containers; nothing leads across yet. `mtu`: the containers'.
+    pub fn new(name: &str, ground: Ground, mtu: u32) -> Result<Self> {
+        let prefix = prefix(name);
         let side = |which: &str, underlay, gateway, address, subnet| Side {
             node: format!("{prefix}-{which}"),
             container: format!("{prefix}-c{which}"),
@@ -74,6 +80,7 @@ impl Rig {
             gateway,
             address,
             subnet,
+            port: PORT,
         };
         let rig = Self {
             sides: [
@@ -82,46 +89,101 @@ impl Rig {
             ],
         };
         for side in &rig.sides {
-            for netns in [&side.node, &side.container] {
-                ip(&["netns", "add", netns])?;
-                ip(&["-n", netns, "link", "set", "lo", "up"])?;
-            }
-            sysctl(&side.node, "net/ipv4/ip_forward", "1")?;
+            rig.node(side)?;
         }
         let [a, b] = &rig.sides;
+        let wire = ground.mtu.to_string();
         ip(&[
-            "-n", &a.node, "link", "add", UPLINK, "mtu", "1500", "type", "veth", "peer", UPLINK, "mtu", "1500",
-            "netns", &b.node,
+            "-n", &a.node, "link", "add", UPLINK, "mtu", &wire, "type", "veth", "peer", UPLINK, "mtu", &wire, "netns",
+            &b.node,
         ])?;
         for side in &rig.sides {
             ip(&["-n", &side.node, "addr", "add", &format!("{}/24", side.underlay), "dev", UPLINK])?;
-            shape(&side.node, UPLINK, wire)?;
+            shape(&side.node, UPLINK, ground.wire)?;
             ip(&["-n", &side.node, "link", "set", UPLINK, "up"])?;
+            rig.bridge(side, mtu)?;
             rig.container(side, mtu)?;
         }
         Ok(rig)
     }
 
+    /// One node with both containers on its bridge, and an uplink that leads nowhere.
+    pub fn on_one_node(name: &str, mtu: u32) -> Result<Self> {
+        let prefix = prefix(name);
+        let side = |container: &str, address, port| Side {
+            node: format!("{prefix}-a"),
+            container: format!("{prefix}-{container}"),
+            underlay: "192.0.2.1",
+            gateway: "10.18.0.1",
+            address,
+            subnet: "10.18.0.0/26",
+            port,
+        };
+        let rig = Self { sides: [side("ca", "10.18.0.2", PORT), side("cb", "10.18.0.3", SECOND_PORT)] };
+        let [a, b] = &rig.sides;
+        rig.node(a)?;
+        rig.bridge(a, mtu)?;
+        ip(&["-n", &a.node, "link", "add", UPLINK, "type", "veth", "peer", "nowhere"])?;
+        ip(&["-n", &a.node, "addr", "add", &format!("{}/24", a.underlay), "dev", UPLINK])?;
+        ip(&["-n", &a.node, "link", "set", UPLINK, "up"])?;
+        for side in [a, b] {
+            rig.container(side, mtu)?;
+        }
+        Ok(rig)
+    }
+
+    fn node(&self, side: &Side) -> Result<()> {
+        ip(&["netns", "add", &side.node])?;
+        ip(&["-n", &side.node, "link", "set", "lo", "up"])?;
+        sysctl(&side.node, "net/ipv4/ip_forward", "1")
+    }
+
+    fn bridge(&self, side: &Side, mtu: u32) -> Result<()> {
+        ip(&["-n", &side.node, "link", "add", BRIDGE, "mtu", &mtu.to_string(), "type", "bridge"])?;
+        ip(&["-n", &side.node, "addr", "add", &format!("{}/26", side.gateway), "dev", BRIDGE])?;
+        ip(&["-n", &side.node, "link", "set", BRIDGE, "up"])
+    }
+
     fn container(&self, side: &Side, mtu: u32) -> Result<()> {
         let mtu = mtu.to_string();
-        ip(&["-n", &side.node, "link", "add", BRIDGE, "mtu", &mtu, "type", "bridge"])?;
-        ip(&["-n", &side.node, "addr", "add", &format!("{}/26", side.gateway), "dev", BRIDGE])?;
-        ip(&["-n", &side.node, "link", "set", BRIDGE, "up"])?;
+        ip(&["netns", "add", &side.container])?;
+        ip(&["-n", &side.container, "link", "set", "lo", "up"])?;
         let inner = ["type", "veth", "peer", "eth0", "mtu", &mtu, "netns", &side.container];
-        ip(&[&["-n", &side.node, "link", "add", PORT, "mtu", &mtu][..], &inner].concat())?;
-        ip(&["-n", &side.node, "link", "set", PORT, "master", BRIDGE, "up"])?;
+        ip(&[&["-n", &side.node, "link", "add", side.port, "mtu", &mtu][..], &inner].concat())?;
+        ip(&["-n", &side.node, "link", "set", side.port, "master", BRIDGE, "up"])?;
         ip(&["-n", &side.container, "addr", "add", &format!("{}/26", side.address), "dev", "eth0"])?;
         ip(&["-n", &side.container, "link", "set", "eth0", "up"])?;
         ip(&["-n", &side.container, "route", "add", "default", "via", side.gateway])
     }
 
+    pub fn is_one_node(&self) -> bool {
+        self.sides[0].node == self.sides[1].node
+    }
+
     /// A veth from container to container, no node in between: the limit.
-    pub fn direct(&self, wire: Wire) -> Result<IpAddr> {
+    pub fn direct(&self, ground: Ground) -> Result<IpAddr> {
         let [a, b] = &self.sides;
-        ip(&["-n", &a.container, "link", "add", "direct0", "type", "veth", "peer", "direct0", "netns", &b.container])?;
+        let mtu = ground.mtu.to_string();
+        ip(&[
+            "-n",
+            &a.container,
+            "link",
+            "add",
+            "direct0",
+            "mtu",
+            &mtu,
+            "type",
+            "veth",
+            "peer",
+            "direct0",
+            "mtu",
+            &mtu,
+            "netns",
+            &b.container,
+        ])?;
         for (side, address) in [(a, "10.99.0.1/24"), (b, "10.99.0.2/24")] {
             ip(&["-n", &side.container, "addr", "add", address, "dev", "direct0"])?;
-            shape(&side.container, "direct0", wire)?;
+            shape(&side.container, "direct0", ground.wire)?;
             ip(&["-n", &side.container, "link", "set", "direct0", "up"])?;
         }
         Ok("10.99.0.2".parse()?)
@@ -136,13 +198,14 @@ impl Rig {
     }
 
     /// The kernel's VXLAN, routed, as common container networks have it.
-    pub fn vxlan(&self) -> Result<IpAddr> {
+    pub fn vxlan(&self, ground: Ground) -> Result<IpAddr> {
+        let mtu = (ground.mtu - VXLAN).to_string();
         for (side, other, own, far) in [(0, 1, "10.19.0.1", "10.19.0.2"), (1, 0, "10.19.0.2", "10.19.0.1")] {
             let (side, other) = (&self.sides[side], &self.sides[other]);
             let (local, remote) = (side.underlay, other.underlay);
             let device =
                 ["type", "vxlan", "id", "1", "dstport", "8472", "local", local, "remote", remote, "dev", UPLINK];
-            ip(&[&["-n", &side.node, "link", "add", "vxlan0", "mtu", "1450"][..], &device].concat())?;
+            ip(&[&["-n", &side.node, "link", "add", "vxlan0", "mtu", &mtu][..], &device].concat())?;
             ip(&["-n", &side.node, "addr", "add", &format!("{own}/24"), "dev", "vxlan0"])?;
             ip(&["-n", &side.node, "link", "set", "vxlan0", "up"])?;
             ip(&["-n", &side.node, "route", "add", other.subnet, "via", far, "dev", "vxlan0", "onlink"])?;
@@ -185,6 +248,11 @@ impl Drop for Rig {
     }
 }
 
+/// Of all namespaces of a rig.
+fn prefix(name: &str) -> String {
+    format!("bench{}-{name}", std::process::id())
+}
+
 fn netns(name: &str) -> PathBuf {
     PathBuf::from("/run/netns").join(name)
 }
@@ -209,7 +277,8 @@ pub fn ip(arguments: &[&str]) -> Result<()> {
     run(&[&["ip"], arguments].concat())
 }
 
-fn run(command: &[&str]) -> Result<()> {
+/// A command that must succeed.
+pub fn run(command: &[&str]) -> Result<()> {
     let output =
         Command::new(command[0]).args(&command[1..]).output().with_context(|| format!("cannot run {}", command[0]))?;
     if !output.status.success() {

@@ -556,12 +556,15 @@ impl Projection {
         }
     }
 
+    /// From 1 to as many as there may be: turns and trials have a row for each.
     fn new_service_id(&mut self) -> u32 {
-        while self.next_service_id == 0 || !self.service_ids.insert(self.next_service_id) {
-            self.next_service_id = self.next_service_id.wrapping_add(1);
+        let after = |id: u32| id % self.capacity.services() + 1;
+        let mut id = self.next_service_id;
+        while !self.service_ids.insert(id) {
+            id = after(id);
         }
-        self.next_service_id = self.next_service_id.wrapping_add(1);
-        self.next_service_id.wrapping_sub(1)
+        self.next_service_id = after(id);
+        id
     }
 }
 
