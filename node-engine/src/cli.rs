@@ -308,7 +308,7 @@ impl Cli {
             Command::Metrics => ask::Ask::Metrics,
             Command::Exec(args) => ask::Ask::Exec(args),
             Command::Events(args) => ask::Ask::Events(args),
-            Command::Deploy(args) => ask::Ask::Deploy(args),
+            Command::Deploy(args) => ask::Ask::Deploy(Box::new(args)),
             Command::Delete { target } => ask::Ask::Delete { target },
             Command::Replicate { service, replicas } => ask::Ask::Replicate { service, replicas },
             Command::Move { instance, node } => ask::Ask::Move { instance, node },

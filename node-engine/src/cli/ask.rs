@@ -28,7 +28,7 @@ pub(super) enum Ask {
     Metrics,
     Exec(ExecArgs),
     Events(EventsArgs),
-    Deploy(DeployArgs),
+    Deploy(Box<DeployArgs>),
     Delete { target: Selector },
     Replicate { service: Selector, replicas: u32 },
     Move { instance: Selector, node: String },
