@@ -57,7 +57,7 @@ impl Links {
             .set(&device.name, LinkUnspec::new_with_index(device.index).controller(bridge.index).build())
             .await?;
         let silent = LinkBridgePort::new(device.index).learning(false).flood(false).bcast_flood(false);
-        self.netlink.set(&device.name, silent.mcast_flood(false).build()).await
+        self.netlink.set_port(&device.name, silent.mcast_flood(false).build()).await
     }
 
     /// Removes the device of an earlier run.
