@@ -40,6 +40,7 @@ mod restart;
 mod standalone;
 mod survive;
 mod underlay;
+mod unikernel;
 mod uninstall;
 mod update;
 mod view;

@@ -8,6 +8,7 @@ pub mod bench;
 pub mod cluster;
 pub mod emulator;
 pub mod footprint;
+pub mod guest;
 pub mod host;
 pub mod image;
 pub mod lan;
