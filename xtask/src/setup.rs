@@ -25,7 +25,7 @@ const QEMU: (&str, &str) = if cfg!(target_arch = "aarch64") {
     ("qemu-system-x86_64", "qemu-system-x86")
 };
 
-const NEEDS: [Need; 19] = [
+const NEEDS: &[Need] = &[
     Need { program: "cc", package: "gcc libc6-dev", purpose: "links Rust programs" },
     Need { program: "dockerd", package: "docker.io", purpose: "runs containers in the simulated hosts" },
     Need { program: "containerd", package: "containerd", purpose: "is what dockerd works through" },
@@ -41,6 +41,7 @@ const NEEDS: [Need; 19] = [
     Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
     Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
     Need { program: QEMU.0, package: QEMU.1, purpose: "runs guests" },
+    Need { program: "xz", package: "xz-utils", purpose: "unpacks a guest's modules" },
     Need { program: "ethtool", package: "ethtool", purpose: "switches a bench's segmentation" },
     Need { program: "wireguard-go", package: "wireguard-go", purpose: "is a VPN to compare with" },
     Need { program: "wg", package: "wireguard-tools", purpose: "configures it" },
