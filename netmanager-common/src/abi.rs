@@ -109,6 +109,8 @@ pub struct Peer {
     pub framed_port: [u8; 2],
     /// Bits of `PEER_*`.
     pub flags: u32,
+    /// The longest packet that gets there in one datagram; 0: any that instances send does.
+    pub mtu: u32,
 }
 
 /// How a peer's frames leave, found out by the kernel's own tables and trusted for a moment. Index: peer number.
@@ -253,5 +255,5 @@ macro_rules! layouts {
 }
 
 layouts! {
-    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 44, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52, Answers = 12,
+    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 48, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52, Answers = 12,
 }

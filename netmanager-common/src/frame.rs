@@ -16,6 +16,15 @@ pub trait Frame {
     ///
     /// The shell does it because only the shell knows whether the checksum is complete or partial (to be completed by a device).
     fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()>;
+
+    /// Length of the longest packet that this one becomes on the wire, where its headers have this length: a super-packet becomes many.
+    fn wire_len(&mut self, headers: usize) -> usize;
+
+    /// Lowers the largest segment that the TCP header at `offset` says its sender takes ([`crate::mss`]). `None` where the shell leaves
+    /// that to user space.
+    fn clamp_mss(&mut self, _offset: usize, _limit: u16) -> Option<()> {
+        None
+    }
 }
 
 /// A header as it lies on the wire.
@@ -167,6 +176,10 @@ impl<'a> SliceFrame<'a> {
     pub fn bytes(&self) -> &[u8] {
         self.0
     }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0
+    }
 }
 
 impl Frame for SliceFrame<'_> {
@@ -180,6 +193,10 @@ impl Frame for SliceFrame<'_> {
     fn fix_l4(&mut self, offset: usize, udp: bool, change: Change) -> Option<()> {
         mend(self.at(offset)?, udp, change);
         Some(())
+    }
+
+    fn wire_len(&mut self, _: usize) -> usize {
+        self.0.len()
     }
 }
 

@@ -10,6 +10,7 @@ pub mod addr;
 pub mod checksum;
 pub mod frame;
 pub mod icmp;
+pub mod mss;
 pub mod pipeline;
 pub mod policy;
 #[cfg(feature = "testing")]
@@ -17,7 +18,7 @@ pub mod testing;
 pub mod verdict;
 
 /// Version of the layout of everything pinned (maps, programs, links). Part of the pin directory's name.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// UDP port of the tunnel where nothing else is configured.
 pub const TUNNEL_PORT: u16 = 50103;

@@ -15,6 +15,7 @@ use crate::addr::Addr;
 use crate::checksum::Change;
 use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, TCP_SYN, Tcp, UDP, Udp};
 use crate::icmp;
+use crate::mss;
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
 
@@ -207,12 +208,48 @@ fn carry(
         rewrite(frame, key, place, &flow.source, &slot.namespace)?;
         return Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac });
     }
-    if port != 0 && tables.peer(slot.peer).is_none_or(|peer| !peer.host.is_v4()) {
-        return Ok(Verdict::Slow(Miss::Underlay));
+    let mtu = match tables.peer(slot.peer) {
+        Some(peer) if port == 0 || peer.host.is_v4() => peer.mtu,
+        None if port == 0 => 0,
+        _ => return Ok(Verdict::Slow(Miss::Underlay)),
+    };
+    if mtu != 0 && !fits(frame, key, place, port, mtu) {
+        return Ok(Verdict::Slow(Miss::Narrow));
     }
     rewrite(frame, key, place, &flow.source, &slot.namespace)?;
     Ok(Verdict::Send { peer: slot.peer })
 }
+
+/// May the packet go by a path that takes no longer ones than `mtu`? What begins a connection is made to say what the path takes. Not in
+/// line in the kernel's programs, and given what [`rewrite`] is given anyway: so it costs their stacks nothing.
+#[cfg_attr(target_arch = "bpf", inline(never))]
+#[cfg_attr(not(target_arch = "bpf"), inline(always))]
+fn fits(frame: &mut impl Frame, key: &FlowKey, place: &Place, port: u32, mtu: u32) -> bool {
+    // UDP's checksum is the end of its header.
+    let mut headers = place.l4_checksum + 2;
+    if key.protocol == u32::from(TCP) {
+        // Masked, as the verifier does not know any more how long an IP header can be.
+        let transport = place.l4_checksum.wrapping_sub(TCP_CHECKSUM) & 0x7f;
+        let Some(Tcp { offset, flags, .. }) = frame.at(transport).copied() else { return false };
+        if flags & TCP_SYN != 0 {
+            return frame.clamp_mss(transport, mss::of_packet(place.family, mtu as u16)).is_some();
+        }
+        headers = transport + usize::from(offset >> 4) * 4;
+    }
+    let len = frame.wire_len(headers);
+    if len <= mtu as usize {
+        return true;
+    }
+    // What may be cut user space sends in several: over IPv4 whatever does not forbid it, over IPv6 what everybody must be able to send.
+    port == 0
+        && match place.family {
+            Family::V4 => frame.at::<Ipv4>(0).is_some_and(|header| header.fragment[0] & 0x40 == 0),
+            Family::V6 => len <= LEAST_V6,
+        }
+}
+
+/// The MTU that every IPv6 link has (RFC 8200 5).
+pub const LEAST_V6: usize = 1_280;
 
 /// Decides over a packet that came through the tunnel from `outer`, and rewrites it where the verdict is `Local`.
 ///
@@ -248,10 +285,21 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
             }
         }
     };
+    if ip.protocol == TCP && transport.stage == Stage::Begins && !admits(frame, tables, &ip, flow) {
+        return Ok(Verdict::Slow(Miss::Narrow));
+    }
     if !flow.source.is_none() {
         rewrite(frame, &key, &Place::of(&ip), &flow.source, &key.destination)?;
     }
     Ok(Verdict::Local { ifindex: flow.ifindex, mac: flow.mac })
+}
+
+/// Does what begins a connection say no more than the path back takes?
+#[inline(always)]
+fn admits(frame: &mut impl Frame, tables: &mut impl Tables, ip: &Ip, flow: &Flow) -> bool {
+    let peer = tables.slot(flow.slot).and_then(|slot| tables.peer(slot.peer));
+    let mtu = peer.map_or(0, |peer| peer.mtu);
+    mtu == 0 || frame.clamp_mss(ip.transport, mss::of_packet(ip.family, mtu as u16)).is_some()
 }
 
 /// Why a packet through the tunnel from `outer` is not even worth a look, if that is certain from its addresses alone: whatever this
@@ -604,11 +652,14 @@ struct Place {
     ip_checksum: [u8; 2],
 }
 
+/// Where the checksum lies in TCP's header.
+const TCP_CHECKSUM: usize = 16;
+
 impl Place {
     #[inline(always)]
     fn of(ip: &Ip) -> Self {
         let covered = match ip.protocol {
-            TCP => 16,
+            TCP => TCP_CHECKSUM,
             UDP => 6,
             ICMPV6 => 2,
             _ => 0,

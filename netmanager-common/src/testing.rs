@@ -156,13 +156,17 @@ pub const NEWBORN: Pair = Pair([10, 18, 0, 4], 0xfc00, 4);
 pub const NEIGHBOUR: Pair = Pair([10, 18, 0, 5], 0xfc00, 5);
 pub const WEB_INSTANCE: Pair = Pair([10, 30, 0, 0], 0xfdff, 0x10);
 pub const CLIENT_INSTANCE: Pair = Pair([10, 30, 0, 2], 0xfdff, 2);
-/// On other nodes: db#0 on one of ours, db#1 on an upstream one, db#2 behind an IPv6 underlay.
+/// On other nodes: db#0 on one of ours, db#1 on an upstream one, db#2 behind an IPv6 underlay, db#3 behind a narrow path.
 pub const DB0: Pair = Pair([10, 18, 0, 66], 0xfc00, 0x102);
 pub const DB1: Pair = Pair([10, 18, 0, 130], 0xfc00, 0x202);
 pub const DB2: Pair = Pair([10, 18, 0, 194], 0xfc00, 0x302);
+pub const DB3: Pair = Pair([10, 18, 0, 250], 0xfc00, 0x402);
 pub const DB0_INSTANCE: Pair = Pair([10, 30, 0, 3], 0xfdff, 3);
 pub const DB1_INSTANCE: Pair = Pair([10, 30, 0, 4], 0xfdff, 4);
 pub const DB2_INSTANCE: Pair = Pair([10, 30, 0, 5], 0xfdff, 5);
+pub const DB3_INSTANCE: Pair = Pair([10, 30, 0, 6], 0xfdff, 6);
+/// The longest packet to db#3.
+pub const NARROW_MTU: u32 = 100;
 /// Service addresses: two instances elsewhere, one here, none, one nobody knows, one outside all services.
 pub const DB_SERVICE: Pair = Pair([10, 30, 50, 2], 0xfdff, 0x2002);
 pub const WEB_SERVICE: Pair = Pair([10, 30, 50, 1], 0xfdff, 0x2001);
@@ -174,17 +178,18 @@ pub const STICKY_SERVICE: Pair = Pair([10, 30, 50, 4], 0xfdff, 0x2004);
 pub const TRIED_SERVICE: Pair = Pair([10, 30, 50, 5], 0xfdff, 0x2005);
 pub const UNKNOWN_SERVICE: Pair = Pair([10, 30, 99, 99], 0xfdff, 0x9999);
 pub const OUTSIDE: Pair = Pair([198, 51, 100, 1], 0x2001, 1);
-/// Outer addresses: this node, the node of db#0, the node of db#1.
+/// Outer addresses: this node, the nodes of db#0, of db#1 and of db#3.
 pub const HERE: Addr = Addr::v4([192, 0, 2, 11]);
 pub const OURS: Addr = Addr::v4([192, 0, 2, 12]);
 pub const UPSTREAM: Addr = Addr::v4([192, 0, 2, 13]);
+pub const NARROW: Addr = Addr::v4([192, 0, 2, 14]);
 
 pub const WEB_MAC: Mac = Mac([2, 0, 0, 0, 0, 2]);
 pub const CLIENT_MAC: Mac = Mac([2, 0, 0, 0, 0, 3]);
 pub const GATEWAY_MAC: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
 impl World {
-    /// Two instances here, three on three peers, services over them, in both families.
+    /// Two instances here, four on four peers, services over them, in both families.
     pub fn sample() -> Self {
         let mut world = Self {
             config: Config {
@@ -208,6 +213,7 @@ impl World {
         world.peers.insert(1, peer);
         world.peers.insert(2, Peer { host: UPSTREAM, flags: 0, ..peer });
         world.peers.insert(3, Peer { host: OUTSIDE.v6(), source: OUTSIDE.v6(), ..peer });
+        world.peers.insert(4, Peer { host: NARROW, mtu: NARROW_MTU, ..peer });
         for v6 in [false, true] {
             world.populate(v6);
         }
@@ -228,6 +234,7 @@ impl World {
             (DB0, DB0_INSTANCE, 1),
             (DB1, DB1_INSTANCE, 2),
             (DB2, DB2_INSTANCE, 3),
+            (DB3, DB3_INSTANCE, 4),
         ];
         for (number, (namespace, instance, peer)) in (first..).zip(instances) {
             let (namespace, instance) = (namespace.of(v6), instance.of(v6));
@@ -264,9 +271,9 @@ fn mask(bits: u32) -> Addr {
 /// What a packet carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Payload {
-    /// The first of a connection.
+    /// What begins a connection, saying that segments of up to 1,460 bytes are taken.
     Tcp(u16, u16),
-    /// TCP with these flags.
+    /// TCP with these flags, and the options that are usual with them.
     Segment(u16, u16, u8),
     Udp(u16, u16),
     /// UDP over IPv4 without a checksum.
@@ -312,12 +319,26 @@ pub fn packet(source: Addr, destination: Addr, payload: Payload) -> Vec<u8> {
     packet
 }
 
+/// Flags of TCP (RFC 3168): it asks for explicit congestion notification; it has been told of congestion.
+const ASKS: u8 = 0xc0;
+const ECHOED: u8 = 0x40;
+
 fn transport(v6: bool, payload: Payload) -> Vec<u8> {
     let mut bytes = match payload {
-        Payload::Tcp(source, destination) => return transport(v6, Payload::Segment(source, destination, TCP_SYN)),
+        Payload::Tcp(source, destination) => {
+            return transport(v6, Payload::Segment(source, destination, ASKS | TCP_SYN));
+        }
         Payload::Segment(source, destination, flags) => {
             let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
-            header.extend([0, 0, 0, 9, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+            // At the beginning: segment size, selective acknowledgement, timestamps, window scale. Then timestamps, and a gap that selective
+            // acknowledgement tells of.
+            let options: &[u8] = if flags & TCP_SYN != 0 {
+                &[2, 4, 0x05, 0xb4, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7]
+            } else {
+                &[1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2, 1, 1, 5, 10, 0, 0, 0, 20, 0, 0, 0, 40]
+            };
+            header.extend([0, 0, 0, 9, 0, 0, 0, 0, (20 + options.len() as u8) << 2, flags, 0xff, 0xff, 0, 0, 0, 0]);
+            header.extend(options);
             header
         }
         Payload::Udp(source, destination) | Payload::UdpBare(source, destination) => {
@@ -441,6 +462,9 @@ fn outbound_cases(v6: bool) -> Vec<Case> {
     let to_web = Ok(Verdict::Local { ifindex: PORT, mac: WEB_MAC });
     let to_db0 = Some((CLIENT_INSTANCE, DB0));
     let slow = |miss| Ok(Verdict::Slow(miss));
+    let data = Payload::Segment(40_000, 80, ECHOED | TCP_ACK);
+    let to_db3 = Some((CLIENT_INSTANCE, DB3));
+    let by_narrow = if v6 { (slow(Miss::Narrow), None) } else { (to_peer(4), to_db3) };
     let neighbour = packet(NEIGHBOUR.of(v6), DB_SERVICE.of(v6), tcp);
     let newborn = packet(NEWBORN.of(v6), DB_SERVICE.of(v6), tcp);
     let stranger = packet(OUTSIDE.of(v6), DB_SERVICE.of(v6), tcp);
@@ -505,6 +529,10 @@ fn outbound_cases(v6: bool) -> Vec<Case> {
             Err(DropReason::Spoofed),
             None,
         ),
+        case("within a connection", from_client(DB_SERVICE, data), 0, to_peer(1), to_db0),
+        case("a connection begins by a narrow path", from_client(DB3_INSTANCE, tcp), 0, slow(Miss::Narrow), None),
+        case("short enough for it", from_client(DB3_INSTANCE, Payload::Udp(5000, 53)), 0, to_peer(4), to_db3),
+        case("within a connection, shorter over IPv4", from_client(DB3_INSTANCE, data), 0, by_narrow.0, by_narrow.1),
         case("another instance's address", neighbour, 0, Err(DropReason::Spoofed), None),
         case("an address of nobody here", stranger, 0, Err(DropReason::Spoofed), None),
         case("a sender without instance address", newborn, 0, slow(Miss::Endpoint), None),
@@ -557,6 +585,17 @@ fn inbound_cases(v6: bool) -> Vec<Case> {
         case("a service address is no sender", OURS, DB_SERVICE, WEB, tcp, foreign, None),
         case("sender nobody knows", OURS, UNKNOWN_SERVICE, WEB, tcp, Ok(Verdict::Slow(Miss::Source)), None),
         case("to an instance that is not here", OURS, DB0_INSTANCE, DB1, tcp, Err(DropReason::NotOurs), None),
+        case(
+            "within a connection",
+            OURS,
+            DB0_INSTANCE,
+            WEB,
+            Payload::Segment(80, 40_000, ECHOED | TCP_ACK),
+            to_web,
+            None,
+        ),
+        case("a connection by a narrow path", NARROW, DB3_INSTANCE, WEB, tcp, Ok(Verdict::Slow(Miss::Narrow)), None),
+        case("within it", NARROW, DB3_INSTANCE, WEB, Payload::Segment(80, 40_000, ECHOED | TCP_ACK), to_web, None),
         case("an error", OURS, DB0_INSTANCE, WEB, Payload::Message(3), Ok(Verdict::Slow(Miss::Error)), None),
         case("an error for nobody here", OURS, DB0_INSTANCE, DB1, Payload::Message(3), Err(DropReason::NotOurs), None),
         case("other protocol", OURS, DB0_INSTANCE, WEB, Payload::Other(89), Err(DropReason::Protocol), None),
@@ -605,7 +644,7 @@ impl Frames {
     /// A direction and a packet for it: well-formed, odd, mutated, or cut.
     pub fn frame(&mut self) -> (Direction, Vec<u8>) {
         const SENDERS: [Pair; 8] = [CLIENT, CLIENT, WEB, WEB, NEWBORN, NEIGHBOUR, OUTSIDE, DB0];
-        const TARGETS: [Pair; 13] = [
+        const TARGETS: [Pair; 14] = [
             DB_SERVICE,
             TURN_SERVICE,
             STICKY_SERVICE,
@@ -617,15 +656,17 @@ impl Frames {
             DB0_INSTANCE,
             DB1_INSTANCE,
             DB2_INSTANCE,
+            DB3_INSTANCE,
             CLIENT_INSTANCE,
             OUTSIDE,
         ];
-        const SOURCES: [Pair; 8] = [
+        const SOURCES: [Pair; 9] = [
             DB0_INSTANCE,
             DB0_INSTANCE,
             DB1_INSTANCE,
             DB1_INSTANCE,
             DB2_INSTANCE,
+            DB3_INSTANCE,
             WEB_INSTANCE,
             UNKNOWN_SERVICE,
             DB_SERVICE,
@@ -637,11 +678,19 @@ impl Frames {
         let (direction, source, destination) = if self.below(2) == 0 {
             (Direction::Outbound(PORT), self.of(&SENDERS), self.of(&TARGETS))
         } else {
-            (Direction::Inbound(self.of(&[OURS, OURS, UPSTREAM])), self.of(&SOURCES), self.of(&RECEIVERS))
+            (Direction::Inbound(self.of(&[OURS, OURS, UPSTREAM, NARROW])), self.of(&SOURCES), self.of(&RECEIVERS))
         };
         let mut packet = packet(source.of(v6), destination.of(v6), payload);
         if !v6 && self.below(8) == 0 {
             packet = with_options(&packet);
+        }
+        if self.below(16) == 0 {
+            packet = self.fragment(packet);
+        }
+        if self.below(16) == 0 {
+            let at = packet.len().min(if v6 { 40 } else { 20 } + self.of(&[2, 6, 16]));
+            let odd = self.of(&[[0, 0], [0xff, 0xff], [self.0 as u8, 7]]);
+            packet[at..].iter_mut().zip(odd).for_each(|(byte, odd)| *byte = odd);
         }
         if self.below(4) == 0 {
             for _ in 0..=self.below(3) {
@@ -655,6 +704,21 @@ impl Frames {
         (direction, packet)
     }
 
+    /// A fragment like one of the packet's.
+    fn fragment(&mut self, mut packet: Vec<u8>) -> Vec<u8> {
+        let field: u16 = self.of(&[0x2000, 0x00b9, 0x20b9, 0x0001, 0x6000]);
+        if packet[0] >> 4 == 4 {
+            packet[6..8].copy_from_slice(&field.to_be_bytes());
+            return packet;
+        }
+        let (len, next) = (packet.len() - 40 + 8, packet[6]);
+        let more = u8::from(field & 0x2000 != 0);
+        packet.splice(40..40, [next, 0, 0, (field as u8 & !7) | more, 1, 2, 3, 4]);
+        packet[4..6].copy_from_slice(&(len as u16).to_be_bytes());
+        packet[6] = 44;
+        packet
+    }
+
     fn payload(&mut self) -> Payload {
         // Few ports, so that flows meet again.
         let (low, high) = (self.of(&[53, 80, 443]), self.of(&[40_000, 40_001, 50_000]));
@@ -662,7 +726,8 @@ impl Frames {
         match self.below(16) {
             0..=2 => Payload::Tcp(source, destination),
             3..=5 => {
-                let flags = self.of(&[TCP_ACK, TCP_SYN | TCP_ACK, TCP_RST | TCP_ACK, TCP_FIN | TCP_ACK]);
+                let flags =
+                    self.of(&[TCP_ACK, TCP_SYN | TCP_ACK, TCP_RST | TCP_ACK, TCP_FIN | TCP_ACK, ECHOED | TCP_ACK]);
                 Payload::Segment(source, destination, flags)
             }
             6..=9 => Payload::Udp(source, destination),

@@ -37,6 +37,8 @@ pub enum Miss {
     Error = 7,
     /// Nobody is there any more: the service has no instance, or that of an established connection has gone. The sender is to be told.
     Gone = 8,
+    /// The path to the peer takes no packet as long as this one, or a connection begins of which both ends must hear that.
+    Narrow = 9,
 }
 
 /// Why a frame is dropped. The discriminant is its index in the counters.

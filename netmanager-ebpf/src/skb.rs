@@ -63,6 +63,15 @@ impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
         };
         (result == 0).then_some(())
     }
+
+    #[inline(always)]
+    fn wire_len(&mut self, headers: usize) -> usize {
+        // SAFETY: a field of the valid context.
+        match unsafe { (*self.context.skb.skb).gso_size } {
+            0 => (self.context.len() as usize).saturating_sub(BASE),
+            payload => headers + payload as usize,
+        }
+    }
 }
 
 /// The header at `offset` bytes into the buffer.

@@ -5,8 +5,9 @@ use aya_ebpf::bindings::bpf_adj_room_mode::BPF_ADJ_ROOM_MAC;
 use aya_ebpf::bindings::{
     BPF_F_ADJ_ROOM_DECAP_L3_IPV6, BPF_F_ADJ_ROOM_ENCAP_L3_IPV4, BPF_F_ADJ_ROOM_ENCAP_L4_UDP, BPF_F_ADJ_ROOM_FIXED_GSO,
 };
+use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::programs::TcContext;
-use netmanager_common::abi::{Macs, Peer};
+use netmanager_common::abi::{Macs, PEER_OURS, Peer};
 use netmanager_common::checksum;
 use netmanager_common::frame::{FRAMED_MACS, Ipv4, UDP, Udp, Vxlan};
 use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4};
@@ -70,13 +71,20 @@ pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8;
     if let Some(macs) = macs {
         ethernet.macs = macs;
     }
+    // How wide the path to a peer of the reference system is nobody knows, so whoever must may cut its packets; that takes numbers.
+    let (id, fragment) = if peer.flags & PEER_OURS != 0 {
+        ([0; 2], [0x40, 0])
+    } else {
+        // SAFETY: a helper without arguments.
+        ((unsafe { bpf_get_prandom_u32() } as u16).to_ne_bytes(), [0; 2])
+    };
     let outer: &mut Outer = header_at(context, ETH_LEN).ok_or(Unfit)?;
     outer.ip = Ipv4 {
         version_ihl: 0x45,
         tos: 0,
         total_len: ((inner_len + room) as u16).to_be_bytes(),
-        id: [0; 2],
-        fragment: [0x40, 0],
+        id,
+        fragment,
         ttl: 64,
         protocol: UDP,
         checksum: [0; 2],

@@ -85,6 +85,11 @@ impl<const BASE: usize> Frame for XdpFrame<'_, BASE> {
     fn fix_l4(&mut self, _: usize, _: bool, _: Change) -> Option<()> {
         None
     }
+
+    #[inline(always)]
+    fn wire_len(&mut self, _: usize) -> usize {
+        (self.0.data_end() - self.0.data()).saturating_sub(BASE)
+    }
 }
 
 #[expect(clippy::mut_from_ref, reason = "the context is a handle: the bytes are the packet's")]

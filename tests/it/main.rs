@@ -34,6 +34,7 @@ mod look;
 mod miss;
 mod names;
 mod overlay;
+mod paths;
 mod ports;
 mod process;
 mod restart;

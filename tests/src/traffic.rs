@@ -192,6 +192,25 @@ impl Stream {
         }
     }
 
+    /// Waits until so many bytes more have been acknowledged.
+    pub fn carries(&mut self, bytes: u64, limit: Duration) -> Result<()> {
+        while let Ok((_, acknowledged)) = self.progress.try_recv() {
+            self.last = self.last.max(acknowledged);
+        }
+        let (deadline, goal) = (std::time::Instant::now() + limit, self.last + bytes);
+        while self.last < goal {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            self.advances(left).with_context(|| format!("{} of {bytes} bytes were missing", goal - self.last))?;
+        }
+        Ok(())
+    }
+
+    /// Ends it where it is.
+    pub fn stop(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Result<Streamed> {
         let mut complaint = String::new();

@@ -42,7 +42,7 @@ const NEEDS: &[Need] = &[
     Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
     Need { program: QEMU.0, package: QEMU.1, purpose: "runs guests" },
     Need { program: "xz", package: "xz-utils", purpose: "unpacks a guest's modules" },
-    Need { program: "ethtool", package: "ethtool", purpose: "switches a bench's segmentation" },
+    Need { program: "ethtool", package: "ethtool", purpose: "makes a veth send as a card does" },
     Need { program: "wireguard-go", package: "wireguard-go", purpose: "is a VPN to compare with" },
     Need { program: "wg", package: "wireguard-tools", purpose: "configures it" },
     Need { program: "bpftool", package: "bpftool", purpose: "shows loaded programs" },

@@ -98,6 +98,7 @@ fn peer(peer: PeerView) -> net::Peer {
         source: peer.source.to_string(),
         ours: peer.ours,
         framing: peer.framing.into(),
+        path_mtu: peer.mtu,
         rtt_ms: peer.rtt.map(|rtt| rtt.as_secs_f64() * 1_000.0),
         slots: peer.slots,
     }

@@ -95,6 +95,8 @@ struct Actor {
     reason: String,
     uplink: Route,
     framed_port: Option<u16>,
+    /// Of the instances' links.
+    mtu: u32,
     began: Instant,
     outbox: Outbox,
     work: JoinSet<Answer>,
@@ -163,8 +165,9 @@ pub(super) async fn start(
         relax_source: config.relax_source,
         capacity: config.instances,
         framed_port,
+        mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
         address: config.public_ip.unwrap_or(uplink.source),
-        uplink: way(&uplink),
+        uplink: way(&uplink, mtu),
         subnet: setup.subnet.clone(),
         drain: config.drain,
         seed: RandomState::new().hash_one(0),
@@ -188,6 +191,7 @@ pub(super) async fn start(
         reason: chosen.reason,
         uplink,
         framed_port,
+        mtu,
         began: Instant::now(),
         outbox: Outbox::default(),
         work: JoinSet::new(),
@@ -288,6 +292,7 @@ impl Actor {
         let mut open = true;
         while self.failure.is_none() {
             let room = self.lane.len() < LANE;
+            let paths = self.core.paths_due().map(|due| self.began + due);
             tokio::select! {
                 Some(answer) = self.work.join_next() => self.answered(answer),
                 permit = reports.reserve(), if listening && !self.outbox.is_empty() => match (permit, self.outbox.pop()) {
@@ -306,6 +311,7 @@ impl Actor {
                 _ = tick.tick() => self.event(Event::Tick),
                 _ = sample.tick() => self.sample(),
                 _ = count.tick() => self.count(),
+                () = tokio::time::sleep_until(paths.unwrap_or(self.began)), if paths.is_some() && room => self.event(Event::PathsDue),
                 deadline = drain.wait() => return self.finish(deadline).await,
             }
         }
@@ -541,11 +547,12 @@ impl Actor {
             Effect::Upkeep(subnet) => self.spawn(upkeep(links, datapath, self.framed_port, subnet), Event::Kept),
             Effect::FindUplink => self.look_for_uplink(),
             Effect::FindWays(hosts) => {
+                let mtu = self.mtu;
                 let work = async move {
                     let mut ways = Vec::with_capacity(hosts.len());
                     for host in hosts {
                         // Without a route to it the uplink is as good a guess as any.
-                        ways.extend(links.route_to(host).await.ok().map(|route| (host, way(&route))));
+                        ways.extend(links.route_to(host).await.ok().map(|route| (host, way(&route, mtu))));
                     }
                     Ok(ways)
                 };
@@ -555,6 +562,15 @@ impl Actor {
                 self.work.spawn(async move {
                     if let Err(error) = datapath.send_control(to, &payload).await {
                         tracing::debug!(%to, %error, "a control datagram was not sent");
+                    }
+                    Answer::Nothing
+                });
+            }
+            Effect::SendWhole(to, payload) => {
+                self.work.spawn(async move {
+                    // Too long for the first link is an answer, too: none comes.
+                    if let Err(error) = datapath.send_whole(to, &payload).await {
+                        tracing::trace!(%to, %error, "a probe was not sent");
                     }
                     Answer::Nothing
                 });
@@ -683,7 +699,7 @@ impl Actor {
             // Before the instances are announced under it.
             self.report(Report::Address(address));
         }
-        let way = way(&uplink);
+        let way = way(&uplink, self.mtu);
         self.uplink = uplink;
         self.event(Event::Uplink { address, way });
     }
@@ -730,8 +746,11 @@ fn known_veths(remains: &Remains) -> Vec<(Veth, Addresses)> {
     remains.veths.iter().filter_map(|(id, veth)| Some((veth.clone(), addresses(id)?))).collect()
 }
 
-fn way(route: &Route) -> Way {
-    Way { source: route.source.into(), ifindex: route.ifindex }
+/// `mtu`: of the instances' links.
+fn way(route: &Route, mtu: u32) -> Way {
+    let room = route.mtu.saturating_sub(if route.source.is_ipv4() { OVERHEAD_V4 } else { OVERHEAD_V6 });
+    let narrow = u16::try_from(room).ok().filter(|room| u32::from(*room) < mtu);
+    Way { source: route.source.into(), ifindex: route.ifindex, mtu: narrow.unwrap_or(0) }
 }
 
 fn step(step: &'static str, error: &impl ToString) -> NetError {

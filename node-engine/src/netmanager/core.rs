@@ -21,6 +21,7 @@ use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
 use super::link::{Bridge, Veth};
 use super::memory::{Learned, Memory};
+use super::path::{Outcome as PathNews, Paths};
 use super::table::{Figures, ServiceNets, ServiceTable, Way};
 use super::{Attachment, Lease, NetError, NetStatus};
 use crate::model::{
@@ -76,6 +77,8 @@ pub(super) enum Event {
     HostChanged,
     /// The datapath did not take a change.
     ApplyFailed,
+    /// It is time for a path ([`Core::paths_due`]).
+    PathsDue,
     Tick,
 }
 
@@ -113,6 +116,8 @@ pub(super) enum Effect {
     Reconcile(TableDelta),
     GiveUp(Addr),
     SendControl(SocketAddr, Vec<u8>),
+    /// The same, and nobody may cut it.
+    SendWhole(SocketAddr, Vec<u8>),
     Report(Report),
     SaveSubnet(NodeId, Subnet),
     KeepLeases(Leases),
@@ -135,6 +140,8 @@ pub(super) struct Settings {
     pub(super) capacity: Capacity,
     /// Where the datapath takes framed packets; `None`: it takes and sends none.
     pub(super) framed_port: Option<u16>,
+    /// The longest packet that instances send.
+    pub(super) mtu: u16,
     /// This node's address towards its peers, and the way there.
     pub(super) address: IpAddr,
     pub(super) uplink: Way,
@@ -168,6 +175,7 @@ pub(super) struct Core {
     pub(super) interests: Interests,
     greetings: Greetings,
     figures: Figures,
+    paths: Paths,
     /// Instances whose service is watched because of them.
     pub(super) held: BTreeSet<InstanceId>,
     bridge: Option<Bridge>,
@@ -214,6 +222,8 @@ impl Core {
             interests: Interests::new(),
             greetings: Greetings::new(settings.seed, settings.framed_port),
             figures: Figures::default(),
+            // Another beginning, so that no token is used twice.
+            paths: Paths::new(!settings.seed, settings.mtu),
             held: BTreeSet::new(),
             bridge: None,
             upkeep: None,
@@ -272,11 +282,32 @@ impl Core {
                 self.look_after_host(&mut out);
             }
             Event::ApplyFailed => self.apply_failed = true,
+            Event::PathsDue => {
+                let news = self.paths.tick(self.now);
+                self.hear_paths(news, &mut out);
+            }
             Event::Tick => self.tick(&mut out),
         }
         self.keep_leases(&mut out);
         self.keep_remembered(&mut out);
         out
+    }
+
+    /// When a path has to be looked at next.
+    pub(super) fn paths_due(&self) -> Option<Duration> {
+        self.paths.due()
+    }
+
+    fn hear_paths(&mut self, news: impl IntoIterator<Item = PathNews>, out: &mut Vec<Effect>) {
+        for news in news {
+            match news {
+                PathNews::Probe { to, payload } => out.push(Effect::SendWhole(to, payload)),
+                PathNews::Mtu { peer, mtu } => {
+                    let delta = self.table.set_path_mtu(peer, Some(mtu.unwrap_or(0)));
+                    self.project(delta, out);
+                }
+            }
+        }
     }
 
     /// What the core knows of the status.
@@ -456,6 +487,8 @@ impl Core {
                 let table = &self.table;
                 let greetings = self.greetings.receive(from, &payload, |address| table.hosts(address), self.now);
                 self.greet(greetings, out);
+                let news = self.paths.receive(from, &payload, self.now);
+                self.hear_paths(news, out);
                 self.greet_who_is_due(out);
             }
             // The actor's.
@@ -664,6 +697,7 @@ impl Core {
         for (number, peer) in peers {
             if peer.host.is_none() {
                 self.greetings.forget(number);
+                self.paths.forget(number);
             } else {
                 self.meet(number, &peer, out);
             }
@@ -699,6 +733,15 @@ impl Core {
                 Greeting::Ours { peer, ours } => {
                     let delta = self.table.set_ours(peer, ours);
                     self.project(delta, out);
+                    if !ours {
+                        self.paths.forget(peer);
+                        let delta = self.table.set_path_mtu(peer, None);
+                        self.project(delta, out);
+                    }
+                }
+                Greeting::Probes { peer, to } => {
+                    let believed = self.table.path_mtu(peer);
+                    self.paths.learn(peer, to, believed, self.now);
                 }
                 Greeting::Framed { peer, port } => {
                     let delta = self.table.set_framed(peer, port);

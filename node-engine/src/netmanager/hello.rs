@@ -15,8 +15,10 @@
 //!
 //! | option | value |
 //! |---|---|
+//! | 0 | none, and no length: what follows only makes the datagram long |
 //! | 1 | the port on which the sender takes framed packets, 2 bytes; 0: on none |
 //! | 2 | namespace addresses (IPv4 mapped), 16 bytes each: in a hello, is an instance still there? In an answer: at these none is |
+//! | 3 | none: a probe of the path ([`super::path`]), to be answered to the sender's tunnel port |
 //!
 //! A peer that offers a port gets framed packets once a hello in framing to that port was answered, so that a filter on the way costs
 //! nothing but a hello now and then; and bare ones again when such hellos remain without an answer.
@@ -30,13 +32,15 @@ use netmanager_common::frame::{CONTROL_FIRST, control_framing};
 
 /// Takes more than TCP and UDP.
 pub const CAPABILITY_ANY_PROTOCOL: u32 = 1;
+/// Answers probes of any length.
+pub const CAPABILITY_PROBES: u32 = 2;
 /// What this node can do.
-pub const CAPABILITIES: u32 = CAPABILITY_ANY_PROTOCOL;
+pub const CAPABILITIES: u32 = CAPABILITY_ANY_PROTOCOL | CAPABILITY_PROBES;
 
 const MAGIC: [u8; 2] = [CONTROL_FIRST, 0x6e];
 const VERSION: u8 = 1;
 const HEADER: usize = 16;
-/// No datagram of this kind is longer; a longer one is not read.
+/// Nothing is said beyond this; of a longer datagram only so much is passed on.
 const MAX_LEN: usize = 1_024;
 
 /// After the first, a hello is repeated so long after the last while there is no answer; then at `PERIOD`.
@@ -49,9 +53,13 @@ const SILENCE: Duration = Duration::from_secs(3 * 60);
 
 /// The option with the port for framed packets.
 const OPTION_FRAMED: u8 = 1;
+/// The option that ends the options.
+const OPTION_END: u8 = 0;
 /// The option with namespace addresses, and how many fit.
 const OPTION_ASKED: u8 = 2;
 const MOST_ASKED: usize = u8::MAX as usize / size_of::<Addr>();
+/// The option of a probe.
+const OPTION_PROBE: u8 = 3;
 /// A peer whose round trip decides something is asked so often; of so many of its last answers the fastest counts, as the others have
 /// waited for a processor.
 const RACE: Duration = Duration::from_secs(2);
@@ -97,6 +105,24 @@ pub enum DecodeError {
 impl Hello {
     fn new(kind: Kind, token: u64) -> Self {
         Self { kind, capabilities: CAPABILITIES, token, options: Vec::new() }
+    }
+
+    /// A probe of this length, or of as much as it takes to say so.
+    pub fn probe(token: u64, len: usize) -> Vec<u8> {
+        let mut probe = Self::new(Kind::Hello, token);
+        probe.options.push((OPTION_PROBE, Vec::new()));
+        let mut bytes = probe.encode();
+        bytes.resize(len.max(bytes.len()), OPTION_END);
+        bytes
+    }
+
+    /// The answer to it.
+    pub fn answer_to(hello: &Self) -> Self {
+        Self::new(Kind::Answer, hello.token)
+    }
+
+    fn is_probe(&self) -> bool {
+        self.options.iter().any(|(option, _)| *option == OPTION_PROBE)
     }
 
     /// Says on which port its sender takes framed packets.
@@ -168,6 +194,9 @@ impl Hello {
             other => return Err(DecodeError::Kind(other)),
         };
         let mut options = Vec::new();
+        if let Some(end) = end_of_options(rest) {
+            rest = &rest[..end];
+        }
         while let Some((&[option, length], values)) = rest.split_first_chunk() {
             let (value, after) = values.split_at_checked(length.into()).ok_or(DecodeError::Option)?;
             options.push((option, value.to_vec()));
@@ -181,10 +210,19 @@ impl Hello {
     }
 }
 
+/// Where the option is that ends them.
+fn end_of_options(options: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    while *options.get(at)? != OPTION_END {
+        at += 2 + usize::from(*options.get(at + 1)?);
+    }
+    Some(at)
+}
+
 /// Who of our peers has answered, and whom to ask next.
 #[derive(Clone, Debug)]
 pub struct Greetings {
-    secret: u64,
+    tokens: Tokens,
     /// On which port this node takes framed packets. `None`: on none, and it sends none.
     framed_port: Option<u16>,
     peers: BTreeMap<u32, Greeting>,
@@ -195,6 +233,8 @@ struct Greeting {
     to: SocketAddr,
     token: u64,
     ours: bool,
+    /// It answers probes.
+    probes: bool,
     /// When theirs last made us say ours again.
     returned: Option<Duration>,
     /// Hellos without an answer since the last answer.
@@ -276,6 +316,11 @@ pub enum Outcome {
         peer: u32,
         ours: bool,
     },
+    /// The peer answers probes.
+    Probes {
+        peer: u32,
+        to: SocketAddr,
+    },
     /// Packets to the peer are framed from now on, to this port; or bare.
     Framed {
         peer: u32,
@@ -298,7 +343,7 @@ pub struct Known {
 impl Greetings {
     /// `secret` makes the tokens hard to guess; it is a random number of this run. `framed_port`: where this node takes framed packets.
     pub fn new(secret: u64, framed_port: Option<u16>) -> Self {
-        Self { secret, framed_port, peers: BTreeMap::new() }
+        Self { tokens: Tokens::new(secret), framed_port, peers: BTreeMap::new() }
     }
 
     /// A peer has this number and tunnel address, and an earlier run knew this of it. The first hello is due now.
@@ -307,17 +352,18 @@ impl Greetings {
             return;
         }
         let framing = Framing {
-            token: self.token(),
+            token: self.tokens.next(),
             offered: known.framed_port,
             agreed: known.framed_port.is_some(),
             unanswered: 0,
             next: now,
         };
-        let (token, ours) = (self.token(), known.ours);
+        let (token, ours) = (self.tokens.next(), known.ours);
         let greeting = Greeting {
             to,
             token,
             ours,
+            probes: false,
             returned: None,
             unanswered: 0,
             next: now,
@@ -356,11 +402,6 @@ impl Greetings {
         self.peers.iter().filter_map(|(peer, greeting)| Some((*peer, *greeting.laps.iter().min()?)))
     }
 
-    fn token(&mut self) -> u64 {
-        self.secret = self.secret.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        scramble(self.secret)
-    }
-
     pub fn forget(&mut self, peer: u32) {
         self.peers.remove(&peer);
     }
@@ -370,7 +411,7 @@ impl Greetings {
         let mut outcomes = Vec::new();
         for (&peer, greeting) in &mut self.peers {
             if greeting.ours && now.saturating_sub(greeting.heard) >= SILENCE {
-                greeting.ours = false;
+                (greeting.ours, greeting.probes) = (false, false);
                 greeting.framing.offer(None, now);
                 outcomes.push(Outcome::Ours { peer, ours: false });
             }
@@ -401,6 +442,9 @@ impl Greetings {
         match hello.kind {
             Kind::Hello => {
                 let Some((_, greeting)) = known.next() else { return Vec::new() };
+                if hello.is_probe() {
+                    return vec![Outcome::Send { to: greeting.to, payload: Hello::answer_to(&hello).encode() }];
+                }
                 // Whoever says hello has just started, or has just heard of us: it will answer now. And who offers something else
                 // than before is asked, as anybody may have said so in its name.
                 let news = !greeting.ours || hello.framed_port() != greeting.framing.offered;
@@ -409,7 +453,7 @@ impl Greetings {
                     greeting.next = now;
                     greeting.unanswered = greeting.unanswered.min(1);
                 }
-                let answer = Hello::new(Kind::Answer, hello.token);
+                let answer = Hello::answer_to(&hello);
                 let nobody: Vec<Addr> = hello.asked().into_iter().filter(|address| !here(*address)).collect();
                 let full = answer.clone().offering(self.framed_port).asking(&nobody).encode();
                 // No answer is longer than its question.
@@ -439,9 +483,29 @@ impl Greetings {
                 let namespaces = hello.asked();
                 let gone = (!namespaces.is_empty()).then_some(Outcome::Gone { peer, namespaces });
                 let framing = greeting.framing.tick(peer, greeting.to, self.framed_port, now);
-                news.then_some(Outcome::Ours { peer, ours: true }).into_iter().chain(framing).chain(gone).collect()
+                let measured = hello.capabilities & CAPABILITY_PROBES != 0
+                    && greeting.ours
+                    && !std::mem::replace(&mut greeting.probes, true);
+                let ours = news.then_some(Outcome::Ours { peer, ours: true });
+                let probes = measured.then_some(Outcome::Probes { peer, to: greeting.to });
+                ours.into_iter().chain(probes).chain(framing).chain(gone).collect()
             }
         }
+    }
+}
+
+/// Numbers that nobody guesses who has not been told them.
+#[derive(Clone, Debug)]
+pub(super) struct Tokens(u64);
+
+impl Tokens {
+    pub(super) const fn new(secret: u64) -> Self {
+        Self(secret)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        scramble(self.0)
     }
 }
 
@@ -475,7 +539,7 @@ mod tests {
             .iter()
             .filter_map(|outcome| match outcome {
                 Outcome::Send { payload, .. } => Some(Hello::decode(payload).unwrap()),
-                Outcome::Ours { .. } | Outcome::Framed { .. } | Outcome::Gone { .. } => None,
+                Outcome::Ours { .. } | Outcome::Probes { .. } | Outcome::Framed { .. } | Outcome::Gone { .. } => None,
             })
             .collect()
     }
@@ -483,14 +547,15 @@ mod tests {
     #[test]
     fn first_nibble_is_no_ip_version() {
         let bytes = Hello::new(Kind::Hello, 7).encode();
-        assert_eq!(bytes, [0x9e, 0x6e, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 7]);
+        assert_eq!(bytes, [0x9e, 0x6e, 1, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 7]);
     }
 
     #[test]
     fn unknown_options_are_skipped_and_broken_ones_refused() {
-        let good = Hello { options: vec![(200, vec![1, 2, 3]), (0, vec![])], ..Hello::new(Kind::Answer, 9) };
+        let good = Hello { options: vec![(200, vec![1, 2, 3]), (201, vec![])], ..Hello::new(Kind::Answer, 9) };
         let bytes = good.encode();
-        assert_eq!(Hello::decode(&bytes), Ok(good));
+        assert_eq!(Hello::decode(&bytes), Ok(good.clone()));
+        assert_eq!(Hello::decode(&[&bytes[..], &[0; 100], b"anything"].concat()), Ok(good), "it ends there");
         for (bytes, error) in [
             (&bytes[..bytes.len() - 1], DecodeError::Option),
             (&bytes[..18], DecodeError::Option),
@@ -511,7 +576,8 @@ mod tests {
         greetings.learn(4, peer(), Known::default(), at(0));
         let [hello] = &hellos(&greetings.tick(at(0)))[..] else { panic!("one hello") };
         let answer = Hello::new(Kind::Answer, hello.token).encode();
-        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
+        let news = [Outcome::Ours { peer: 4, ours: true }, Outcome::Probes { peer: 4, to: peer() }];
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), news);
         assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [], "no news twice");
         assert_eq!(greetings.tick(at(59)), []);
         assert_eq!(greetings.tick(at(60)).len(), 1);
@@ -708,14 +774,31 @@ mod tests {
         assert!(outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "what an earlier run has agreed on");
         let token = hellos(&outcomes).remove(0).token;
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), []);
+        assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Probes { peer: 4, to: peer() }]);
 
         let v6: SocketAddr = "[2001:db8::2]:50103".parse().unwrap();
         let mut greetings = Greetings::new(1, Some(50_104));
         greetings.learn(4, v6, Known::default(), at(0));
         let token = hellos(&greetings.tick(at(0))).remove(0).token;
         let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
-        assert_eq!(greetings.receive(v6, &answer, nobody, at(0)), [Outcome::Ours { peer: 4, ours: true }]);
+        let news = [Outcome::Ours { peer: 4, ours: true }, Outcome::Probes { peer: 4, to: v6 }];
+        assert_eq!(greetings.receive(v6, &answer, nobody, at(0)), news);
+    }
+
+    #[test]
+    fn a_probe_is_answered_to_the_tunnel_and_means_nothing_else() {
+        let mut greetings = Greetings::new(1, Some(50_104));
+        greetings.learn(4, peer(), Known::default(), at(0));
+        greetings.tick(at(0));
+        let probe = Hello::probe(77, 1_472);
+        assert_eq!((probe.len(), probe[0] >> 4), (1_472, 9));
+        let elsewhere: SocketAddr = "192.0.2.2:40000".parse().unwrap();
+        let outcomes = greetings.receive(elsewhere, &probe[..MAX_LEN], nobody, at(0));
+        let payload = Hello::new(Kind::Answer, 77).encode();
+        assert_eq!(outcomes, [Outcome::Send { to: peer(), payload }]);
+        assert_eq!(greetings.tick(at(0)), [], "it draws no hello");
+        let stranger: SocketAddr = "198.51.100.1:50103".parse().unwrap();
+        assert_eq!(greetings.receive(stranger, &probe[..MAX_LEN], nobody, at(1)), []);
     }
 
     #[test]
@@ -736,7 +819,7 @@ mod tests {
         #[test]
         fn what_is_encoded_is_decoded(
             answer: bool, capabilities: u32, token: u64,
-            options in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..40)), 0..10),
+            options in prop::collection::vec((1_u8.., prop::collection::vec(any::<u8>(), 0..40)), 0..10),
         ) {
             let kind = if answer { Kind::Answer } else { Kind::Hello };
             let hello = Hello { kind, capabilities, token, options };

@@ -15,6 +15,7 @@ pub mod link;
 mod memory;
 pub mod naming;
 mod outbox;
+mod path;
 pub mod table;
 pub mod view;
 

@@ -178,6 +178,7 @@ mod tests {
             relax_source: false,
             capacity: Capacity::USUAL,
             framed_port: None,
+            mtu: 1_450,
             address: [192, 0, 2, 1].into(),
             uplink: Way::default(),
             subnet: None,

@@ -136,6 +136,8 @@ pub struct PeerView {
     pub ours: bool,
     /// How packets to it are wrapped.
     pub framing: &'static str,
+    /// The longest packet on the way there, where it is less than what instances send.
+    pub mtu: Option<u32>,
     /// Round trip, where it is measured.
     pub rtt: Option<Duration>,
     /// Slots of the tables that lead to it: one for each instance and family.

@@ -1,9 +1,17 @@
 //! Packets that are not the common ones: ICMP errors, fragments, options.
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::process::Command;
+use std::thread;
 
 use netmanager_common::abi::{PEER_OURS, Peer};
+use netmanager_common::testing::{Payload, packet, with_options};
+use nix::sys::socket::sockopt::TcpMaxSeg;
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, getsockopt, sendto, socket,
+};
 use node_engine::config::DatapathChoice::{self, Ebpf, Tun};
 use node_engine::netmanager::datapath::TableDelta;
 use node_engine::netns::Netns;
@@ -16,6 +24,8 @@ on_both! {
     who_is_refused_is_told,
     datagrams_of_any_size_arrive,
     fragments_are_taken_from_nodes_of_ours,
+    a_narrow_path_is_kept_to,
+    the_rest_of_a_packet_is_left_alone,
 }
 
 /// Nobody listens: the client's socket says so at once, across nodes, on one node, and nobody tells an upstream peer.
@@ -159,11 +169,115 @@ fn connectable(instance: &Instance) -> UdpSocket {
     socket
 }
 
+/// Connections are told at their beginning, on both sides; who forbids that datagrams are cut is told at the first; those of everybody
+/// else arrive.
+async fn a_narrow_path_is_kept_to(choice: DatapathChoice) {
+    const TAKES: u32 = 1_000;
+    let lab = ready(choice).await;
+    with_peers(&lab, |peer| Peer { mtu: TAKES, flags: PEER_OURS, ..peer }).await;
+    let (client, far) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    for name in SERVICES {
+        let to = SocketAddr::new(name.parse().unwrap(), PORT);
+        let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+        let listener = far.run(|| TcpListener::bind((any, PORT))).unwrap();
+        let netns = client.run(Netns::current).unwrap();
+        let headers = if to.is_ipv4() { 40 } else { 60 };
+        blocking(move || {
+            let mut there = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))??;
+            let (mut here, _) = listener.accept()?;
+            for stream in [&there, &here] {
+                stream.set_read_timeout(Some(PATIENCE))?;
+                let segment = getsockopt(stream, TcpMaxSeg)?;
+                // Timestamps take 12 bytes of each.
+                assert!(segment <= TAKES - headers && segment >= TAKES - headers - 12, "{to}: {segment}");
+            }
+            let bytes: Vec<u8> = (0..1 << 20).map(|i: u32| (i * 31 + i / 251) as u8).collect();
+            let mut back = vec![0; bytes.len()];
+            let sent = bytes.clone();
+            let writing = thread::spawn(move || there.write_all(&sent).map(|()| there));
+            here.read_exact(&mut back)?;
+            assert!(back == bytes);
+            let mut there = writing.join().expect("no panic")?;
+            let writing = thread::spawn(move || here.write_all(&bytes));
+            there.read_exact(&mut back)?;
+            writing.join().expect("no panic")
+        })
+        .await;
+    }
+    let [told, untold] = [&lab.nodes[0], &lab.nodes[1]];
+    assert_eq!((told.counter("drop_too_long").await, untold.counter("drop_too_long").await), (0, 0));
+
+    for (name, len) in SERVICES.into_iter().zip([1_200, 1_400]) {
+        let to = SocketAddr::new(name.parse().unwrap(), PORT);
+        let socket = connected(client, to);
+        socket.send(&vec![1; len]).unwrap();
+        let error = socket.recv(&mut [0; 16]).expect_err("it is too long");
+        assert_eq!(error.raw_os_error(), Some(nix::libc::EMSGSIZE), "{to}: {error}");
+    }
+    assert_eq!(told.counter("drop_too_long").await, 2);
+    // Over IPv6 the server has to hear it first, too.
+    let socket = connected(far, SocketAddr::new(client.instance[1], PORT));
+    socket.send(&[1; 1_400]).unwrap();
+    assert!(socket.recv(&mut [0; 16]).is_err());
+    for name in SERVICES {
+        exchange_sizes(&client.netns, far, name.parse().unwrap()).await;
+    }
+}
+
+/// Options of IP, a datagram without a checksum, and what the ends of a connection agree on.
+async fn the_rest_of_a_packet_is_left_alone(choice: DatapathChoice) {
+    let lab = ready(choice).await;
+    let (client, far) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    let server = connectable(far);
+    let to: IpAddr = SERVICES[0].parse().unwrap();
+    let plain = packet(client.namespace[0].into(), to.into(), Payload::Udp(5_000, PORT));
+    let bare = packet(client.namespace[0].into(), to.into(), Payload::UdpBare(5_000, PORT));
+    for bytes in [with_options(&plain), with_options(&bare), bare] {
+        client.run(|| send_raw(&bytes, to));
+        let mut buffer = [0; 64];
+        let (len, from) = server.recv_from(&mut buffer).expect("nothing arrived");
+        assert_eq!((&buffer[..len], from), (&b"twenty bytes of data"[..], (client.instance[0], 5_000).into()));
+    }
+
+    for instance in [client, far] {
+        instance.run(|| std::fs::write("/proc/sys/net/ipv4/tcp_ecn", "1")).expect("explicit congestion notification");
+    }
+    for (family, name) in SERVICES.into_iter().enumerate() {
+        let to = SocketAddr::new(name.parse().unwrap(), PORT + 1);
+        let listener = far.run(|| TcpListener::bind((far.namespace[family], PORT + 1))).unwrap();
+        let netns = client.run(Netns::current).unwrap();
+        let ends = blocking(move || {
+            let stream = netns.run(|| TcpStream::connect_timeout(&to, PATIENCE))??;
+            Ok((stream, listener.accept()?.0))
+        })
+        .await;
+        for instance in [client, far] {
+            let shown = instance.run(|| Command::new("ss").args(["-tineH"]).output()).expect("ss");
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            let has = |word: &str| shown.split_whitespace().any(|other| other == word);
+            assert!(has("ts") && has("sack") && has("ecn") && shown.contains("wscale"), "{to}: {shown}");
+        }
+        drop(ends);
+    }
+}
+
+/// Sends a whole IPv4 packet, header and all.
+fn send_raw(bytes: &[u8], to: IpAddr) {
+    let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::empty(), SockProtocol::Raw).expect("a raw socket");
+    let IpAddr::V4(to) = to else { panic!("IPv4 only") };
+    let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
+    sendto(raw.as_raw_fd(), bytes, &to, MsgFlags::empty()).expect("sent");
+}
+
 /// The nodes know each other as nodes of ours.
 async fn ours(lab: &Lab) {
+    with_peers(lab, |peer| Peer { flags: PEER_OURS, ..peer }).await;
+}
+
+async fn with_peers(lab: &Lab, change: impl Fn(Peer) -> Peer) {
     for (index, node) in lab.nodes.iter().enumerate() {
         let TableDelta { config, peers, .. } = lab.base(index);
-        let peers = peers.into_iter().map(|(number, peer)| (number, Peer { flags: PEER_OURS, ..peer })).collect();
+        let peers = peers.into_iter().map(|(number, peer)| (number, change(peer))).collect();
         node.apply(TableDelta { config, peers, ..TableDelta::default() }).await;
     }
 }

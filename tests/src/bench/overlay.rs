@@ -311,6 +311,7 @@ impl Node {
             port: TUNNEL_PORT.to_be_bytes(),
             framed_port: self.framed_port().unwrap_or(0).to_be_bytes(),
             flags: PEER_OURS,
+            mtu: 0,
         })
     }
 

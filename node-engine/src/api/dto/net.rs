@@ -113,6 +113,8 @@ pub struct Peer {
     pub ours: bool,
     /// How packets to it are wrapped.
     pub framing: String,
+    /// The longest packet on the way there, where it is less than what instances send.
+    pub path_mtu: Option<u32>,
     /// Round trip, where it is measured.
     pub rtt_ms: Option<f64>,
     /// Rows of the tables that lead to it: one for each instance and address family.

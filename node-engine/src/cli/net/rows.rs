@@ -141,13 +141,14 @@ impl Screen for Vec<Peer> {
                 peer.address.clone(),
                 if peer.ours { "node-engine".into() } else { "reference".into() },
                 peer.framing.clone(),
+                peer.path_mtu.map_or_else(|| "full".into(), |mtu| mtu.to_string()),
                 peer.rtt_ms.map_or_else(|| "-".into(), |rtt| format!("{rtt:.2} ms")),
                 peer.slots.to_string(),
                 peer.source.clone(),
             ]
         };
         let rows: Vec<_> = self.iter().map(row).collect();
-        table(["NODE", "RUNS", "FRAMING", "RTT", "SLOTS", "FROM"], &rows)
+        table(["NODE", "RUNS", "FRAMING", "PATH", "RTT", "SLOTS", "FROM"], &rows)
     }
 }
 
@@ -320,10 +321,11 @@ mod tests {
     #[test]
     fn peers_are_told_apart() {
         let peer = Peer { address: "192.0.2.2:50103".into(), framing: "bare".into(), slots: 2, ..Peer::default() };
-        let ours = Peer { ours: true, rtt_ms: Some(0.25), ..peer.clone() };
+        let ours = Peer { ours: true, rtt_ms: Some(0.25), path_mtu: Some(1_350), ..peer.clone() };
         let text = vec![peer, ours].screen(None);
         assert!(
-            text.contains("reference    bare     -        2") && text.contains("node-engine  bare     0.25 ms  2"),
+            text.contains("reference    bare     full  -        2")
+                && text.contains("node-engine  bare     1350  0.25 ms  2"),
             "{text}"
         );
     }

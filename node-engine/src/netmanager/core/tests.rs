@@ -214,7 +214,7 @@ fn miss_is_asked_answered_and_applied() {
         effects,
         ["apply peers slots services", "ways 192.0.2.2", "control 192.0.2.2:50103", "report InterestAdd web"]
     );
-    let way = Way { source: ip("192.0.2.1"), ifindex: 3 };
+    let way = Way { source: ip("192.0.2.1"), ifindex: 3, mtu: 0 };
     assert_eq!(lab.effects(Event::Ways(vec![("192.0.2.2".parse().unwrap(), way)])), ["apply peers"]);
     assert_eq!(lab.command(Command::ServiceChanged(name())), ["report TableQuery Name web"]);
     let unknown = ip("10.30.9.9");
@@ -275,13 +275,28 @@ fn peer_that_answers_a_hello_is_ours() {
     assert_eq!(lab.peers()[0].1.flags, PEER_OURS);
     let stranger = "198.51.100.9:50103".parse().unwrap();
     assert_eq!(lab.datapath(DatapathEvent::Control { from: stranger, payload }), [] as [&str; 0]);
+
+    // And its path is measured: nothing longer than 700 bytes is answered.
+    assert_eq!(lab.effects(Event::PathsDue), ["whole 192.0.2.2:50103 1500"]);
+    for _ in 0..40 {
+        lab.now = lab.core.paths_due().expect("it is never done with");
+        for effect in lab.core.handle(Event::PathsDue, lab.now) {
+            let Effect::SendWhole(_, payload) = effect else { continue };
+            if payload.len() + 28 <= 700 {
+                let probe = Hello::decode(&payload).unwrap();
+                let payload = Hello::answer_to(&probe).encode();
+                lab.datapath(DatapathEvent::Control { from, payload });
+            }
+        }
+    }
+    assert!((646..=650).contains(&lab.peers()[0].1.mtu), "{:?}", lab.peers());
 }
 
 #[test]
 fn new_address_is_announced_and_what_is_said_to_be_there_is_stale() {
     let mut lab = Lab::ready();
     lab.up(0);
-    let way = Way { source: ip("192.0.2.99"), ifindex: 2 };
+    let way = Way { source: ip("192.0.2.99"), ifindex: 2, mtu: 0 };
     let effects = lab.effects(Event::Uplink { address: "192.0.2.99".parse().unwrap(), way });
     assert_eq!(effects, ["apply config", "report Deployed web.0 10.18.0.2"]);
     let effects = lab.effects(Event::Uplink { address: "192.0.2.99".parse().unwrap(), way });
@@ -691,6 +706,7 @@ fn word(effect: &Effect) -> String {
         Effect::Reconcile(_) => "reconcile".into(),
         Effect::GiveUp(address) => format!("give up {}", IpAddr::from(*address)),
         Effect::SendControl(to, _) => format!("control {to}"),
+        Effect::SendWhole(to, payload) => format!("whole {to} {}", payload.len() + 28),
         Effect::Report(report) => format!("report {}", report_word(report)),
         Effect::SaveSubnet(node, subnet) => format!("save {node} {}", subnet.v4),
         Effect::KeepLeases(leases) => format!("leases {}", leases.leases.len()),
@@ -724,8 +740,9 @@ fn settings(kept: Option<&str>) -> Settings {
         relax_source: false,
         capacity: Capacity::USUAL,
         framed_port: Some(50104),
+        mtu: 1_450,
         address: "192.0.2.1".parse().unwrap(),
-        uplink: Way { source: ip("192.0.2.1"), ifindex: 2 },
+        uplink: Way { source: ip("192.0.2.1"), ifindex: 2, mtu: 0 },
         subnet: kept.map(|node| (node.parse().unwrap(), subnet(0))),
         drain: Duration::from_secs(10),
         seed: 1,

@@ -29,8 +29,8 @@ use super::{Event, TableDelta};
 
 /// Packets merged into one for the TUN device; the kernel merges no more datagrams than this into one.
 const RUN: usize = 64;
-/// The largest control datagram that is passed on.
-const CONTROL: usize = 1_500;
+/// So much of a control datagram is passed on; what is beyond it only makes the datagram long.
+const CONTROL: usize = 1_024;
 
 /// Where a packet came from.
 #[derive(Clone, Copy, Debug)]
@@ -142,12 +142,13 @@ impl<T: Projection> Carrier<T> {
                 }
                 None => self.counters.add(Count::Garbage, 1),
             },
-            Some(_) if datagram.len() <= CONTROL => {
-                if self.events.try_send(Event::Control { from, payload: datagram.to_vec() }).is_err() {
+            Some(_) => {
+                let payload = datagram[..datagram.len().min(CONTROL)].to_vec();
+                if self.events.try_send(Event::Control { from, payload }).is_err() {
                     self.counters.add(Count::Control, 1);
                 }
             }
-            _ => self.counters.add(Count::Garbage, 1),
+            None => self.counters.add(Count::Garbage, 1),
         }
     }
 
@@ -218,6 +219,7 @@ impl<T: Projection> Carrier<T> {
                 Some(()) => self.deliver(packet, origin, offload),
                 None => self.counters.add(Count::Host, 1),
             },
+            Ok(Verdict::Slow(Miss::Narrow)) => self.refuse_long(packet, origin),
             Ok(Verdict::Slow(Miss::Error)) => self.carry_error(packet, origin),
             Ok(Verdict::Slow(Miss::Gone)) => {
                 self.counters.dropped(DropReason::NoInstance);

@@ -19,6 +19,8 @@ pub(super) enum Count {
     Joined,
     /// Fragments that no packet came of.
     Fragment,
+    /// Longer than the path to a peer takes; its sender was told.
+    TooLong,
     /// Headers the law does not read.
     Header,
     /// Came to the TUN device and is for no service address.
@@ -44,13 +46,14 @@ pub(super) enum Count {
 }
 
 impl Count {
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Sent,
         Self::Local,
         Self::Received,
         Self::Held,
         Self::Joined,
         Self::Fragment,
+        Self::TooLong,
         Self::Header,
         Self::NotService,
         Self::HeldFull,
@@ -72,6 +75,7 @@ impl Count {
             Self::Held => "held",
             Self::Joined => "joined",
             Self::Fragment => "drop_fragment",
+            Self::TooLong => "drop_too_long",
             Self::Header => "drop_header",
             Self::NotService => "drop_not_service",
             Self::HeldFull => "drop_held_full",

@@ -34,8 +34,8 @@ impl<T: Projection> Carrier<T> {
             Outcome::Whole(mut whole) => {
                 self.counters.add(Count::Joined, 1);
                 match origin {
-                    Origin::Host => self.take_in_whole(&mut whole, &Offload::default()),
-                    Origin::Instance | Origin::Node(_) => self.carry_whole(&mut whole, origin, &Offload::default()),
+                    Origin::Host => self.take_in_whole(&mut whole, &Offload::joined()),
+                    Origin::Instance | Origin::Node(_) => self.carry_whole(&mut whole, origin, &Offload::joined()),
                 }
             }
         }

@@ -135,6 +135,10 @@ impl Datapath for Memory {
         Ok(())
     }
 
+    async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.send_control(to, payload).await
+    }
+
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
         self.state().tables.flow_rows()
     }

@@ -40,6 +40,7 @@ pub(super) fn run<'a>(mut packets: impl Iterator<Item = &'a [u8]>, datagrams: bo
         segment: size as u16,
         start: layout.ip_len as u16,
         field: layout.field as u16,
+        joined: false,
     };
     (count, offload)
 }

@@ -24,6 +24,7 @@ mod join;
 mod memory;
 mod merge;
 mod offload;
+mod probe;
 mod projection;
 mod proxy;
 mod refusal;
@@ -96,6 +97,9 @@ pub trait Datapath: Send + Sync {
 
     /// Sends a control datagram to a peer's tunnel port, from ours.
     async fn send_control(&self, to: std::net::SocketAddr, payload: &[u8]) -> Result<(), DatapathError>;
+
+    /// Sends a control datagram to a peer's tunnel port that arrives whole or not at all: nobody on the way cuts it.
+    async fn send_whole(&self, to: std::net::SocketAddr, payload: &[u8]) -> Result<(), DatapathError>;
 
     /// The flows that are remembered now, for people to look at. Rows come and go while they are read.
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError>;

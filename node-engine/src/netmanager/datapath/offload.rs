@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use netmanager_common::checksum::{Change, fold};
 use netmanager_common::frame::{Frame, Header, SliceFrame, TCP, UDP};
+use netmanager_common::mss;
 
 #[cfg(any(test, feature = "fuzzing"))]
 use super::merge;
@@ -38,13 +39,28 @@ pub(super) struct Offload {
     /// Where the transport header begins, and in it the checksum.
     pub(super) start: u16,
     pub(super) field: u16,
+    /// Its sender has sent it in fragments, so it may travel in several pieces again. Nothing that the kernel is told.
+    pub(super) joined: bool,
 }
 
 impl Offload {
+    /// Of a packet that was put together of fragments.
+    pub(super) fn joined() -> Self {
+        Self { joined: true, ..Self::default() }
+    }
+
     pub(super) fn decode(bytes: [u8; HEADER]) -> Self {
         let [flags, kind, a, b, c, d, e, f, g, h] = bytes;
         let number = |low, high| u16::from_ne_bytes([low, high]);
-        Self { flags, kind, headers_len: number(a, b), segment: number(c, d), start: number(e, f), field: number(g, h) }
+        Self {
+            flags,
+            kind,
+            headers_len: number(a, b),
+            segment: number(c, d),
+            start: number(e, f),
+            field: number(g, h),
+            joined: false,
+        }
     }
 
     pub(super) fn encode(&self) -> [u8; HEADER] {
@@ -182,11 +198,15 @@ impl Cut {
 pub(super) struct PacketFrame<'a> {
     slice: SliceFrame<'a>,
     partial: bool,
+    /// Payload of each of many; 0: it is one.
+    segment: u16,
+    joined: bool,
 }
 
 impl<'a> PacketFrame<'a> {
     pub(super) fn new(packet: &'a mut [u8], offload: &Offload) -> Self {
-        Self { slice: SliceFrame::new(packet), partial: offload.partial() }
+        let segment = if offload.many() { offload.segment } else { 0 };
+        Self { slice: SliceFrame::new(packet), partial: offload.partial(), segment, joined: offload.joined }
     }
 }
 
@@ -202,6 +222,20 @@ impl Frame for PacketFrame<'_> {
         // The sum itself and not its complement.
         let field = self.slice.at::<[u8; 2]>(offset)?;
         *field = change.apply(field.map(|byte| !byte)).map(|byte| !byte);
+        Some(())
+    }
+
+    fn wire_len(&mut self, headers: usize) -> usize {
+        match self.segment {
+            // Its pieces were as short as its sender was told.
+            0 if self.joined => headers,
+            0 => self.slice.bytes().len(),
+            segment => headers + usize::from(segment),
+        }
+    }
+
+    fn clamp_mss(&mut self, offset: usize, limit: u16) -> Option<()> {
+        mss::clamp(self.slice.bytes_mut().get_mut(offset..)?, limit, !self.partial);
         Some(())
     }
 }
@@ -329,7 +363,8 @@ mod tests {
 
     #[test]
     fn the_header_is_read_as_it_is_written() {
-        let offload = Offload { flags: 1, kind: 4, headers_len: 72, segment: 1378, start: 40, field: 16 };
+        let offload =
+            Offload { flags: 1, kind: 4, headers_len: 72, segment: 1378, start: 40, field: 16, joined: false };
         assert_eq!(Offload::decode(offload.encode()), offload);
     }
 
@@ -439,7 +474,8 @@ mod tests {
             (false, false) => TCP_V4,
         };
         let headers_len = layout.headers_len as u16;
-        (packet, Offload { flags: 1, kind, headers_len, segment: 1000, start: ip_len as u16, field: field as u16 })
+        let (start, field) = (ip_len as u16, field as u16);
+        (packet, Offload { flags: 1, kind, headers_len, segment: 1000, start, field, joined: false })
     }
 
     fn partial_packet(v6: bool, udp: bool, len: usize) -> Vec<u8> {

@@ -16,6 +16,7 @@ use super::counters::Counters;
 use super::fragments::Fragments;
 use super::held::Held;
 use super::host::HostFlows;
+use super::probe::ProbeSockets;
 use super::projection::Projection;
 use super::proxy::{Bell, Proxy, Request};
 use super::refusal::Limit;
@@ -81,6 +82,10 @@ impl Datapath for Tun {
         self.0.send_control(to, payload).await
     }
 
+    async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.0.send_whole(to, payload).await
+    }
+
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
         self.0.flows().await
     }
@@ -102,6 +107,7 @@ pub(super) struct Proxied {
     bell: Arc<Bell>,
     events: Mutex<mpsc::Receiver<Event>>,
     socket: Arc<TunnelSocket>,
+    probes: ProbeSockets,
     counters: Arc<Counters>,
     thread: Option<JoinHandle<()>>,
     /// Of the TUN device.
@@ -134,6 +140,7 @@ impl Proxied {
             lone: Batch::default(),
             refusals: Limit::default(),
         };
+        let probes = ProbeSockets::open().map_err(|error| step("open the sockets for probes", &error))?;
         let bell = Arc::new(Bell::new().map_err(|error| step("make the packet proxy's bell", &error))?);
         let proxy = Proxy::new(carrier, inbox, bell.clone());
         let thread = thread::Builder::new().name("packets".into()).spawn(move || proxy.run());
@@ -143,6 +150,7 @@ impl Proxied {
             bell,
             events: Mutex::new(outbox),
             socket,
+            probes,
             counters,
             thread: Some(thread),
             ifindex,
@@ -187,6 +195,10 @@ impl Proxied {
 
     pub(super) async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
         self.socket.send(payload, to).map_err(|error| step("send control datagram", &error))
+    }
+
+    pub(super) async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.probes.send(payload, to).map_err(|error| step("send probe", &error))
     }
 
     pub(super) fn counters(&self) -> Vec<(String, u64)> {

@@ -97,6 +97,10 @@ fn count(count: Count) -> Words {
             "a fragment whose others did not come, or that came from a node of the reference system, whose fragments are damaged",
             "a few are lost ones of a datagram; if there are many, let the application send smaller datagrams",
         ),
+        Count::TooLong => dropped(
+            "a packet longer than the path to its node takes; its sender was told how long it may be",
+            "a few at the beginning of a connection are usual; `node-engine net peers` shows how wide the paths are",
+        ),
         Count::Header => dropped("IPv6 extension headers that the overlay does not read", "do without them"),
         Count::NotService => dropped(
             "a packet came to the overlay's device and is for no service address",

@@ -369,6 +369,17 @@ impl ServiceTable {
     }
 
     /// The peer takes framed packets on this port, or none.
+    pub fn set_path_mtu(&mut self, peer: u32, mtu: Option<u16>) -> TableDelta {
+        self.projection.set_path_mtu(peer, mtu);
+        self.projection.take()
+    }
+
+    /// The longest packet on the way to the peer, where it is less than what instances send.
+    pub fn path_mtu(&self, peer: u32) -> Option<u16> {
+        let (_, row) = self.peers().find(|(number, _)| *number == peer)?;
+        u16::try_from(row.mtu).ok().filter(|mtu| *mtu != 0)
+    }
+
     pub fn set_framed(&mut self, peer: u32, port: Option<u16>) -> TableDelta {
         self.projection.set_framed(peer, port);
         self.projection.take()

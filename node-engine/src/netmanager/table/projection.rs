@@ -49,6 +49,8 @@ pub struct PeerKey {
 pub struct Way {
     pub source: Addr,
     pub ifindex: u32,
+    /// The longest packet in one datagram, as far as this node's own routes know; 0: any that instances send.
+    pub mtu: u16,
 }
 
 #[derive(Clone, Debug)]
@@ -75,6 +77,8 @@ pub(super) struct Projection {
     /// How many slots name the peer.
     peer_uses: HashMap<u32, usize>,
     ways: HashMap<Addr, Way>,
+    /// What was measured of the paths to peers, by their numbers.
+    paths: HashMap<u32, u16>,
     /// Where no better way is known.
     uplink: Way,
     services: BTreeMap<Addr, ServiceRow>,
@@ -113,6 +117,7 @@ impl Projection {
             peers: BTreeMap::new(),
             peer_uses: HashMap::new(),
             ways: HashMap::new(),
+            paths: HashMap::new(),
             uplink: Way::default(),
             services: BTreeMap::new(),
             service_ids: HashSet::new(),
@@ -263,6 +268,20 @@ impl Projection {
         self.write_peer(number, Peer { flags, ..old });
     }
 
+    /// The longest packet on the way to the peer, measured, 0 for any; `None`: as far as the routes know. An unknown number changes nothing.
+    pub(super) fn set_path_mtu(&mut self, number: u32, mtu: Option<u16>) {
+        let Some(old) = self.peers.get(&number).copied() else { return };
+        match mtu {
+            Some(mtu) => self.paths.insert(number, mtu),
+            None => self.paths.remove(&number),
+        };
+        self.write_peer(number, Peer { mtu: self.path_mtu(number, old.host), ..old });
+    }
+
+    fn path_mtu(&self, number: u32, host: Addr) -> u32 {
+        self.paths.get(&number).copied().unwrap_or(self.way(host).mtu).into()
+    }
+
     /// The peer's port for framed packets; `None`: it gets bare ones. An unknown number changes nothing.
     pub(super) fn set_framed(&mut self, number: u32, port: Option<u16>) {
         if let Some(old) = self.peers.get(&number).copied() {
@@ -362,6 +381,11 @@ impl Projection {
             let key = PeerKey { host: peer.host, port: u16::from_be_bytes(peer.port) };
             if !peer.host.is_none() && self.peer_numbers.adopt(key, *number) {
                 self.peers.insert(*number, *peer);
+                if let Ok(mtu @ 1..) = u16::try_from(peer.mtu)
+                    && peer.flags & PEER_OURS != 0
+                {
+                    self.paths.insert(*number, mtu);
+                }
             } else if *peer != Peer::default() {
                 self.changes.peers.insert(*number);
             }
@@ -503,6 +527,7 @@ impl Projection {
             source: way.source,
             ifindex: way.ifindex,
             port: key.port.to_be_bytes(),
+            mtu: self.path_mtu(number, key.host),
             ..Peer::default()
         };
         self.write_peer(number, peer);
@@ -519,7 +544,8 @@ impl Projection {
         let peers: Vec<(u32, Peer)> = self.peers().map(|(number, peer)| (number, *peer)).collect();
         for (number, peer) in peers {
             let way = self.way(peer.host);
-            self.write_peer(number, Peer { source: way.source, ifindex: way.ifindex, ..peer });
+            let mtu = self.path_mtu(number, peer.host);
+            self.write_peer(number, Peer { source: way.source, ifindex: way.ifindex, mtu, ..peer });
         }
     }
 
@@ -549,6 +575,7 @@ impl Projection {
             return;
         }
         let Some(peer) = self.peers.remove(&number) else { return };
+        self.paths.remove(&number);
         self.changes.peers.insert(number);
         self.peer_numbers.release(&PeerKey { host: peer.host, port: u16::from_be_bytes(peer.port) });
         if !self.peers.values().any(|other| other.host == peer.host) {

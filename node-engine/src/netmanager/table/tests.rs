@@ -179,13 +179,13 @@ fn policies_become_numbers() {
 #[test]
 fn ways_and_hellos_change_the_peer_alone() {
     let mut lab = Lab::new();
-    lab.apply(|table| table.set_uplink(Way { source: HOST, ifindex: 2 }));
+    lab.apply(|table| table.set_uplink(Way { source: HOST, ifindex: 2, mtu: 0 }));
     lab.update(&answer("web", &[row(0, 2), TableRow { host: ip("2001:db8::3"), ..row(1, 3) }]));
     let v4 = lab.slot_of("10.18.2.2").1.peer;
     let v6 = lab.slot_of("10.18.3.3").1.peer;
     assert_eq!((lab.peers[&v4].source, lab.peers[&v4].ifindex), (HOST, 2));
     assert_eq!(lab.peers[&v6].source, Addr::NONE, "no way in this family yet");
-    let way = Way { source: addr("2001:db8::1"), ifindex: 3 };
+    let way = Way { source: addr("2001:db8::1"), ifindex: 3, mtu: 0 };
     let delta = lab.apply(|table| table.set_ways([(addr("2001:db8::3"), way)]));
     assert_eq!((delta.peers.len(), delta.slots.len(), delta.services.len()), (1, 0, 0));
     assert_eq!((lab.peers[&v6].source, lab.peers[&v6].ifindex), (way.source, 3));
@@ -195,6 +195,28 @@ fn ways_and_hellos_change_the_peer_alone() {
     assert_eq!(lab.apply(|table| table.set_ours(999, true)), TableDelta::default());
     lab.apply(|table| table.set_ours(v6, false));
     assert_eq!(lab.peers[&v6].flags, 0);
+}
+
+#[test]
+fn a_path_is_as_wide_as_measured_or_as_routes_say() {
+    let mut lab = Lab::new();
+    lab.update(&answer("web", &[row(0, 2)]));
+    let peer = lab.slot_of("10.18.2.2").1.peer;
+    let narrow = |mtu| Way { source: HOST, ifindex: 2, mtu };
+    lab.apply(|table| table.set_ways([(addr("192.0.2.2"), narrow(1_350))]));
+    assert_eq!(lab.peers[&peer].mtu, 1_350);
+    lab.apply(|table| table.set_ours(peer, true));
+    let delta = lab.apply(|table| table.set_path_mtu(peer, Some(650)));
+    assert_eq!((lab.peers[&peer].mtu, delta.peers.len(), delta.config), (650, 1, None), "flows note nothing of it");
+    assert_eq!(lab.table.path_mtu(peer), Some(650));
+    lab.apply(|table| table.set_ways([(addr("192.0.2.2"), narrow(1_300))]));
+    assert_eq!(lab.peers[&peer].mtu, 650, "what was measured counts");
+    lab.restart();
+    assert_eq!(lab.table.path_mtu(peer), Some(650), "and outlives the daemon");
+    lab.apply(|table| table.set_path_mtu(peer, Some(0)));
+    assert_eq!(lab.peers[&peer].mtu, 0);
+    lab.apply(|table| table.set_path_mtu(peer, None));
+    assert_eq!(lab.apply(|table| table.set_path_mtu(999, Some(1))), TableDelta::default());
 }
 
 #[test]

@@ -83,6 +83,7 @@ impl ServiceTable {
             source: peer.source.into(),
             ours: is_ours(peer.flags),
             framing: framing(peer),
+            mtu: Some(peer.mtu).filter(|mtu| *mtu != 0),
             rtt: self.figures.rtts.get(&number).copied(),
             slots: slots.get(&number).copied().unwrap_or(0),
         };

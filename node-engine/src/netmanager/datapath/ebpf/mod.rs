@@ -164,6 +164,10 @@ impl Datapath for Ebpf {
         self.proxied.send_control(to, payload).await
     }
 
+    async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
+        self.proxied.send_whole(to, payload).await
+    }
+
     async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
         let flows = Arc::clone(&self.flows);
         let read = tokio::task::spawn_blocking(move || flows.read()).await;
