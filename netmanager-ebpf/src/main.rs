@@ -23,7 +23,7 @@ use netmanager_common::frame::{Ipv6, UDP, Udp, Vxlan};
 use netmanager_common::pipeline::{Tables, inbound, outbound};
 use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_SLOW, DropReason, Verdict};
 
-use crate::maps::{Maps, count};
+use crate::maps::{Maps, count, plain};
 use crate::neighbour::next_hop;
 use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
 use crate::tunnel::{BARE_LEN, Ethernet, FRAMED_ETHERNET, FRAMED_LEN, Outer, pop, push, unframe};
@@ -163,6 +163,9 @@ fn send(skb: *mut __sk_buff, number: u32, protocol: [u8; 2]) -> i32 {
     if macs.is_some() {
         // SAFETY: plain numbers.
         unsafe { bpf_redirect(peer.ifindex, 0) as i32 }
+    } else if plain() {
+        // Outer headers and all: user space takes them off and has its socket send the rest, which makes the kernel look for the peer.
+        slow()
     } else {
         // SAFETY: no parameters are passed, so there is nothing to point to.
         unsafe { bpf_redirect_neigh(peer.ifindex, core::ptr::null_mut(), 0, 0) as i32 }
@@ -175,7 +178,7 @@ fn deliver(context: &TcContext, ifindex: u32, mac: Mac, protocol: [u8; 2], known
     let Some(config) = Maps.config() else { return dropped(DropReason::NotOurs) };
     let Some(ethernet) = header_at::<Ethernet>(context, 0) else { return dropped(DropReason::Malformed) };
     *ethernet = Ethernet { macs: Macs { destination: mac, source: config.gateway_mac }, protocol };
-    if known {
+    if known && !plain() {
         // SAFETY: plain numbers.
         unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
     } else {

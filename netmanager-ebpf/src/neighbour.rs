@@ -11,14 +11,14 @@ use aya_ebpf::programs::TcContext;
 use netmanager_common::abi::{Mac, Macs, Neighbour, Peer};
 use netmanager_common::pipeline::Tables as _;
 
-use crate::maps::{Maps, neighbour};
+use crate::maps::{Maps, neighbour, plain};
 
 const AF_INET: u8 = 2;
 const _: () = assert!(size_of::<FibLookup>().is_multiple_of(4) && align_of::<FibLookup>() >= 4);
 /// Jiffies for which an answer is trusted: a quarter of a second up to two and a half, by the kernel's clock rate.
 const TRUST: u32 = 250;
 
-/// `None`: let the kernel's neighbour code send this one. It does so once in a while for every peer, which is what keeps the entry in
+/// `None`: let the kernel's neighbour code send this one, or, without the helper for that, the tunnel's socket. It does so once in a while for every peer, which is what keeps the entry in
 /// use and verified, and always where it does not know the address, which is what makes it ask.
 #[inline(always)]
 pub fn next_hop(context: &TcContext, number: u32, peer: &Peer) -> Option<Macs> {
@@ -34,7 +34,7 @@ pub fn next_hop(context: &TcContext, number: u32, peer: &Peer) -> Option<Macs> {
     ask(context.skb.skb, number, &mut fresh.macs);
     // SAFETY: as above.
     unsafe { *row = fresh };
-    None
+    (plain() && fresh.found()).then_some(fresh.macs)
 }
 
 /// A function of its own: its parameter block would not fit on the stack with all the rest.

@@ -12,6 +12,7 @@ use netmanager_common::checksum;
 use netmanager_common::frame::{FRAMED_MACS, Ipv4, UDP, Udp, Vxlan};
 use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4};
 
+use crate::maps::plain;
 use crate::skb::{ETH_LEN, ETH_P_IP, header_at};
 
 #[repr(C, align(2))]
@@ -47,7 +48,8 @@ pub struct Unfit;
 /// Wraps the packet for `peer`. Without `macs` they are left to the neighbour table.
 #[inline(always)]
 pub fn push(context: &TcContext, peer: &Peer, macs: Option<Macs>, protocol: [u8; 2]) -> Result<(), Unfit> {
-    let framed = peer.framed_port != [0, 0];
+    // Kernels without the newer helpers do not know the flag either that tells them of the inner Ethernet header.
+    let framed = peer.framed_port != [0, 0] && !plain();
     let hash = flow_hash(context, protocol);
     let inner_len = context.len() as usize - ETH_LEN;
     let flags = u64::from(BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP);

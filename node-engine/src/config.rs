@@ -121,9 +121,26 @@ pub enum XdpChoice {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DatapathChoice {
+    /// The fastest that works here.
     Auto,
+    /// Programs in the kernel, or nothing.
     Ebpf,
+    /// The same, without what came to kernels after 5.9.
+    EbpfPlain,
     Tun,
+}
+
+impl DatapathChoice {
+    /// As a person types it.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Self::Auto),
+            "ebpf" => Some(Self::Ebpf),
+            "ebpf-plain" => Some(Self::EbpfPlain),
+            "tun" => Some(Self::Tun),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

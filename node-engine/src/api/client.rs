@@ -161,6 +161,10 @@ impl Client {
         self.json(self.request(Method::GET, &["net", "counters"])).await
     }
 
+    pub async fn switch(&self, choice: &str) -> Result<net::Datapath, ClientError> {
+        self.json(self.request(Method::POST, &["net", "datapath", choice])).await
+    }
+
     pub async fn deploy(
         &self,
         document: Vec<u8>,

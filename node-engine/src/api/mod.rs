@@ -20,6 +20,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::mpsc;
 
+use crate::config::DatapathChoice;
 use crate::drain::Drain;
 use crate::model::{Event, InstanceId};
 use crate::runtime::{Exec, Follow, Session};
@@ -90,6 +91,9 @@ pub trait NodeApi: Send + Sync {
 
     /// The other nodes this one knows.
     async fn peers(&self) -> Result<Vec<dto::net::Peer>, NodeApiError>;
+
+    /// Goes on by another datapath, while packets flow; by which, then.
+    async fn switch(&self, choice: DatapathChoice) -> Result<dto::net::Datapath, NodeApiError>;
 
     /// What was carried, dropped, refused.
     async fn counters(&self) -> Result<Vec<dto::net::Counter>, NodeApiError>;

@@ -21,6 +21,7 @@ use super::dto::{
 };
 use super::selector::Unresolved;
 use super::{Api, LARGEST_BODY, NetChoice, NodeApiError, REQUEST_TIMEOUT, Selector, exec, look, metrics};
+use crate::config::DatapathChoice;
 use crate::drain::Drain;
 use crate::model::{InstanceId, ServiceName};
 use crate::standalone::{ClusterApi, ClusterApiError, Target};
@@ -49,6 +50,7 @@ pub(super) fn router(api: Api, drain: Drain) -> Router {
         .route("/net/services", get(services))
         .route("/net/peers", get(peers))
         .route("/net/counters", get(counters))
+        .route("/net/datapath/{choice}", post(switch))
         .route("/cluster/deploy", post(deploy))
         .route("/cluster/instances", get(cluster_instances))
         .route("/cluster/instances/{target}", delete(take_down))
@@ -128,6 +130,12 @@ async fn peers(State(api): State<Api>) -> Result<Json<Vec<net::Peer>>, Refused> 
 
 async fn counters(State(api): State<Api>) -> Result<Json<Vec<net::Counter>>, Refused> {
     Ok(Json(api.node.counters().await?))
+}
+
+async fn switch(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<net::Datapath>, Refused> {
+    let unknown = || Refused::new(StatusCode::BAD_REQUEST, "a datapath is one of auto, ebpf, ebpf-plain, tun");
+    let choice = DatapathChoice::parse(&name).ok_or_else(unknown)?;
+    Ok(Json(api.node.switch(choice).await?))
 }
 
 fn net_choice(typed: net::Choice) -> Result<NetChoice, Refused> {

@@ -59,6 +59,10 @@ impl NodeApi for MemoryNode {
         Err(NodeApiError::NoNode)
     }
 
+    async fn switch(&self, choice: DatapathChoice) -> Result<dto::net::Datapath, NodeApiError> {
+        Ok(dto::net::Datapath { datapath: format!("{choice:?}"), reason: String::new() })
+    }
+
     async fn counters(&self) -> Result<Vec<dto::net::Counter>, NodeApiError> {
         Ok(vec![dto::net::Counter { name: "drop_spoofed".into(), count: 3, ..Default::default() }])
     }
@@ -277,4 +281,6 @@ async fn tables_of_the_overlay_are_asked_for_by_name_and_limit() {
     let refused = daemon.client.peers().await.unwrap_err();
     assert!(refused.to_string().contains("--no-node"), "{refused}");
     assert_eq!(daemon.client.counters().await.unwrap()[0].count, 3);
+    assert_eq!(daemon.client.switch("ebpf-plain").await.unwrap().datapath, "EbpfPlain");
+    assert!(daemon.client.switch("magic").await.unwrap_err().to_string().contains("one of auto"));
 }

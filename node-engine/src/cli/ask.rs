@@ -127,7 +127,7 @@ fn status(status: &Status) -> String {
         ("instances", format!("{} running", status.running)),
     ];
     if let Some(network) = &status.network {
-        let why = if network.reason.is_empty() { String::new() } else { format!(" ({})", network.reason) };
+        let why = if network.reason.is_empty() { String::new() } else { format!(": {}", network.reason) };
         pairs.push(("datapath", format!("{}{why}", network.datapath)));
         let address = if network.address.is_empty() { String::new() } else { format!(", {}", network.address) };
         pairs.push(("uplink", format!("{}{address}", network.uplink)));
@@ -287,7 +287,7 @@ mod tests {
              cluster      c.example, connected for 5s, generation g4\n\
              runs         docker\n\
              instances    1 running\n\
-             datapath     tun (no BTF)\n\
+             datapath     tun: no BTF\n\
              uplink       eth0\n\
              subnet       not assigned yet\n\
              overlay      0 services, 0 peers\n\

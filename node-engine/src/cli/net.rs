@@ -5,7 +5,7 @@ mod rows;
 use clap::Subcommand;
 
 use self::rows::{Counters, Details};
-use super::watch::{Repeat, show};
+use super::watch::{Repeat, print, show};
 use crate::api::Selector;
 use crate::api::client::Client;
 use crate::api::dto::net::{Choice, Counter, Flow, Page, Peer, Service};
@@ -53,6 +53,12 @@ pub(super) enum NetCommand {
         #[command(flatten)]
         repeat: Repeat,
     },
+    /// Changes what carries the packets, while they flow: until the next start
+    Datapath {
+        /// `auto` is the fastest that works here; `ebpf-plain` does without what kernels before 5.10 lack
+        #[arg(value_parser = ["auto", "ebpf", "ebpf-plain", "tun"])]
+        datapath: String,
+    },
     /// What was carried and what was dropped, why, and what to do about it
     Drops {
         /// Also what has never happened
@@ -79,6 +85,11 @@ impl NetCommand {
                 show::<Details, _>(repeat, async || client.services(&choice).await.map(Details)).await
             }
             Self::Peers { repeat } => show::<Vec<Peer>, _>(repeat, async || client.peers().await).await,
+            Self::Datapath { datapath } => {
+                let now = client.switch(&datapath).await?;
+                let why = if now.reason.is_empty() { String::new() } else { format!(": {}", now.reason) };
+                print(format!("{}{why}\n", now.datapath).as_bytes()).map(drop)
+            }
             Self::Drops { all, repeat } => {
                 let ask = async || {
                     let mut known: Vec<Counter> = client.counters().await?;

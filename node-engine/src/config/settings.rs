@@ -317,12 +317,7 @@ fn generation(draft: &mut Draft, text: &str) -> Result<(), String> {
 }
 
 fn datapath(draft: &mut Draft, text: &str) -> Result<(), String> {
-    draft.config.network.datapath = match text {
-        "auto" => DatapathChoice::Auto,
-        "ebpf" => DatapathChoice::Ebpf,
-        "tun" => DatapathChoice::Tun,
-        _ => return Err("is not one of auto, ebpf, tun".into()),
-    };
+    draft.config.network.datapath = DatapathChoice::parse(text).ok_or("is not one of auto, ebpf, ebpf-plain, tun")?;
     Ok(())
 }
 

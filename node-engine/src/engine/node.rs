@@ -13,7 +13,7 @@ use crate::api::dto::{
     ClusterStatus, Explanation, Instance, NetworkStatus, NodeStatus, SentStatus, Status, UsageStatus, net,
 };
 use crate::api::{NetChoice, NodeApi, NodeApiError};
-use crate::config::{Generation, Roots};
+use crate::config::{DatapathChoice, Generation, Roots};
 use crate::events::Events;
 use crate::metrics::Snapshot;
 use crate::model::{Event, InstanceId, NodeFacts, NodeUsage, Purpose, Sent};
@@ -111,6 +111,10 @@ impl NodeApi for RunningNode {
         view::peers(&self.net).await
     }
 
+    async fn switch(&self, choice: DatapathChoice) -> Result<net::Datapath, NodeApiError> {
+        view::switch(&self.net, choice).await
+    }
+
     async fn counters(&self) -> Result<Vec<net::Counter>, NodeApiError> {
         view::counters(&self.net).await
     }
@@ -187,6 +191,10 @@ impl NodeApi for NoNode {
     }
 
     async fn peers(&self) -> Result<Vec<net::Peer>, NodeApiError> {
+        Err(NodeApiError::NoNode)
+    }
+
+    async fn switch(&self, _choice: DatapathChoice) -> Result<net::Datapath, NodeApiError> {
         Err(NodeApiError::NoNode)
     }
 

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use crate::api::dto::net;
 use crate::api::{NetChoice, NodeApiError};
+use crate::config::DatapathChoice;
 use crate::model::InstanceId;
 use crate::netmanager::datapath::Kind;
 use crate::netmanager::view::{AddressView, Choice, CounterView, FlowView, Page, PeerView, ServiceView, State};
@@ -20,6 +21,12 @@ pub(super) async fn services(of: &NetManager, choice: NetChoice) -> Result<net::
 pub(super) async fn peers(of: &NetManager) -> Result<Vec<net::Peer>, NodeApiError> {
     let peers = of.peers().await.map_err(|error| unavailable("peers", &error))?;
     Ok(peers.into_iter().map(peer).collect())
+}
+
+pub(super) async fn switch(of: &NetManager, choice: DatapathChoice) -> Result<net::Datapath, NodeApiError> {
+    of.switch(choice).await.map_err(|error| unavailable("datapath", &error))?;
+    let status = of.status().await.map_err(|error| unavailable("datapath", &error))?;
+    Ok(net::Datapath { datapath: status.datapath, reason: status.reason })
 }
 
 pub(super) async fn counters(of: &NetManager) -> Result<Vec<net::Counter>, NodeApiError> {

@@ -29,6 +29,7 @@ use super::outbox::Outbox;
 use super::table::{ServiceNets, Way};
 use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
 use super::{Lease, Memory, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6, link_config, pin_dir};
+use crate::config::DatapathChoice;
 use crate::model::{Addresses, Command, InstanceId, Policy, Report, Subnet};
 use crate::netns;
 
@@ -92,7 +93,6 @@ struct Actor {
     wish: Wish,
     links: Arc<Links>,
     datapath: Arc<dyn Datapath>,
-    reason: String,
     uplink: Route,
     framed_port: Option<u16>,
     /// Of the instances' links.
@@ -150,6 +150,7 @@ pub(super) async fn start(
         capacity: config.instances,
         pin_dir: pin_dir(config),
         xdp: config.xdp,
+        table_dir: setup.run_dir.join("tables"),
     };
     let chosen =
         datapath::choose(config.datapath, &underlay).await.map_err(|error| NetError::NoDatapath(error.to_string()))?;
@@ -173,7 +174,7 @@ pub(super) async fn start(
         seed: RandomState::new().hash_one(0),
     };
     tracing::info!(
-        datapath = chosen.datapath.name(),
+        datapath = chosen.datapath.standing().rung,
         reason = chosen.reason,
         uplink = uplink.interface,
         address = %settings.address,
@@ -188,7 +189,6 @@ pub(super) async fn start(
         wish,
         links,
         datapath: chosen.datapath,
-        reason: chosen.reason,
         uplink,
         framed_port,
         mtu,
@@ -305,6 +305,7 @@ impl Actor {
                 },
                 event = datapath.event(), if room => match event {
                     DatapathEvent::Failed(reason) => self.failure = Some(anyhow!("the datapath has failed: {reason}")),
+                    DatapathEvent::Lost(reason) => self.switch(DatapathChoice::Tun, reason, None),
                     event => self.event(Event::Datapath(event)),
                 },
                 () = links.changed() => self.event(Event::HostChanged),
@@ -366,7 +367,22 @@ impl Actor {
             }
             Request::NameOf(address, reply) => drop(reply.send(self.core.table.name_of(address))),
             Request::Peers(reply) => drop(reply.send(self.core.table.peer_views())),
+            Request::Switch(choice, reply) => self.switch(choice, "chosen by hand".into(), Some(reply)),
         }
+    }
+
+    /// Beside everything else: changes of tables and interfaces wait for it, packets do not.
+    fn switch(&mut self, choice: DatapathChoice, why: String, reply: Option<oneshot::Sender<Result<(), NetError>>>) {
+        let (links, datapath, port) = (Arc::clone(&self.links), Arc::clone(&self.datapath), self.framed_port);
+        self.work.spawn(async move {
+            let switched = framing::switch(&links, datapath.as_ref(), port, choice, &why).await;
+            if let Err(reason) = &switched {
+                tracing::warn!(reason, "the datapath was to change");
+            }
+            // Whoever asked may have gone.
+            reply.map(|reply| reply.send(switched.map_err(NetError::Stays)));
+            Answer::Nothing
+        });
     }
 
     /// Flows are read beside everything else; there may be very many.
@@ -729,9 +745,10 @@ impl Actor {
         status.counters.push(("report_lost".into(), self.outbox.lost()));
         status.counters.extend(self.datapath.counters());
         status.counters.extend(self.links.counters());
+        let standing = self.datapath.standing();
         NetStatus {
-            datapath: self.datapath.name().into(),
-            reason: self.reason.clone(),
+            datapath: standing.rung.into(),
+            reason: standing.reason,
             uplink: self.uplink.interface.clone(),
             warnings: self.links.warnings(),
             ..status

@@ -492,7 +492,7 @@ impl Core {
                 self.greet_who_is_due(out);
             }
             // The actor's.
-            DatapathEvent::Failed(_) => {}
+            DatapathEvent::Lost(_) | DatapathEvent::Failed(_) => {}
         }
     }
 

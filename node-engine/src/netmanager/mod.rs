@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 pub use self::memory::{Learned, Memory};
 use self::naming::Gateway;
 use self::view::{Choice, CounterView, FlowView, Lookup, Page, PeerView, ServiceView};
-use crate::config::NetworkConfig;
+use crate::config::{DatapathChoice, NetworkConfig};
 use crate::drain::Drain;
 use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, ServiceName, Subnet};
 
@@ -131,6 +131,8 @@ pub enum NetError {
     NoUplink(String),
     #[error("no datapath works here: {0}")]
     NoDatapath(String),
+    #[error("the datapath stays as it is: {0}")]
+    Stays(String),
     #[error("the network manager has stopped")]
     Stopped,
 }
@@ -146,6 +148,7 @@ pub(crate) enum Request {
     Services(Choice, oneshot::Sender<Result<Page<ServiceView>, NetError>>),
     Flows(Choice, oneshot::Sender<Result<Page<FlowView>, NetError>>),
     Peers(oneshot::Sender<Vec<PeerView>>),
+    Switch(DatapathChoice, oneshot::Sender<Result<(), NetError>>),
     LookUp(ServiceName, oneshot::Sender<Lookup>),
     NameOf(IpAddr, oneshot::Sender<Option<(ServiceName, String)>>),
 }
@@ -153,6 +156,7 @@ pub(crate) enum Request {
 /// For `status`: where packets go and why.
 #[derive(Clone, Debug, Default)]
 pub struct NetStatus {
+    /// The rung on which the datapath stands.
     pub datapath: String,
     /// Why the datapath is not a faster one; empty where it is the fastest.
     pub reason: String,
@@ -224,6 +228,11 @@ impl NetManager {
     /// The flows that leave this node's instances, for people to look at.
     pub async fn flows(&self, choice: Choice) -> Result<Page<FlowView>, NetError> {
         self.ask(|reply| Request::Flows(choice, reply)).await?
+    }
+
+    /// Goes on by another datapath, while packets flow.
+    pub async fn switch(&self, choice: DatapathChoice) -> Result<(), NetError> {
+        self.ask(|reply| Request::Switch(choice, reply)).await?
     }
 
     /// The other nodes this one knows.

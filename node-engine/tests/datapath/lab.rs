@@ -312,6 +312,7 @@ impl Node {
             capacity: Capacity::USUAL,
             pin_dir: scratch.join(format!("bpf-{number}")),
             xdp: XdpChoice::Off,
+            table_dir: scratch.join(format!("tables-{number}")),
         };
         let (_, gateway_mac) = link(name, BRIDGE);
         Self { name: name.into(), address, instances, underlay, gateway_mac, running: None }

@@ -249,6 +249,7 @@ impl Node {
             service_v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16),
             capacity: self.sizes.capacity(),
             pin_dir: self.pins.clone(),
+            table_dir: self.pins.with_extension("tables"),
             xdp: XdpChoice::Off,
         })
     }

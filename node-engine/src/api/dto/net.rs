@@ -14,6 +14,15 @@ pub struct Choice {
     pub limit: Option<usize>,
 }
 
+/// What carries the packets, and why nothing faster does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Datapath {
+    /// `ebpf`, `ebpf-plain` or `tun`.
+    pub datapath: String,
+    pub reason: String,
+}
+
 /// Rows, and how many there are in all: more than rows where the limit was reached.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

@@ -7,10 +7,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+use netmanager_common::abi::{Config, Peer};
 use netmanager_common::addr::Addr;
+use netmanager_common::frame::{UDP, Vxlan};
 use netmanager_common::icmp;
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::verdict::{DropReason, Miss, Verdict};
+use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4};
 use tokio::sync::mpsc;
 use tun_rs::SyncDevice;
 
@@ -118,22 +121,30 @@ impl<T: Projection> Carrier<T> {
 
     /// Takes in datagrams of one sender. What the kernel would merge is merged: it costs the TUN device and everything behind it no more
     /// than one packet.
-    pub(super) fn receive(&mut self, mut datagrams: &mut [u8], stride: usize, from: SocketAddr) {
+    pub(super) fn receive(&mut self, mut datagrams: &mut [u8], stride: usize, from: SocketAddr, framed: bool) {
+        // What was merged before the socket asked for single ones comes without a word about it: as long as it says is the first.
+        let silent = !framed && stride >= datagrams.len();
+        let stride = if silent { whole(datagrams).map_or(stride, |first| first.len()) } else { stride };
         while !datagrams.is_empty() {
             let (count, offload) = match datagrams.len() > stride {
-                true => merge::run(datagrams.chunks(stride).take(RUN), self.device.udp_gso()),
+                true => {
+                    let packets = datagrams.chunks(stride).take(RUN).map(|datagram| inner(datagram, framed));
+                    merge::run(packets, self.device.udp_gso())
+                }
                 false => (1, Offload::default()),
             };
             let (now, later) = datagrams.split_at_mut((count * stride).min(datagrams.len()));
             match count {
-                1 => self.receive_one(now, from),
-                _ => self.receive_run(now, stride, from, &offload),
+                1 => self.receive_one(now, from, framed),
+                _ => self.receive_run(now, stride, from, &offload, if framed { FRAMING_LEN } else { 0 }),
             }
             datagrams = later;
         }
     }
 
-    fn receive_one(&mut self, datagram: &mut [u8], from: SocketAddr) {
+    fn receive_one(&mut self, datagram: &mut [u8], from: SocketAddr, framed: bool) {
+        let skipped = datagram.len() - inner(datagram, framed).len();
+        let datagram = &mut datagram[skipped..];
         match datagram.first().map(|byte| byte >> 4) {
             Some(4 | 6) => match whole(datagram) {
                 Some(packet) => {
@@ -153,14 +164,15 @@ impl<T: Projection> Carrier<T> {
     }
 
     /// Several packets of one connection, as one. Only the first goes through the law: it decides by what they have in common.
-    fn receive_run(&mut self, packets: &mut [u8], stride: usize, from: SocketAddr, offload: &Offload) {
+    fn receive_run(&mut self, packets: &mut [u8], stride: usize, from: SocketAddr, offload: &Offload, skip: usize) {
         let (first, rest) = packets.split_at_mut(stride);
+        let first = &mut first[skip..];
         let outer = from.ip().into();
         let verdict = inbound(&mut PacketFrame::new(first, &Offload::default()), &mut self.tables, &outer);
         if !matches!(verdict, Ok(Verdict::Local { .. })) {
             // Nothing was rewritten; each is held or dropped, and counted, on its own.
             for packet in packets.chunks_mut(stride) {
-                self.carry_in(packet, Origin::Node(outer), &Offload::default());
+                self.carry_in(&mut packet[skip..], Origin::Node(outer), &Offload::default());
             }
             return;
         }
@@ -171,6 +183,7 @@ impl<T: Projection> Carrier<T> {
         let mut payload = 0;
         let mut push = false;
         for (slice, packet) in slices[2..].iter_mut().zip(rest.chunks(stride)) {
+            let packet = packet.get(skip..).unwrap_or_default();
             let data = packet.get(repeated..).unwrap_or_default();
             *slice = IoSlice::new(data);
             payload += data.len();
@@ -227,7 +240,7 @@ impl<T: Projection> Carrier<T> {
             }
             // Asked only of the kernel; from here every underlay is reached.
             Ok(Verdict::Slow(Miss::Underlay)) => self.counters.add(Count::Send, 1),
-            Ok(Verdict::Pass) => self.counters.add(Count::NotService, 1),
+            Ok(Verdict::Pass) => self.forward(packet),
             Err(reason) => self.counters.dropped(reason),
         }
         None
@@ -239,6 +252,15 @@ impl<T: Projection> Carrier<T> {
         self.send(packet, 0..len, peer, offload);
         self.flush(packet);
         std::mem::swap(&mut self.batch, &mut self.lone);
+    }
+
+    /// No packet of the overlay's; but the kernel's programs, where they do not know the way to a peer and cannot ask, leave datagrams
+    /// here that are ready to be sent: the socket can.
+    fn forward(&mut self, packet: &[u8]) {
+        let datagram = self.tables.config().and_then(|config| ready(packet, &config));
+        let Some((peer, payload)) = datagram else { return self.counters.add(Count::NotService, 1) };
+        let sent = self.socket.try_send_many(&[IoSlice::new(payload)], 1, payload.len(), &peer);
+        self.counters.add(if sent == 1 { Count::Sent } else { Count::Send }, 1);
     }
 
     /// Puts the packet at `at` of the buffer among what waits to be sent. False, and counted, where it cannot be.
@@ -322,6 +344,16 @@ impl<T: Projection> Carrier<T> {
     }
 }
 
+/// What a datagram carries: itself, or what is in framing. Nothing where the framing is not ours.
+fn inner(datagram: &[u8], framed: bool) -> &[u8] {
+    if !framed {
+        return datagram;
+    }
+    let (vxlan, rest) = datagram.split_at_checked(size_of::<Vxlan>()).unwrap_or_default();
+    let ours = vxlan[..4.min(vxlan.len())] == Vxlan::OURS.flags && vxlan.get(4..) == Some(&Vxlan::OURS.vni[..]);
+    rest.get(FRAMING_LEN - size_of::<Vxlan>()..).filter(|_| ours).unwrap_or_default()
+}
+
 /// The packet as long as its header says; `None` where there is less of it, or no header.
 fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
     let field = |at: usize| Some(usize::from(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])));
@@ -331,6 +363,14 @@ fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
         _ => return None,
     };
     bytes.get_mut(..len).filter(|packet| !packet.is_empty())
+}
+
+/// The payload of a tunnel datagram from this node, and to whom it goes.
+fn ready<'a>(packet: &'a [u8], config: &Config) -> Option<(Peer, &'a [u8])> {
+    let (headers, payload) = packet.split_first_chunk::<OUTER_LEN_V4>()?;
+    let tunnelled = headers[0] == 0x45 && headers[9] == UDP && source(packet)? == config.node;
+    let peer = Peer { host: destination(packet)?, port: [headers[22], headers[23]], ..Peer::default() };
+    (tunnelled && peer.port != [0, 0]).then_some((peer, payload))
 }
 
 pub(super) fn source(packet: &[u8]) -> Option<Addr> {

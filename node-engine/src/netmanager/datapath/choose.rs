@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::ebpf::{Ebpf, retire};
-use super::{Datapath, DatapathError, Tun, Underlay};
+use super::ladder::Ladder;
+use super::{Datapath, DatapathError, Underlay};
 use crate::config::DatapathChoice;
 
 /// A datapath at work.
@@ -20,27 +20,13 @@ impl fmt::Debug for Chosen {
     }
 }
 
-/// Starts the datapath that was asked for; with `Auto` eBPF where it really loads and attaches, else TUN. Packets flow as soon as
-/// tables are applied.
+/// Starts the datapath that was asked for; with `Auto` the fastest that really loads and attaches. Packets flow as soon as tables are
+/// applied.
 ///
 /// # Errors
 /// The one asked for does not work here; with `Auto`, not even TUN does.
 pub async fn choose(choice: DatapathChoice, underlay: &Underlay) -> Result<Chosen, DatapathError> {
-    match choice {
-        DatapathChoice::Ebpf => Ok(Chosen { datapath: Arc::new(Ebpf::open(underlay)?), reason: String::new() }),
-        DatapathChoice::Tun => tun(underlay, "chosen by configuration".into()),
-        DatapathChoice::Auto => match Ebpf::open(underlay) {
-            Ok(ebpf) => Ok(Chosen { datapath: Arc::new(ebpf), reason: String::new() }),
-            Err(error) => tun(underlay, error.to_string()),
-        },
-    }
-}
-
-fn tun(underlay: &Underlay, reason: String) -> Result<Chosen, DatapathError> {
-    let tun = Tun::open(underlay)?;
-    // Programs of an earlier run would go on by tables that nobody keeps any more.
-    for error in retire(&underlay.pin_dir) {
-        tracing::warn!(%error, "what an earlier eBPF datapath left could not be removed");
-    }
-    Ok(Chosen { datapath: Arc::new(tun), reason })
+    let ladder = Ladder::open(choice, underlay)?;
+    let reason = ladder.standing().reason;
+    Ok(Chosen { datapath: Arc::new(ladder), reason })
 }

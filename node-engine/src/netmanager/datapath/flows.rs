@@ -5,10 +5,14 @@
 //! two thirds of the table, two get two fifths each, and there is always something left for who comes next.
 
 use std::collections::HashMap;
+use std::io;
+use std::path::Path;
 
 use netmanager_common::MAX_FLOWS;
 use netmanager_common::abi::{FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_REPLY, FLOW_SEEN, Flow, FlowKey, Slot};
 use netmanager_common::frame::{TCP, UDP};
+
+use super::sheet::Sheet;
 
 /// Rows that must be remembered, and rows that only spare look-ups: neither takes room from the other.
 pub(super) const REMEMBERED: u64 = MAX_FLOWS as u64 / 4 * 3;
@@ -82,35 +86,50 @@ fn pair(key: &FlowKey, flow: &Flow, rows: &impl Rows) -> Option<FlowKey> {
 /// Flows in this process's memory.
 #[derive(Debug, Default)]
 pub(super) struct Flows {
-    rows: HashMap<FlowKey, Flow>,
+    rows: Sheet<FlowKey, Flow>,
     /// Rows by account, and in sum: those that must be remembered, those that are cached.
     counts: HashMap<u32, u64>,
     used: [u64; 2],
     last_sweep: u32,
+    /// Keys learnt since somebody began to copy the rows.
+    news: Option<Vec<FlowKey>>,
 }
 
 /// Seconds between two sweeps, however many flows want in.
 const SWEEP: u32 = 5;
+/// By how much a flow's time in the file may be behind.
+const BEHIND: u32 = 10;
 
 impl Flows {
+    /// With the rows of an earlier run, which are kept from now on.
+    pub(super) fn open(directory: &Path) -> io::Result<Self> {
+        let mut flows = Self { rows: Sheet::open(directory, "flows")?, ..Self::default() };
+        let rows: Vec<Flow> = flows.rows.iter().map(|(_, flow)| flow).collect();
+        rows.iter().for_each(|flow| flows.count(flow));
+        Ok(flows)
+    }
+
     pub(super) fn get(&self, key: &FlowKey) -> Option<Flow> {
-        self.rows.get(key).copied()
+        self.rows.get(key)
     }
 
     pub(super) fn touch(&mut self, key: &FlowKey, closes: bool, now: u32) {
-        if let Some(flow) = self.rows.get_mut(key) {
-            flow.seen = now;
-            flow.state |= FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
-        }
+        self.rows.change(key, |flow| {
+            let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+            // Every so many seconds of its life: cheap, and the same for all of a pair.
+            let keep = state != flow.state || now / BEHIND != flow.seen / BEHIND;
+            (flow.seen, flow.state) = (now, state);
+            keep
+        });
     }
 
     /// All rows, in no order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&FlowKey, &Flow)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
         self.rows.iter()
     }
 
     /// False where there is no room for it.
-    pub(super) fn learn(&mut self, key: FlowKey, flow: Flow, now: u32, slots: &[Slot]) -> bool {
+    pub(super) fn learn(&mut self, key: FlowKey, flow: Flow, now: u32, slots: &Sheet<u32, Slot>) -> bool {
         if now.saturating_sub(self.last_sweep) >= SWEEP {
             self.sweep(now, slots);
         }
@@ -121,17 +140,44 @@ impl Flows {
         if self.counts.get(&account).copied().unwrap_or(0) >= limit(cached == 1, used) {
             return false;
         }
-        self.rows.insert(key, Flow { seen: now, ..flow });
-        *self.counts.entry(account).or_default() += 1;
-        self.used[cached as usize] += 1;
+        self.adopt(key, Flow { seen: now, ..flow });
         true
     }
 
-    fn sweep(&mut self, now: u32, slots: &[Slot]) {
+    /// Takes over a row as it is, unless there is a newer one.
+    pub(super) fn adopt(&mut self, key: FlowKey, flow: Flow) {
+        if self.rows.contains_key(&key) {
+            return;
+        }
+        self.rows.insert(key, flow);
+        self.count(&flow);
+        if let Some(news) = &mut self.news {
+            news.push(key);
+        }
+    }
+
+    /// From now on, which rows come is noted.
+    pub(super) fn note_news(&mut self) {
+        self.news = Some(Vec::new());
+    }
+
+    /// What has come since, as it is now.
+    pub(super) fn news(&mut self) -> Vec<(FlowKey, Flow)> {
+        let keys = self.news.take().unwrap_or_default();
+        keys.into_iter().filter_map(|key| Some((key, self.get(&key)?))).collect()
+    }
+
+    fn count(&mut self, flow: &Flow) {
+        let account = account(flow);
+        *self.counts.entry(account).or_default() += 1;
+        self.used[(account & 1) as usize] += 1;
+    }
+
+    fn sweep(&mut self, now: u32, slots: &Sheet<u32, Slot>) {
         self.last_sweep = now;
         let view = View { rows: &self.rows, slots };
         let gone: Vec<FlowKey> =
-            self.rows.iter().filter(|(key, flow)| expired(key, flow, now, &view)).map(|(key, _)| *key).collect();
+            self.rows.iter().filter(|(key, flow)| expired(key, flow, now, &view)).map(|(key, _)| key).collect();
         for key in &gone {
             self.forget(key);
         }
@@ -151,17 +197,17 @@ impl Flows {
 }
 
 struct View<'a> {
-    rows: &'a HashMap<FlowKey, Flow>,
-    slots: &'a [Slot],
+    rows: &'a Sheet<FlowKey, Flow>,
+    slots: &'a Sheet<u32, Slot>,
 }
 
 impl Rows for View<'_> {
     fn row(&self, key: &FlowKey) -> Option<Flow> {
-        self.rows.get(key).copied()
+        self.rows.get(key)
     }
 
     fn slot(&self, index: u32) -> Option<Slot> {
-        self.slots.get(index as usize).copied()
+        self.slots.get(&index)
     }
 }
 
@@ -177,24 +223,22 @@ mod tests {
 
     use super::*;
 
-    const SLOTS: [Slot; 2] = [
-        Slot { generation: 0, peer: 0, namespace: Addr::NONE, instance: Addr::NONE },
-        Slot { generation: 1, peer: 1, namespace: Addr::v4([10, 18, 1, 2]), instance: Addr::v4([10, 30, 0, 9]) },
-    ];
+    const SLOT: Slot =
+        Slot { generation: 1, peer: 1, namespace: Addr::v4([10, 18, 1, 2]), instance: Addr::v4([10, 30, 0, 9]) };
 
     #[test]
     fn a_greedy_account_is_refused_and_another_is_not() {
-        let mut flows = Flows::default();
+        let (mut flows, slots) = (Flows::default(), slots());
         let greedy = Flow { account: 1, ..chosen() };
-        let taken = (0..MAX_FLOWS).take_while(|port| flows.learn(key(*port), greedy, 1, &SLOTS)).count() as u64;
+        let taken = (0..MAX_FLOWS).take_while(|port| flows.learn(key(*port), greedy, 1, &slots)).count() as u64;
         assert_eq!(taken, REMEMBERED / 3 * 2);
-        assert!(flows.learn(key(0), greedy, 1, &SLOTS), "a row that is there is replaced");
+        assert!(flows.learn(key(0), greedy, 1, &slots), "a row that is there is replaced");
         let modest = Flow { account: 2, ..chosen() };
-        let others = (MAX_FLOWS..).take_while(|port| flows.learn(key(*port), modest, 1, &SLOTS)).count() as u64;
+        let others = (MAX_FLOWS..).take_while(|port| flows.learn(key(*port), modest, 1, &slots)).count() as u64;
         assert!(others > 10_000, "only {others}");
         assert!(flows.get(&key(5)).is_some(), "nothing was pushed out");
         let cached = Flow { kind: FLOW_CACHED, ..greedy };
-        assert!(flows.learn(key(3 * MAX_FLOWS), cached, 1, &SLOTS), "what is cached has its own room");
+        assert!(flows.learn(key(3 * MAX_FLOWS), cached, 1, &slots), "what is cached has its own room");
     }
 
     #[test]
@@ -207,27 +251,49 @@ mod tests {
             (TCP, true, true, 30),
             (1, true, false, 30),
         ] {
-            let mut flows = Flows::default();
+            let (mut flows, slots) = (Flows::default(), slots());
             let there = FlowKey { protocol: protocol.into(), ..key(7) };
             let back = FlowKey {
-                source: SLOTS[1].instance,
+                source: SLOT.instance,
                 destination: there.source,
                 source_port: there.destination_port,
                 destination_port: there.source_port,
                 ..there
             };
             let reply = Flow { kind: FLOW_REPLY, source: there.destination, ifindex: 4, port: 0, ..chosen() };
-            assert!(flows.learn(there, chosen(), 100, &SLOTS) && flows.learn(back, reply, 100, &SLOTS));
+            assert!(flows.learn(there, chosen(), 100, &slots) && flows.learn(back, reply, 100, &slots));
             if answered {
                 flows.touch(&back, closes, 110);
             }
             let last = if answered { 110 } else { 100 };
-            flows.sweep(last + patience - 1, &SLOTS);
+            flows.sweep(last + patience - 1, &slots);
             assert!(flows.get(&there).is_some() && flows.get(&back).is_some(), "{protocol} {answered} {closes}");
-            flows.sweep(last + patience, &SLOTS);
+            flows.sweep(last + patience, &slots);
             assert!(flows.get(&there).is_none() && flows.get(&back).is_none(), "{protocol} {answered} {closes}");
             assert!(flows.counts.is_empty());
         }
+    }
+
+    #[test]
+    fn flows_outlive_their_table() {
+        let (scratch, slots) = (tempfile::tempdir().unwrap(), slots());
+        let mut flows = Flows::open(scratch.path()).unwrap();
+        assert!((0..100).all(|port| flows.learn(key(port), chosen(), 50, &slots)));
+        flows.touch(&key(3), true, 51);
+        let mut again = Flows::open(scratch.path()).unwrap();
+        assert_eq!(again.iter().count(), 100);
+        assert_eq!(again.get(&key(3)).map(|flow| flow.state), Some(FLOW_SEEN | FLOW_CLOSING));
+        assert_eq!(again.counts, flows.counts);
+        again.note_news();
+        again.adopt(key(3), chosen());
+        assert!(again.learn(key(500), chosen(), 52, &slots));
+        assert_eq!(again.news().into_iter().map(|(key, _)| key).collect::<Vec<_>>(), [key(500)]);
+    }
+
+    fn slots() -> Sheet<u32, Slot> {
+        let mut slots = Sheet::default();
+        slots.insert(1, SLOT);
+        slots
     }
 
     fn chosen() -> Flow {

@@ -4,11 +4,13 @@
 //! ```text
 //! tun      TUN device + UDP socket ── proxy (the law in user space, held packets) ── MemoryTables
 //! ebpf     kernel programs at veths and uplink; what they leave alone goes the same way, over BpfTables
+//! ladder   the two as one datapath, that stands on the fastest rung and changes it while packets flow
 //! memory   a fake for tests of whoever steers a datapath
 //! ```
 //!
 //! This directory knows neither where rows come from nor who asks the cluster for missing ones.
 
+mod any;
 mod batch;
 mod capacity;
 mod carry;
@@ -21,16 +23,20 @@ mod fragments;
 mod held;
 mod host;
 mod join;
+mod ladder;
 mod memory;
 mod merge;
 mod offload;
+mod pod;
 mod probe;
 mod projection;
 mod proxy;
 mod refusal;
+mod sheet;
 mod socket;
 mod tables;
 mod tun;
+mod watch;
 mod words;
 
 use std::collections::BTreeSet;
@@ -40,15 +46,15 @@ use async_trait::async_trait;
 use netmanager_common::abi::{Answers, Config, Endpoint, FLOW_CHOSEN, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 
-use crate::config::XdpChoice;
+use crate::config::{DatapathChoice, XdpChoice};
 
 pub use capacity::Capacity;
 pub use choose::{Chosen, choose};
-pub use ebpf::{Ebpf, uninstall};
+pub use ebpf::uninstall;
+pub use ladder::Ladder;
 pub use memory::Memory;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use offload::round_trip as offload_round_trip;
-pub use tun::Tun;
 pub use words::{Kind, Words, explain};
 
 /// A carrier of packets under the law of `netmanager-common`.
@@ -56,6 +62,17 @@ pub use words::{Kind, Words, explain};
 pub trait Datapath: Send + Sync {
     /// `ebpf` or `tun`.
     fn name(&self) -> &'static str;
+
+    /// On which rung it stands.
+    fn standing(&self) -> Standing {
+        Standing { rung: self.name(), reason: String::new() }
+    }
+
+    /// Goes on by the datapath of this choice while packets flow; with `Auto`, by the fastest that works. `why`: a person's reason, where
+    /// it is not the fastest. The port for framed packets must be free where the choice is TUN.
+    async fn switch(&self, _choice: DatapathChoice, _why: &str) -> Result<(), DatapathError> {
+        Err(DatapathError::Unsupported { what: "switch", reason: format!("{} has no other rung", self.name()) })
+    }
 
     /// Begins (or continues) to carry what the instance behind this port sends. Repeatable.
     async fn attach(&self, port: &Port) -> Result<(), DatapathError>;
@@ -79,6 +96,18 @@ pub trait Datapath: Send + Sync {
     /// Changes the tables, in the order that never leaves a packet with a half-written row: peers, slots and endpoints that come,
     /// then services, then what goes. Applying the same delta twice changes nothing.
     async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError>;
+
+    /// Do framed packets want a device that makes the kernel join them?
+    fn joins_framed(&self) -> bool {
+        false
+    }
+
+    /// Takes in framed packets that come to this port from now on, whatever the rung. Where [`Self::joins_framed`], also
+    /// [`Self::take_framed`] is wanted. Repeatable.
+    async fn take_framed_at(&self, port: u16) -> Result<(), DatapathError> {
+        let reason = format!("{} carries no framed packets, and none on port {port}", self.name());
+        Err(DatapathError::Unsupported { what: "take framed packets", reason })
+    }
 
     /// Takes in framed packets from now on. `device`: a VXLAN device on their port, still down, whose only use is that the kernel joins
     /// them. Repeatable, also with another device.
@@ -109,6 +138,15 @@ pub trait Datapath: Send + Sync {
 
     /// Counter names and values: verdicts, and drops by reason.
     fn counters(&self) -> Vec<(String, u64)>;
+}
+
+/// Where a datapath stands, and why not higher.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// `ebpf`, `ebpf-plain` or `tun`.
+    pub rung: &'static str,
+    /// Empty on the highest.
+    pub reason: String,
 }
 
 /// The host end of an instance's veth.
@@ -197,6 +235,8 @@ pub enum Event {
     UnknownEndpoint(Addr),
     /// A datagram on the tunnel port that is not a packet: first nibble neither 4 nor 6.
     Control { from: std::net::SocketAddr, payload: Vec<u8> },
+    /// The kernel takes programs away, for this reason: the datapath carries on below them, and is to [`Datapath::switch`] to TUN.
+    Lost(String),
     /// The datapath carries no more, for this reason.
     Failed(String),
 }
@@ -206,6 +246,9 @@ pub enum DatapathError {
     /// This datapath cannot work on this machine; the next rung may.
     #[error("{what}: {reason}")]
     Unsupported { what: &'static str, reason: String },
+    /// The same, in words that say it all.
+    #[error("{0}")]
+    Refused(String),
     #[error("{step}: {reason}")]
     Step { step: &'static str, reason: String },
     #[error("{0} is full")]
@@ -233,4 +276,6 @@ pub struct Underlay {
     pub pin_dir: std::path::PathBuf,
     /// Whether what does not belong is dropped in the uplink's driver.
     pub xdp: XdpChoice,
+    /// Where tables in memory are kept for the next run; a reboot forgets it.
+    pub table_dir: std::path::PathBuf,
 }

@@ -8,17 +8,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use netmanager_common::abi::{Flow, FlowKey};
 use netmanager_common::addr::Addr;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 
+use super::any::AnyTables;
 use super::carry::Carrier;
 use super::counters::Count;
+use super::ebpf::BpfTables;
 use super::offload::{self, Offload};
 use super::projection::Projection;
 use super::socket::{Received, TunnelSocket};
+use super::tables::{MemoryTables, Rows};
 use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta, Tally};
 
 /// Packets taken from one side before the other gets its turn.
@@ -37,6 +41,16 @@ pub(super) enum Request {
     Flows(oneshot::Sender<Result<Vec<FlowRow>, DatapathError>>),
     Tallies(Vec<u32>, oneshot::Sender<Vec<Tally>>),
     GiveUp(Addr),
+    /// Takes framed packets from this socket, or no more.
+    Frame(Option<TunnelSocket>, oneshot::Sender<()>),
+    /// All rows, of tables in memory; which flows come from then on is noted.
+    Copy(oneshot::Sender<(Rows, Vec<(FlowKey, Flow)>)>),
+    /// Goes on over the kernel's maps, with what has come since the copy.
+    ToKernel(Box<BpfTables>, oneshot::Sender<Result<(), DatapathError>>),
+    /// Goes on over tables in memory; flows that are not there are looked for in the maps, until [`Request::Settled`].
+    ToMemory(Box<MemoryTables>, oneshot::Sender<()>),
+    Adopt(Vec<(FlowKey, Flow)>),
+    Settled(oneshot::Sender<()>),
 }
 
 /// Says to the thread that there are requests, or that nobody is left to make any.
@@ -62,9 +76,13 @@ impl Bell {
 const DEVICE: u64 = 0;
 const SOCKET: u64 = 1;
 const BELL: u64 = 2;
+const FRAMED: u64 = 3;
 
-pub(super) struct Proxy<T> {
-    carrier: Carrier<T>,
+pub(super) struct Proxy {
+    carrier: Carrier<AnyTables>,
+    /// For framed packets, where no kernel program takes them.
+    framed: Option<TunnelSocket>,
+    poll: Epoll,
     requests: mpsc::Receiver<Request>,
     bell: Arc<Bell>,
     /// What was read from the TUN device, until it is sent.
@@ -73,16 +91,26 @@ pub(super) struct Proxy<T> {
     control: Vec<u8>,
 }
 
-impl<T: Projection> Proxy<T> {
-    pub(super) fn new(carrier: Carrier<T>, requests: mpsc::Receiver<Request>, bell: Arc<Bell>) -> Self {
-        Self {
+impl Proxy {
+    pub(super) fn new(
+        carrier: Carrier<AnyTables>,
+        requests: mpsc::Receiver<Request>,
+        bell: Arc<Bell>,
+    ) -> nix::Result<Self> {
+        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        poll.add(&carrier.device, readable(DEVICE))?;
+        poll.add(carrier.socket.as_fd(), readable(SOCKET))?;
+        poll.add(bell.0.as_fd(), readable(BELL))?;
+        Ok(Self {
             carrier,
+            framed: None,
+            poll,
             requests,
             bell,
             outgoing: vec![0; BUFFER],
             incoming: vec![0; PACKET],
             control: TunnelSocket::control_buffer(),
-        }
+        })
     }
 
     /// Carries packets until the other end of `requests` is gone. What ends it early is the last event.
@@ -94,18 +122,18 @@ impl<T: Projection> Proxy<T> {
     }
 
     fn carry_all(&mut self) -> Result<(), String> {
-        let poll = self.poll().map_err(|error| format!("epoll: {error}"))?;
-        let mut ready = [EpollEvent::empty(); 3];
+        let mut ready = [EpollEvent::empty(); 4];
         loop {
             let deadline = self.carrier.next_deadline();
-            let count = match poll.wait(&mut ready, until(deadline)) {
+            let count = match self.poll.wait(&mut ready, until(deadline)) {
                 Err(nix::errno::Errno::EINTR) => 0,
                 other => other.map_err(|error| format!("epoll: {error}"))?,
             };
             for event in &ready[..count] {
                 match event.data() {
                     DEVICE => self.drain_device().map_err(|error| format!("TUN device: {error}"))?,
-                    SOCKET => self.drain_socket(),
+                    SOCKET => drop(self.drain_socket(false)),
+                    FRAMED => drop(self.drain_socket(true)),
                     _ => {
                         if !self.answer_all() {
                             return Ok(());
@@ -117,15 +145,6 @@ impl<T: Projection> Proxy<T> {
                 self.carrier.expire(Instant::now());
             }
         }
-    }
-
-    fn poll(&self) -> nix::Result<Epoll> {
-        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let readable = |data| EpollEvent::new(EpollFlags::EPOLLIN, data);
-        poll.add(&self.carrier.device, readable(DEVICE))?;
-        poll.add(self.carrier.socket.as_fd(), readable(SOCKET))?;
-        poll.add(self.bell.0.as_fd(), readable(BELL))?;
-        Ok(poll)
     }
 
     fn drain_device(&mut self) -> io::Result<()> {
@@ -160,16 +179,22 @@ impl<T: Projection> Proxy<T> {
         result
     }
 
-    fn drain_socket(&mut self) {
+    /// False where nothing is left.
+    fn drain_socket(&mut self, framed: bool) -> bool {
         for _ in 0..BATCH {
-            match self.carrier.socket.try_recv(&mut self.incoming, &mut self.control) {
+            let socket = if framed { self.framed.as_ref() } else { Some(&*self.carrier.socket) };
+            let Some(socket) = socket else { return false };
+            match socket.try_recv(&mut self.incoming, &mut self.control) {
                 Ok(Received { len: 0, .. }) => self.carrier.counters.add(Count::Garbage, 1),
-                Ok(Received { len, stride, from }) => self.carrier.receive(&mut self.incoming[..len], stride, from),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok(Received { len, stride, from }) => {
+                    self.carrier.receive(&mut self.incoming[..len], stride, from, framed);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 // An ICMP error for something sent earlier; the socket is as good as before.
                 Err(_) => {}
             }
         }
+        true
     }
 
     /// False where nobody is left to ask.
@@ -206,8 +231,66 @@ impl<T: Projection> Proxy<T> {
             Request::GiveUp(address) => {
                 self.carrier.give_up(address);
             }
+            Request::Frame(socket, reply) => {
+                self.frame(socket);
+                let _ = reply.send(());
+            }
+            Request::Copy(reply) => {
+                if let AnyTables::Memory { own, .. } = &mut self.carrier.tables {
+                    own.flows_mut().note_news();
+                    let _ = reply.send((own.rows(), own.flows().iter().collect()));
+                }
+            }
+            Request::ToKernel(tables, reply) => drop(reply.send(self.move_to_kernel(tables))),
+            Request::ToMemory(own, reply) => {
+                let before = std::mem::replace(&mut self.carrier.tables, AnyTables::memory(*own));
+                if let (AnyTables::Kernel(maps), AnyTables::Memory { earlier, .. }) = (before, &mut self.carrier.tables)
+                {
+                    *earlier = Some(maps);
+                }
+                self.carrier.socket.merge(true);
+                let _ = reply.send(());
+            }
+            Request::Adopt(flows) => {
+                if let AnyTables::Memory { own, .. } = &mut self.carrier.tables {
+                    flows.into_iter().for_each(|(key, flow)| own.flows_mut().adopt(key, flow));
+                }
+            }
+            Request::Settled(reply) => {
+                if let AnyTables::Memory { earlier, .. } = &mut self.carrier.tables {
+                    *earlier = None;
+                }
+                let _ = reply.send(());
+            }
         }
     }
+
+    fn frame(&mut self, socket: Option<TunnelSocket>) {
+        // What has come would go with the socket; programs take what comes from now on.
+        (0..BATCH).find(|_| !self.drain_socket(true));
+        if let Some(before) = self.framed.take() {
+            // Closing it would do the same; a descriptor that is shared by mistake would not.
+            let _ = self.poll.delete(before.as_fd());
+        }
+        if let Some(socket) = socket
+            && self.poll.add(socket.as_fd(), readable(FRAMED)).is_ok()
+        {
+            self.framed = Some(socket);
+        }
+    }
+
+    fn move_to_kernel(&mut self, mut tables: Box<BpfTables>) -> Result<(), DatapathError> {
+        if let AnyTables::Memory { own, .. } = &mut self.carrier.tables {
+            own.flows_mut().news().iter().try_for_each(|(key, flow)| tables.adopt(key, flow))?;
+        }
+        self.carrier.socket.merge(false);
+        self.carrier.tables = AnyTables::Kernel(tables);
+        Ok(())
+    }
+}
+
+fn readable(data: u64) -> EpollEvent {
+    EpollEvent::new(EpollFlags::EPOLLIN, data)
 }
 
 /// Rounded up, so that what is due is over.

@@ -69,12 +69,16 @@ impl TunnelSocket {
         if family == AddressFamily::Inet6 {
             set_ipv6_mtu_discover(&fd, Ipv6PathMtuDiscovery::DONT)?;
         }
-        if merged {
-            // Linux 5.0; without it each read brings one datagram.
-            let _ = setsockopt(&fd, sockopt::UdpGroSegment, &true);
-        }
         bind(fd.as_raw_fd(), address)?;
-        Ok(Self { socket: UdpSocket::from(fd), family })
+        let socket = Self { socket: UdpSocket::from(fd), family };
+        socket.merge(merged);
+        Ok(socket)
+    }
+
+    /// See [`Self::open`].
+    pub(super) fn merge(&self, merged: bool) {
+        // Linux 5.0; without it each read brings one datagram.
+        let _ = setsockopt(&self.socket, sockopt::UdpGroSegment, &merged);
     }
 
     /// Where the kernel tells what it has merged; one for every reader.

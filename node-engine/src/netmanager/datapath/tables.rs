@@ -1,8 +1,11 @@
 //! The tables of the law in this process's memory.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher, Hash, RandomState};
+use std::io;
+use std::path::Path;
 
+use aya::Pod;
 use netmanager_common::abi::{Answers, CandidateKey, Config, Endpoint, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::TCP;
@@ -11,17 +14,18 @@ use netmanager_common::{MAX_ENDPOINTS, MAX_PEERS};
 
 use super::flows::{Flows, now};
 use super::projection::{Projection, Write};
+use super::sheet::{self, Sheet};
 use super::{Capacity, DatapathError, FlowRow, Snapshot, Tally};
 
 /// Rows under the same limits as the kernel's maps.
 #[derive(Debug, Default)]
 pub(super) struct MemoryTables {
-    config: Option<Config>,
-    services: HashMap<Addr, Service>,
-    candidates: HashMap<CandidateKey, u32>,
-    slots: Vec<Slot>,
-    peers: Vec<Peer>,
-    endpoints: HashMap<Addr, Endpoint>,
+    config: Sheet<u32, Config>,
+    services: Sheet<Addr, Service>,
+    candidates: Sheet<CandidateKey, u32>,
+    slots: Sheet<u32, Slot>,
+    peers: Sheet<u32, Peer>,
+    endpoints: Sheet<Addr, Endpoint>,
     flows: Flows,
     random: Random,
     turns: HashMap<u32, u32>,
@@ -34,33 +38,96 @@ impl MemoryTables {
     pub(super) fn with_room(capacity: Capacity) -> Self {
         Self { capacity, ..Self::default() }
     }
+
+    /// With the rows that an earlier run has left there, which are kept from now on.
+    pub(super) fn open(root: &Path, capacity: Capacity) -> io::Result<Self> {
+        let directory = sheet::ensure_directory(root, capacity)?;
+        let mut tables = Self {
+            config: Sheet::open(&directory, "config")?,
+            services: Sheet::open(&directory, "services")?,
+            candidates: Sheet::open(&directory, "candidates")?,
+            slots: Sheet::open(&directory, "slots")?,
+            peers: Sheet::open(&directory, "peers")?,
+            endpoints: Sheet::open(&directory, "endpoints")?,
+            flows: Flows::open(&directory)?,
+            ..Self::with_room(capacity)
+        };
+        // A list that long was never written, and somebody would walk it.
+        let absurd = |(address, row): (Addr, Service)| (row.count > capacity.candidates()).then_some(address);
+        let absurd: Vec<Addr> = tables.services.iter().filter_map(absurd).collect();
+        for address in &absurd {
+            tables.services.remove(address);
+        }
+        Ok(tables)
+    }
+
+    pub(super) fn flows(&self) -> &Flows {
+        &self.flows
+    }
+
+    pub(super) fn flows_mut(&mut self) -> &mut Flows {
+        &mut self.flows
+    }
+
+    /// Everything but flows, as it would be written.
+    pub(super) fn rows(&self) -> Rows {
+        let mut writes: Vec<Write> = Vec::new();
+        writes.extend(self.peers.iter().map(|(index, row)| Write::Peer(index, row)));
+        writes.extend(self.slots.iter().map(|(index, row)| Write::Slot(index, row)));
+        writes.extend(self.endpoints.iter().map(|(address, row)| Write::Endpoint(address, row)));
+        writes.extend(self.candidates.iter().map(|(key, slot)| Write::Candidate(key, slot)));
+        writes.extend(self.services.iter().map(|(address, row)| Write::Service(address, row)));
+        writes.extend(self.config.iter().map(|(_, row)| Write::Config(row)));
+        let turns = self.turns.iter().map(|(service, turn)| (*service, *turn)).collect();
+        let tallies = self.tallies.iter().map(|(slot, tally)| (*slot, *tally)).collect();
+        Rows { writes, turns, tallies }
+    }
+
+    /// Takes over the rows of other tables.
+    pub(super) fn take_over(&mut self, rows: &Rows) -> Result<(), DatapathError> {
+        rows.writes.iter().try_for_each(|write| self.write(write))?;
+        self.turns.extend(rows.turns.iter().copied());
+        self.tallies.extend(rows.tallies.iter().copied());
+        Ok(())
+    }
+}
+
+/// All that tables hold, but for flows.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Rows {
+    /// In an order that never leaves a packet with half of what it needs.
+    pub(super) writes: Vec<Write>,
+    /// By service: whose turn it is.
+    pub(super) turns: Vec<(u32, u32)>,
+    /// By slot: what became of those that it was chosen for.
+    pub(super) tallies: Vec<(u32, Tally)>,
 }
 
 impl Tables for MemoryTables {
     type Row<T: Copy + 'static> = Owned<T>;
 
     fn config(&mut self) -> Option<Owned<Config>> {
-        self.config.map(Owned)
+        self.config.get(&0).map(Owned)
     }
 
     fn service(&mut self, address: &Addr) -> Option<Owned<Service>> {
-        self.services.get(address).copied().map(Owned)
+        self.services.get(address).map(Owned)
     }
 
     fn candidate(&mut self, key: &CandidateKey) -> Option<u32> {
-        self.candidates.get(key).copied()
+        self.candidates.get(key)
     }
 
     fn slot(&mut self, index: u32) -> Option<Owned<Slot>> {
-        self.slots.get(index as usize).copied().map(Owned)
+        self.slots.get(&index).map(Owned)
     }
 
     fn peer(&mut self, index: u32) -> Option<Owned<Peer>> {
-        self.peers.get(index as usize).copied().map(Owned)
+        self.peers.get(&index).map(Owned)
     }
 
     fn endpoint(&mut self, address: &Addr) -> Option<Owned<Endpoint>> {
-        self.endpoints.get(address).copied().map(Owned)
+        self.endpoints.get(address).map(Owned)
     }
 
     fn flow(&mut self, key: &FlowKey) -> Option<Owned<Flow>> {
@@ -112,10 +179,10 @@ impl Tables for MemoryTables {
 impl Projection for MemoryTables {
     fn write(&mut self, write: &Write) -> Result<(), DatapathError> {
         match *write {
-            Write::Config(config) => self.config = Some(config),
+            Write::Config(config) => self.config.insert(0, config),
             Write::Peer(index, peer) => put(&mut self.peers, index, peer, MAX_PEERS, "PEERS")?,
             Write::Slot(index, slot) => {
-                if self.slots.get(index as usize).is_some_and(|old| old.generation != slot.generation) {
+                if self.slots.get(&index).is_some_and(|old| old.generation != slot.generation) {
                     self.tallies.remove(&index);
                 }
                 put(&mut self.slots, index, slot, self.capacity.slots(), "SLOTS")?;
@@ -142,44 +209,41 @@ impl Projection for MemoryTables {
 
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {
         Ok(Snapshot {
-            epoch: self.config.map_or(0, |config| config.epoch),
-            slots: indexed(&self.slots).filter(|(_, slot)| slot.generation != 0).collect(),
-            peers: indexed(&self.peers).filter(|(_, peer)| !peer.host.is_none()).collect(),
-            services: self.services.iter().map(|(address, row)| (*address, *row)).collect(),
-            endpoints: self.endpoints.iter().map(|(address, row)| (*address, *row)).collect(),
+            epoch: self.config.get(&0).map_or(0, |config| config.epoch),
+            slots: indexed(&self.slots, |slot| slot.generation != 0),
+            peers: indexed(&self.peers, |peer| !peer.host.is_none()),
+            services: self.services.iter().collect(),
+            endpoints: self.endpoints.iter().collect(),
         })
     }
 
     fn candidates(&self) -> Result<Vec<CandidateKey>, DatapathError> {
-        Ok(self.candidates.keys().copied().collect())
+        Ok(self.candidates.iter().map(|(key, _)| key).collect())
     }
 
     fn flow_rows(&self) -> Result<Vec<FlowRow>, DatapathError> {
         let now = now();
-        Ok(self.flows.iter().filter_map(|(key, flow)| FlowRow::chosen(key, flow, now)).collect())
+        Ok(self.flows.iter().filter_map(|(key, flow)| FlowRow::chosen(&key, &flow, now)).collect())
     }
 }
 
-fn put<T: Copy + Default>(
-    rows: &mut Vec<T>,
+/// A row of what the kernel has as an array: an index beyond its end is refused.
+fn put<V: Pod>(
+    rows: &mut Sheet<u32, V>,
     index: u32,
-    row: T,
+    row: V,
     limit: u32,
     name: &'static str,
 ) -> Result<(), DatapathError> {
     if index >= limit {
         return Err(DatapathError::Full(name));
     }
-    let index = index as usize;
-    if rows.len() <= index {
-        rows.resize(index + 1, T::default());
-    }
-    rows[index] = row;
+    rows.insert(index, row);
     Ok(())
 }
 
-fn insert<K: Eq + std::hash::Hash, V>(
-    rows: &mut HashMap<K, V>,
+fn insert<K: Pod + Eq + Hash, V: Pod>(
+    rows: &mut Sheet<K, V>,
     key: K,
     row: V,
     limit: u32,
@@ -192,8 +256,11 @@ fn insert<K: Eq + std::hash::Hash, V>(
     Ok(())
 }
 
-fn indexed<T: Copy>(rows: &[T]) -> impl Iterator<Item = (u32, T)> {
-    (0..).zip(rows.iter().copied())
+/// The rows of an array that are in use, in order.
+fn indexed<V: Pod>(rows: &Sheet<u32, V>, used: impl Fn(&V) -> bool) -> Vec<(u32, V)> {
+    let mut rows: Vec<(u32, V)> = rows.iter().filter(|(_, row)| used(row)).collect();
+    rows.sort_unstable_by_key(|(index, _)| *index);
+    rows
 }
 
 /// Random enough to spread flows over instances: xorshift64* (Vigna 2016), seeded by the process.

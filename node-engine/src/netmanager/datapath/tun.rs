@@ -1,103 +1,35 @@
-//! The datapath that works everywhere: a TUN device, to which the kernel routes service addresses, and the law in user space.
+//! The slow path, seen from outside: a TUN device, to which the kernel routes service addresses, the tunnel's socket, and the thread that
+//! carries between them. The whole datapath where there is no eBPF.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use async_trait::async_trait;
+use netmanager_common::abi::{Flow, FlowKey};
 use netmanager_common::addr::Addr;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
+use super::any::AnyTables;
 use super::batch::Batch;
 use super::carry::Carrier;
 use super::counters::Counters;
+use super::ebpf::BpfTables;
 use super::fragments::Fragments;
 use super::held::Held;
 use super::host::HostFlows;
 use super::probe::ProbeSockets;
-use super::projection::Projection;
 use super::proxy::{Bell, Proxy, Request};
 use super::refusal::Limit;
 use super::socket::TunnelSocket;
-use super::tables::MemoryTables;
-use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Tally, Underlay};
+use super::tables::{MemoryTables, Rows};
+use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta, Tally, Underlay};
 
 /// Requests that may wait for the proxy.
 const REQUESTS: usize = 64;
 /// Events that may wait for whoever listens.
 const EVENTS: usize = 1024;
-
-/// Carries every packet through user space.
-#[derive(Debug)]
-pub struct Tun(Proxied);
-
-impl Tun {
-    /// Makes or adopts the TUN device, binds the tunnel's port, and begins to carry.
-    ///
-    /// # Errors
-    /// `Unsupported` where there is no TUN driver or no permission for it.
-    pub fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
-        Proxied::open(underlay, MemoryTables::with_room(underlay.capacity), true).map(Self)
-    }
-}
-
-#[async_trait]
-impl Datapath for Tun {
-    fn name(&self) -> &'static str {
-        "tun"
-    }
-
-    /// The kernel's routes bring what the instance sends; there is nothing to attach.
-    async fn attach(&self, _port: &Port) -> Result<(), DatapathError> {
-        Ok(())
-    }
-
-    async fn detach(&self, _port: &Port) -> Result<(), DatapathError> {
-        Ok(())
-    }
-
-    async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
-        self.0.snapshot().await
-    }
-
-    async fn reconcile(&self, full: &TableDelta) -> Result<(), DatapathError> {
-        self.0.reconcile(full.clone()).await
-    }
-
-    async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError> {
-        self.0.apply(delta.clone()).await
-    }
-
-    async fn event(&self) -> Event {
-        self.0.event().await
-    }
-
-    async fn give_up(&self, address: Addr) {
-        self.0.give_up(address).await;
-    }
-
-    async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
-        self.0.send_control(to, payload).await
-    }
-
-    async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
-        self.0.send_whole(to, payload).await
-    }
-
-    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
-        self.0.flows().await
-    }
-
-    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
-        self.0.tallies(slots).await
-    }
-
-    fn counters(&self) -> Vec<(String, u64)> {
-        self.0.counters()
-    }
-}
 
 /// A running proxy, seen from outside.
 #[derive(Debug)]
@@ -115,11 +47,13 @@ pub(super) struct Proxied {
 }
 
 impl Proxied {
-    /// `merged`: see [`TunnelSocket::open`].
-    pub(super) fn open<T>(underlay: &Underlay, tables: T, merged: bool) -> Result<Self, DatapathError>
-    where
-        T: Projection + Send + 'static,
-    {
+    /// Makes or adopts the TUN device, binds the tunnel's port, and begins to carry.
+    ///
+    /// # Errors
+    /// `Unsupported` where there is no TUN driver or no permission for it.
+    pub(super) fn open(underlay: &Underlay, tables: AnyTables) -> Result<Self, DatapathError> {
+        // Not where a program at the uplink reads datagrams first.
+        let merged = matches!(tables, AnyTables::Memory { .. });
         let device = open_device(underlay)?;
         let ifindex = device.if_index().map_err(|error| step("find TUN device", &error))?;
         let socket = Arc::new(TunnelSocket::open(underlay.tunnel_port, merged)?);
@@ -143,6 +77,7 @@ impl Proxied {
         let probes = ProbeSockets::open().map_err(|error| step("open the sockets for probes", &error))?;
         let bell = Arc::new(Bell::new().map_err(|error| step("make the packet proxy's bell", &error))?);
         let proxy = Proxy::new(carrier, inbox, bell.clone());
+        let proxy = proxy.map_err(|error| step("wait for packets", &error.into()))?;
         let thread = thread::Builder::new().name("packets".into()).spawn(move || proxy.run());
         let thread = thread.map_err(|error| step("start the packet proxy", &error))?;
         Ok(Self {
@@ -189,6 +124,34 @@ impl Proxied {
         self.send(Request::GiveUp(address)).await;
     }
 
+    /// Takes framed packets by this socket, or no more.
+    pub(super) async fn frame(&self, socket: Option<TunnelSocket>) -> Result<(), DatapathError> {
+        self.told(|reply| Request::Frame(socket, reply)).await
+    }
+
+    /// All rows of tables in memory; [`Self::to_kernel`] brings what comes later.
+    pub(super) async fn copy(&self) -> Result<(Rows, Vec<(FlowKey, Flow)>), DatapathError> {
+        self.told(Request::Copy).await
+    }
+
+    /// Goes on over the kernel's maps.
+    pub(super) async fn to_kernel(&self, tables: BpfTables) -> Result<(), DatapathError> {
+        self.ask(|reply| Request::ToKernel(Box::new(tables), reply)).await
+    }
+
+    /// Goes on over tables in memory, and over the maps where those lack a flow, until [`Self::settled`].
+    pub(super) async fn to_memory(&self, tables: MemoryTables) -> Result<(), DatapathError> {
+        self.told(|reply| Request::ToMemory(Box::new(tables), reply)).await
+    }
+
+    pub(super) async fn adopt(&self, flows: Vec<(FlowKey, Flow)>) {
+        self.send(Request::Adopt(flows)).await;
+    }
+
+    pub(super) async fn settled(&self) -> Result<(), DatapathError> {
+        self.told(Request::Settled).await
+    }
+
     pub(super) async fn event(&self) -> Event {
         self.events.lock().await.recv().await.unwrap_or_else(|| Event::Failed("the packet proxy has ended".into()))
     }
@@ -209,10 +172,14 @@ impl Proxied {
         &self,
         request: impl FnOnce(oneshot::Sender<Result<R, DatapathError>>) -> Request,
     ) -> Result<R, DatapathError> {
-        let ended = || DatapathError::Step { step: "ask the packet proxy", reason: "it has ended".into() };
+        self.told(request).await?
+    }
+
+    async fn told<R>(&self, request: impl FnOnce(oneshot::Sender<R>) -> Request) -> Result<R, DatapathError> {
+        let ended = |_| DatapathError::Step { step: "ask the packet proxy", reason: "it has ended".into() };
         let (reply, answer) = oneshot::channel();
         self.send(request(reply)).await;
-        answer.await.map_err(|_| ended())?
+        answer.await.map_err(ended)
     }
 
     /// A proxy that has ended drops the request, and with it the answer.

@@ -60,6 +60,14 @@ impl Links {
         self.netlink.set_port(&device.name, silent.mcast_flood(false).build()).await
     }
 
+    /// Sets the device down: its port is free then.
+    pub(super) async fn lower_framing_link(&self) -> Result<(), LinkError> {
+        match self.netlink.link(&self.config.framing).await? {
+            Some(link) => self.netlink.set_down(&link).await,
+            None => Ok(()),
+        }
+    }
+
     /// Removes the device of an earlier run.
     pub(super) async fn remove_framing_link(&self) -> Result<(), LinkError> {
         let undo = Undo::DelLink { name: self.config.framing.clone() };

@@ -132,6 +132,13 @@ impl Netlink {
         self.set(&link.name, LinkUnspec::new_with_index(link.index).up().build()).await
     }
 
+    pub(super) async fn set_down(&self, link: &LinkState) -> Result<(), LinkError> {
+        if !link.up {
+            return Ok(());
+        }
+        self.set(&link.name, LinkUnspec::new_with_index(link.index).down().build()).await
+    }
+
     /// A link that is not there is a success.
     pub(super) async fn delete(&self, name: &str) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_name(name).build();

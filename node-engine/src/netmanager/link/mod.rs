@@ -151,6 +151,11 @@ impl Links {
         self.raise_framing_link().await
     }
 
+    /// Sets the device for framed packets down, where there is one: its port is free for others then.
+    pub async fn lower_framing(&self) -> Result<(), LinkError> {
+        self.lower_framing_link().await
+    }
+
     /// Removes the device for framed packets, if there is one of an earlier run.
     pub async fn remove_framing(&self) -> Result<(), LinkError> {
         self.remove_framing_link().await

@@ -1,7 +1,7 @@
 //! Programs on interfaces: by TCX with a pinned link where the kernel has it (6.6), else as a filter of the clsact qdisc. A restart
 //! replaces the program in place; there is no moment without one.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -9,7 +9,7 @@ use std::mem;
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
-use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType};
+use aya::programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use nix::net::if_::{if_indextoname, if_nameindex};
 
 use super::filter;
@@ -22,8 +22,8 @@ use crate::netmanager::datapath::{DatapathError, Port};
 const PRIORITY: u16 = 50_103;
 
 /// Where a program sits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hook {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(in crate::netmanager::datapath) enum Hook {
     /// The host end of an instance's veth.
     Veth,
     /// At an uplink, for what comes bare.
@@ -86,11 +86,24 @@ impl Hook {
     }
 }
 
+/// By which way a program sits at its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Tcx,
+    Clsact,
+}
+
 /// The loaded programs.
 pub(super) struct Hooks {
     programs: aya::Ebpf,
     pins: Pins,
     xdp: XdpChoice,
+    /// Where programs sit, and how.
+    attached: BTreeMap<(Hook, u32), (Port, Way)>,
+    /// Of each hook's program, as the kernel counts them.
+    ids: BTreeMap<Hook, u32>,
+    /// Why some are at clsact.
+    refused: Option<String>,
 }
 
 impl fmt::Debug for Hooks {
@@ -100,34 +113,94 @@ impl fmt::Debug for Hooks {
 }
 
 impl Hooks {
-    /// Passes the programs by the verifier and pins them.
+    /// Passes the programs by the verifier, has each run once, and pins them.
     pub(super) fn load(mut programs: aya::Ebpf, pins: Pins, xdp: XdpChoice) -> Result<Self, DatapathError> {
+        let mut ids = BTreeMap::new();
         for hook in Hook::ALL {
             let program = classifier(&mut programs, hook)?;
             program.load().map_err(|error| unsupported("load programs", &error))?;
+            // A frame that is nobody's: what is compiled wrong does not survive it, and what is right lets it pass; but for the one
+            // that drops and counts everything.
+            if hook != Hook::Framing {
+                let options = TestRunOptions { data_in: Some(&[0; 64]), ..TestRunOptions::default() };
+                program.test_run(options).map_err(|error| unsupported("run programs", &error))?;
+            }
             let pin = pins.program(hook.program());
             // The pin of the previous run names the previous program, which lives on by its links until they are updated.
             let _ = fs::remove_file(&pin);
             program.pin(&pin).map_err(|error| unsupported("pin programs", &error))?;
+            ids.insert(hook, program.info().map_err(|error| unsupported("look at programs", &error))?.id());
         }
-        Ok(Self { programs, pins, xdp })
+        Ok(Self { programs, pins, xdp, attached: BTreeMap::new(), ids, refused: None })
+    }
+
+    pub(super) fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// Why some programs are not where the newest kernels have them.
+    pub(super) fn refused(&self) -> Option<String> {
+        self.refused.clone()
     }
 
     /// Puts the program on the interface, or in the place of the one of an earlier run.
     pub(super) fn attach(&mut self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
         let program = classifier(&mut self.programs, hook)?;
         let pin = hook.pin(port.ifindex);
-        if !replace_link(program, &self.pins, &pin) {
-            let linked = new_link(program, port, &self.pins, &pin);
-            if let Err(tcx) = linked {
+        let linked = match replace_link(program, &self.pins, &pin) {
+            true => Ok(()),
+            false => new_link(program, port, &self.pins, &pin),
+        };
+        let way = match linked {
+            Ok(()) => {
+                // One of an earlier run would have what this one lets pass.
+                remove_filter(&port.name, hook);
+                Way::Tcx
+            }
+            Err(tcx) => {
                 filter(program, hook.handle(), port).map_err(|clsact| DatapathError::Unsupported {
                     what: "attach program",
                     reason: format!("{}: TCX: {tcx}; clsact: {clsact}", port.name),
                 })?;
+                self.refused.get_or_insert_with(|| format!("TCX at {}: {tcx}", port.name));
+                Way::Clsact
             }
-        }
+        };
+        self.attached.insert((hook, port.ifindex), (port.clone(), way));
         self.pins.retire_others(&pin);
         Ok(())
+    }
+
+    /// Takes every program off every interface; maps and pins stay.
+    pub(super) fn detach_all(&mut self) -> Result<(), DatapathError> {
+        let attached: Vec<(Hook, Port)> =
+            self.attached.iter().map(|((hook, _), (port, _))| (*hook, port.clone())).collect();
+        // What nobody was told of in this run may sit there from an earlier one.
+        for pin in self.pins.links() {
+            let _ = fs::remove_file(self.pins.link(&pin));
+        }
+        attached.iter().map(|(hook, port)| self.detach(*hook, port)).fold(Ok(()), Result::and)
+    }
+
+    /// Is the program where it was put? Only the kernel's links are looked at: it is they that it takes away.
+    pub(super) fn holds(&self, hook: Hook, ifindex: u32) -> bool {
+        let Some((port, way)) = self.attached.get(&(hook, ifindex)) else { return true };
+        // An interface that has gone has taken its packets along.
+        if *way != Way::Tcx || if_indextoname(ifindex).is_err() {
+            return true;
+        }
+        self.sits(hook, port) == Some(true)
+    }
+
+    /// Whether the kernel has the program at TCX, if it says.
+    pub(super) fn sits(&self, hook: Hook, port: &Port) -> Option<bool> {
+        let (_, programs) = SchedClassifier::query_tcx(&port.name, TcAttachType::Ingress).ok()?;
+        Some(programs.iter().any(|program| Some(&program.id()) == self.ids.get(&hook)))
+    }
+
+    /// Where programs sit.
+    pub(super) fn attached(&self) -> Vec<(Hook, Port)> {
+        self.attached.iter().map(|((hook, _), (port, _))| (*hook, port.clone())).collect()
     }
 
     /// Puts the programs for what peers send on the interface. The first sees every packet: what comes framed is the most.
@@ -140,6 +213,7 @@ impl Hooks {
 
     /// Takes the program off the interface.
     pub(super) fn detach(&mut self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
+        self.attached.remove(&(hook, port.ifindex));
         let pin = self.pins.link(&hook.pin(port.ifindex));
         match fs::remove_file(&pin) {
             Ok(()) => return Ok(()),
@@ -153,7 +227,8 @@ impl Hooks {
     }
 
     /// Removes the pins of interfaces that are gone, and of uplinks that are none any more.
-    pub(super) fn sweep(&self, uplinks: &BTreeSet<u32>) {
+    pub(super) fn sweep(&mut self, uplinks: &BTreeSet<u32>) {
+        self.attached.retain(|(hook, ifindex), _| !hook.is_stale(*ifindex, uplinks));
         for pin in self.pins.links() {
             let stale = |hook: Hook| hook.ifindex(&pin).is_some_and(|ifindex| hook.is_stale(ifindex, uplinks));
             if Hook::ALL.into_iter().any(stale) || filter::is_stale(&pin, uplinks) {

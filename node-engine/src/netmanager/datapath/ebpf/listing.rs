@@ -12,7 +12,7 @@ use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::{DatapathError, FlowRow};
 
 /// A handle of its own to the map of flows.
-pub(super) struct KernelFlows(HashMap<MapData, FlowKey, Flow>);
+pub(in crate::netmanager::datapath) struct KernelFlows(HashMap<MapData, FlowKey, Flow>);
 
 impl KernelFlows {
     pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
@@ -20,14 +20,19 @@ impl KernelFlows {
     }
 
     /// A walk begins anew where the row it stands on is removed under it: it is bounded, and no flow is told twice.
-    pub(super) fn read(&self) -> Result<Vec<FlowRow>, DatapathError> {
-        let walk: Result<Vec<(FlowKey, Flow)>, _> = self.0.iter().take(MAX_FLOWS as usize).collect();
-        let rows = walk.map_err(|error| DatapathError::Step { step: "read map", reason: format!("FLOWS: {error}") })?;
+    pub(in crate::netmanager::datapath) fn read(&self) -> Result<Vec<FlowRow>, DatapathError> {
+        let rows = self.rows()?;
         let now = now();
         let mut rows: Vec<FlowRow> = rows.iter().filter_map(|(key, flow)| FlowRow::chosen(key, flow, now)).collect();
         rows.sort_unstable();
         rows.dedup();
         Ok(rows)
+    }
+
+    /// All rows. Some may be there twice where others went meanwhile.
+    pub(in crate::netmanager::datapath) fn rows(&self) -> Result<Vec<(FlowKey, Flow)>, DatapathError> {
+        let walk: Result<_, _> = self.0.iter().take(MAX_FLOWS as usize).collect();
+        walk.map_err(|error| DatapathError::Step { step: "read map", reason: format!("FLOWS: {error}") })
     }
 }
 

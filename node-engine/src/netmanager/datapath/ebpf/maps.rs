@@ -19,7 +19,7 @@ use super::tallies::Tallies;
 use crate::netmanager::datapath::counters::kernel_name;
 use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::projection::{Projection, Write};
-use crate::netmanager::datapath::tables::Random;
+use crate::netmanager::datapath::tables::{Random, Rows};
 use crate::netmanager::datapath::{Capacity, DatapathError, Snapshot, Tally};
 
 /// The maps that outlive the process, by their names in the object.
@@ -57,7 +57,7 @@ pub(super) fn sizes(capacity: Capacity) -> [(&'static str, u32); 7] {
 }
 
 /// The kernel's maps by their pins.
-pub(super) struct BpfTables {
+pub(in crate::netmanager::datapath) struct BpfTables {
     config: Array<MapData, Config>,
     services: HashMap<MapData, Addr, Service>,
     candidates: HashMap<MapData, CandidateKey, u32>,
@@ -108,6 +108,46 @@ impl BpfTables {
             return Ok(());
         }
         written("HOSTS", gone(self.hosts.remove(&old)))
+    }
+
+    /// Everything but flows, as it would be written.
+    pub(in crate::netmanager::datapath) fn rows(&self) -> Result<Rows, DatapathError> {
+        let Snapshot { slots, peers, services, endpoints, .. } = self.snapshot()?;
+        let candidates: Vec<(CandidateKey, u32)> = read("CANDIDATES", self.candidates.iter().collect())?;
+        let mut writes: Vec<Write> = Vec::new();
+        writes.extend(peers.iter().map(|(index, row)| Write::Peer(*index, *row)));
+        writes.extend(slots.iter().map(|(index, row)| Write::Slot(*index, *row)));
+        writes.extend(endpoints.iter().map(|(address, row)| Write::Endpoint(*address, *row)));
+        writes.extend(candidates.iter().map(|(key, slot)| Write::Candidate(*key, *slot)));
+        writes.extend(services.iter().map(|(address, row)| Write::Service(*address, *row)));
+        let config = self.config.get(&0, 0).ok().filter(|config| !config.service_v4_mask.is_none());
+        writes.extend(config.map(Write::Config));
+        let turns = services.iter().map(|(_, row)| row.id);
+        let turns = turns.map(|id| (id, self.turns.get(&id, 0).unwrap_or(0))).filter(|(_, turn)| *turn != 0).collect();
+        let tallies = slots.iter().map(|(slot, _)| *slot).chain([0]).map(|slot| (slot, self.tallies.read(slot)));
+        Ok(Rows { writes, turns, tallies: tallies.filter(|(_, tally)| *tally != Tally::default()).collect() })
+    }
+
+    /// Takes over the rows of other tables. `slow`: the interface behind which user space reads.
+    pub(in crate::netmanager::datapath) fn take_over(&mut self, rows: &Rows, slow: u32) -> Result<(), DatapathError> {
+        for write in &rows.writes {
+            match *write {
+                Write::Config(config) => self.write(&Write::Config(Config { slow_ifindex: slow, ..config }))?,
+                ref other => self.write(other)?,
+            }
+        }
+        for (service, turn) in &rows.turns {
+            written("TURNS", self.turns.set(*service, turn, 0))?;
+        }
+        rows.tallies.iter().for_each(|(slot, tally)| self.tallies.put(*slot, tally));
+        Ok(())
+    }
+
+    /// Takes over a flow as it is.
+    pub(in crate::netmanager::datapath) fn adopt(&mut self, key: &FlowKey, flow: &Flow) -> Result<(), DatapathError> {
+        // It had its place on its account, and keeps it.
+        self.accounts.open_row(flow);
+        written("FLOWS", self.flows.insert(key, flow, 0))
     }
 }
 

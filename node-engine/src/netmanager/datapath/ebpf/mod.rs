@@ -1,8 +1,8 @@
-//! The datapath in the kernel: programs at each instance's veth and at the uplink, over pinned maps. What they leave alone goes to the
-//! TUN device or the tunnel socket, where the proxy carries it over the same maps.
+//! The kernel's side of the datapath: programs at each instance's veth and at the uplink, over pinned maps. What they leave alone goes to
+//! the TUN device or the tunnel socket, where the proxy carries it over the same maps.
 //!
 //! Everything is pinned: a daemon that ends, however it ends, leaves programs at work; the next one adopts the maps and replaces the
-//! programs in place. The only module that speaks to aya.
+//! programs in place. The only module that speaks to aya about programs and maps.
 
 mod accounts;
 mod filter;
@@ -14,54 +14,62 @@ mod reason;
 mod tallies;
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use async_trait::async_trait;
-use aya::EbpfLoader;
-use aya::include_bytes_aligned;
-use netmanager_common::addr::Addr;
+use aya::maps::MapType;
+use aya::sys::is_map_supported;
+use aya::{EbpfLoader, include_bytes_aligned};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 use self::accounts::Keeper;
-use self::hooks::{Hook, Hooks};
-use self::listing::KernelFlows;
-use self::maps::{BpfTables, KernelCounters};
+pub(super) use self::hooks::Hook;
+use self::hooks::Hooks;
+pub(super) use self::listing::KernelFlows;
+pub(super) use self::maps::BpfTables;
+use self::maps::KernelCounters;
 use self::pins::Pins;
-pub(super) use self::pins::retire;
 pub use self::pins::uninstall;
+pub(super) use self::pins::{populated, retire, version_name};
 use self::reason::unsupported;
 use self::tallies::Tallies;
-use super::tun::Proxied;
-use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, TableDelta, Tally, Underlay};
+use super::{DatapathError, Port, Underlay};
 
 /// The programs of `netmanager-ebpf`; empty where the build had none.
 const OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/netmanager"));
 
-/// Carries packets in the kernel.
+fn present(object: &[u8]) -> Result<(), DatapathError> {
+    if object.is_empty() {
+        return Err(DatapathError::Refused("no eBPF object in this build: run cargo xtask build-ebpf".into()));
+    }
+    Ok(())
+}
+
+/// The maps of an earlier run, without its programs: all that is wanted where user space carries on.
+pub(super) fn inherited(underlay: &Underlay) -> Result<(BpfTables, KernelFlows), DatapathError> {
+    let pins = Pins::ensure(&underlay.pin_dir, underlay.capacity)?;
+    Ok((BpfTables::open(&pins)?, KernelFlows::open(&pins)?))
+}
+
+/// Loaded programs and the maps they share with the proxy.
 #[derive(Debug)]
-pub struct Ebpf {
+pub(super) struct Kernel {
     hooks: Mutex<Hooks>,
-    /// Interfaces with the program for what peers send.
-    uplinks: Mutex<BTreeSet<u32>>,
     counters: KernelCounters,
     flows: Arc<KernelFlows>,
     tallies: Arc<Tallies>,
-    proxied: Proxied,
     _keeper: Keeper,
 }
 
-impl Ebpf {
-    /// Loads the programs, adopts or makes the maps, takes the uplink, and starts the slow path.
+impl Kernel {
+    /// Loads the programs, and adopts or makes the maps. Nothing is attached. `plain`: without the helpers that came after Linux 5.9.
     ///
     /// # Errors
     /// `Unsupported` with the reason where the kernel, its configuration or the caller's privileges do not allow it. What was made
     /// until then stays pinned, for the next attempt or [`uninstall`].
-    pub fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
-        if OBJECT.is_empty() {
-            let reason = "no eBPF object in this build: run cargo xtask build-ebpf".into();
-            return Err(DatapathError::Unsupported { what: "load programs", reason });
-        }
+    pub(super) fn load(underlay: &Underlay, plain: bool) -> Result<(Self, BpfTables), DatapathError> {
+        present(OBJECT)?;
+        // Asked first: where maps of an earlier run are there, it is late that a missing right is missed, and told in other words.
+        is_map_supported(MapType::Array).map_err(|error| unsupported("make maps", &error))?;
         // Kernels before 5.11 count maps against this limit. Where it may not be raised it may still suffice.
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
@@ -73,123 +81,88 @@ impl Ebpf {
         for map in maps::PINNED {
             loader.map_pin_path(map, pins.map(map));
         }
+        let plain_word = u64::from(plain);
+        loader.override_global("PLAIN", &plain_word, true);
         let programs = loader.load(OBJECT).map_err(|error| unsupported("load programs", &error))?;
         let tables = BpfTables::open(&pins)?;
         let counters = KernelCounters::open(&pins)?;
         let keeper = Keeper::start(&pins)?;
         let flows = Arc::new(KernelFlows::open(&pins)?);
         let tallies = Arc::new(Tallies::open(&pins)?);
-        let mut hooks = Hooks::load(programs, pins, underlay.xdp)?;
+        let hooks = Hooks::load(programs, pins, underlay.xdp)?;
+        Ok((Self { hooks: Mutex::new(hooks), counters, flows, tallies, _keeper: keeper }, tables))
+    }
 
-        hooks.attach_uplink(&Port { name: underlay.uplink.clone(), ifindex: underlay.uplink_ifindex })?;
-        let uplinks = BTreeSet::from([underlay.uplink_ifindex]);
-        hooks.sweep(&uplinks);
-        // Last: whoever falls back to TUN needs device and port for itself.
-        let proxied = Proxied::open(underlay, tables, false)?;
-        let (hooks, uplinks) = (Mutex::new(hooks), Mutex::new(uplinks));
-        Ok(Self { hooks, uplinks, counters, flows, tallies, proxied, _keeper: keeper })
+    pub(super) fn attach(&self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
+        self.hooks().attach(hook, port)
+    }
+
+    pub(super) fn attach_uplink(&self, port: &Port) -> Result<(), DatapathError> {
+        self.hooks().attach_uplink(port)
+    }
+
+    pub(super) fn detach(&self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
+        self.hooks().detach(hook, port)
+    }
+
+    pub(super) fn detach_all(&self) -> Result<(), DatapathError> {
+        self.hooks().detach_all()
+    }
+
+    pub(super) fn sweep(&self, uplinks: &BTreeSet<u32>) {
+        self.hooks().sweep(uplinks);
+    }
+
+    /// Where programs were put.
+    pub(super) fn attached(&self) -> Vec<(Hook, Port)> {
+        self.hooks().attached()
+    }
+
+    /// Does the program run there, be it that it was taken off?
+    pub(super) fn runs(&self, hook: Hook, port: &Port) -> bool {
+        self.hooks().sits(hook, port) == Some(true)
+    }
+
+    /// Is the program where it was put?
+    pub(super) fn holds(&self, hook: Hook, ifindex: u32) -> bool {
+        self.hooks().holds(hook, ifindex)
+    }
+
+    /// Why some programs are not where the newest kernels have them.
+    pub(super) fn refused(&self) -> Option<String> {
+        self.hooks().refused()
+    }
+
+    /// Another handle to the maps.
+    pub(super) fn tables(&self) -> Result<BpfTables, DatapathError> {
+        BpfTables::open(self.hooks().pins())
+    }
+
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.counters.read()
+    }
+
+    pub(super) fn tallies(&self) -> Arc<Tallies> {
+        Arc::clone(&self.tallies)
+    }
+
+    pub(super) fn flows(&self) -> Arc<KernelFlows> {
+        Arc::clone(&self.flows)
     }
 
     fn hooks(&self) -> MutexGuard<'_, Hooks> {
         self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// The delta with the one thing that only the datapath knows: where its slow path reads.
-    fn completed(&self, delta: &TableDelta) -> TableDelta {
-        let mut delta = delta.clone();
-        if let Some(config) = &mut delta.config {
-            config.slow_ifindex = self.proxied.ifindex();
-        }
-        delta
-    }
 }
 
-#[async_trait]
-impl Datapath for Ebpf {
-    fn name(&self) -> &'static str {
-        "ebpf"
-    }
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-    async fn attach(&self, port: &Port) -> Result<(), DatapathError> {
-        self.hooks().attach(Hook::Veth, port)
-    }
-
-    async fn detach(&self, port: &Port) -> Result<(), DatapathError> {
-        self.hooks().detach(Hook::Veth, port)
-    }
-
-    async fn follow(&self, uplinks: &BTreeSet<u32>) -> Result<(), DatapathError> {
-        let mut present = self.uplinks.lock().unwrap_or_else(PoisonError::into_inner);
-        if *present == *uplinks {
-            return Ok(());
-        }
-        let mut hooks = self.hooks();
-        for ifindex in uplinks.difference(&present) {
-            // One that has gone meanwhile has nothing to take in.
-            if let Ok(name) = nix::net::if_::if_indextoname(*ifindex) {
-                let name = name.to_string_lossy().into_owned();
-                hooks.attach_uplink(&Port { name, ifindex: *ifindex })?;
-            }
-        }
-        hooks.sweep(uplinks);
-        present.clone_from(uplinks);
-        Ok(())
-    }
-
-    async fn take_framed(&self, device: &Port) -> Result<(), DatapathError> {
-        self.hooks().attach(Hook::Framing, device)
-    }
-
-    async fn snapshot(&self) -> Result<Snapshot, DatapathError> {
-        self.proxied.snapshot().await
-    }
-
-    async fn reconcile(&self, full: &TableDelta) -> Result<(), DatapathError> {
-        self.proxied.reconcile(self.completed(full)).await
-    }
-
-    async fn apply(&self, delta: &TableDelta) -> Result<(), DatapathError> {
-        self.proxied.apply(self.completed(delta)).await
-    }
-
-    async fn event(&self) -> Event {
-        self.proxied.event().await
-    }
-
-    async fn give_up(&self, address: Addr) {
-        self.proxied.give_up(address).await;
-    }
-
-    async fn send_control(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
-        self.proxied.send_control(to, payload).await
-    }
-
-    async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
-        self.proxied.send_whole(to, payload).await
-    }
-
-    async fn flows(&self) -> Result<Vec<FlowRow>, DatapathError> {
-        let flows = Arc::clone(&self.flows);
-        let read = tokio::task::spawn_blocking(move || flows.read()).await;
-        read.map_err(|error| DatapathError::Step { step: "read flows", reason: error.to_string() })?
-    }
-
-    async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally> {
-        let tallies = Arc::clone(&self.tallies);
-        let read = move || slots.into_iter().map(|slot| tallies.read(slot)).collect();
-        // A runtime that ends asks no more.
-        tokio::task::spawn_blocking(read).await.unwrap_or_default()
-    }
-
-    /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.
-    fn counters(&self) -> Vec<(String, u64)> {
-        let mut counters = self.proxied.counters();
-        for (name, value) in self.counters.read() {
-            match counters.iter_mut().find(|(other, _)| other == name) {
-                Some((_, sum)) => *sum += value,
-                None => counters.push((name.to_owned(), value)),
-            }
-        }
-        counters
+    #[test]
+    fn a_build_without_programs_says_so() {
+        let text = present(&[]).expect_err("nothing to load").to_string();
+        assert_eq!(text, "no eBPF object in this build: run cargo xtask build-ebpf");
+        assert!(present(&[0]).is_ok());
     }
 }

@@ -97,6 +97,11 @@ pub fn uninstall(pin_dir: &Path) -> Vec<DatapathError> {
     errors
 }
 
+/// Has an earlier run left maps of this layout version?
+pub(in crate::netmanager::datapath) fn populated(pin_dir: &Path, capacity: Capacity) -> bool {
+    pin_dir.join(version_name(capacity)).join("maps").join("CONFIG").exists()
+}
+
 /// Takes the datapath out of the kernel: programs off the interfaces, pins away. The bpffs stays.
 pub(in crate::netmanager::datapath) fn retire(pin_dir: &Path) -> Vec<DatapathError> {
     let mut errors = Vec::new();
@@ -152,7 +157,8 @@ fn mountpoint(root: &Path) -> PathBuf {
     if root.starts_with(SYSTEM) { SYSTEM.into() } else { root.to_owned() }
 }
 
-fn version_name(capacity: Capacity) -> String {
+/// Of this layout of rows, and of tables of this size.
+pub(in crate::netmanager::datapath) fn version_name(capacity: Capacity) -> String {
     if capacity == Capacity::USUAL { format!("v{ABI_VERSION}") } else { format!("v{ABI_VERSION}_{}", capacity.slots()) }
 }
 

@@ -10,7 +10,7 @@ use super::maps::open;
 use super::pins::Pins;
 use crate::netmanager::datapath::{DatapathError, Tally};
 
-pub(super) struct Tallies {
+pub(in crate::netmanager::datapath) struct Tallies {
     chosen: Array<MapData, u64>,
     answers: Array<MapData, Answers>,
 }
@@ -20,7 +20,7 @@ impl Tallies {
         Ok(Self { chosen: open(pins, "CHOSEN")?, answers: open(pins, "ANSWERS")? })
     }
 
-    pub(super) fn read(&self, slot: u32) -> Tally {
+    pub(in crate::netmanager::datapath) fn read(&self, slot: u32) -> Tally {
         Tally { chosen: self.chosen.get(&slot, 0).unwrap_or(0), answers: self.answers(slot) }
     }
 
@@ -41,6 +41,12 @@ impl Tallies {
         let count = if refused { &mut answers.refused } else { &mut answers.answered };
         *count = count.wrapping_add(1);
         let _ = self.answers.set(slot, answers, 0);
+    }
+
+    /// What other tables have counted.
+    pub(super) fn put(&mut self, slot: u32, tally: &Tally) {
+        let _ = self.chosen.set(slot, tally.chosen, 0);
+        let _ = self.answers.set(slot, tally.answers, 0);
     }
 
     /// Another instance is in the slot, or none.
