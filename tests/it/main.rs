@@ -1,21 +1,22 @@
 //! Scenarios: whole clusters on one machine, with real containers and real packets. They need root, Docker and time, so a plain
 //! `cargo test` passes them by; `cargo xtask test` runs them all. Those about the overlay run once for each datapath.
 
-/// Makes a test of each function for each datapath.
+/// Makes a test of each function for each datapath; with `every rung`, also for programs as old kernels know them.
 macro_rules! each_datapath {
+    (every rung: $($scenario:ident),+ $(,)?) => {
+        each_datapath!($($scenario),+);
+        each_datapath!(@ plain Plain: $($scenario),+);
+    };
     ($($scenario:ident),+ $(,)?) => {
-        mod ebpf {
+        each_datapath!(@ ebpf Ebpf: $($scenario),+);
+        each_datapath!(@ tun Tun: $($scenario),+);
+    };
+    (@ $module:ident $datapath:ident: $($scenario:ident),+) => {
+        mod $module {
             $(#[test]
             #[ignore = "needs root"]
             fn $scenario() {
-                super::$scenario(lab::node::Datapath::Ebpf);
-            })+
-        }
-        mod tun {
-            $(#[test]
-            #[ignore = "needs root"]
-            fn $scenario() {
-                super::$scenario(lab::node::Datapath::Tun);
+                super::$scenario(lab::node::Datapath::$datapath);
             })+
         }
     };
@@ -30,6 +31,7 @@ mod furniture;
 mod generations;
 mod ground;
 mod health;
+mod ladder;
 mod look;
 mod miss;
 mod names;

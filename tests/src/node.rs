@@ -19,6 +19,8 @@ use crate::wait::until;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Datapath {
     Ebpf,
+    /// Programs as kernels before 5.10 know them.
+    Plain,
     Tun,
     /// Whatever the daemon finds best.
     Auto,
@@ -28,6 +30,7 @@ impl Datapath {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
+            Self::Plain => "ebpf-plain",
             Self::Tun => "tun",
             Self::Auto => "auto",
         }
@@ -48,6 +51,8 @@ pub struct Node {
     settings: Vec<(String, String)>,
     /// Where the daemon is not the one of this build.
     program: Option<PathBuf>,
+    /// What the daemon is started by, and that one's arguments.
+    wrapper: Vec<String>,
     daemon: Option<Child>,
 }
 
@@ -97,6 +102,7 @@ impl Node {
             options,
             settings,
             program: None,
+            wrapper: if datapath == Datapath::Plain { before_tcx() } else { Vec::new() },
             daemon: None,
         }
     }
@@ -116,6 +122,11 @@ impl Node {
     /// The datapath that the next start of the daemon uses.
     pub fn set_datapath(&mut self, datapath: Datapath) {
         self.datapath = datapath;
+    }
+
+    /// The program by which the next start of the daemon is made, and its arguments.
+    pub fn set_wrapper(&mut self, wrapper: &[&str]) {
+        self.wrapper = words(wrapper);
     }
 
     /// Where the next start of the daemon looks for the cluster.
@@ -144,9 +155,17 @@ impl Node {
         }
         let log = File::options().create(true).append(true).open(self.host.directory().join("node-engine.log"));
         let log = log.context("cannot make the daemon's log")?;
-        let child = self
-            .host
-            .command(self.program()?)
+        let program = self.program()?;
+        let mut command = match self.wrapper.split_first() {
+            Some((wrapper, arguments)) => {
+                let confine = (wrapper == "confine").then(|| built("confine")).transpose()?;
+                let mut command = self.host.command(confine.unwrap_or_else(|| wrapper.into()));
+                command.args(arguments).arg(program);
+                command
+            }
+            None => self.host.command(program),
+        };
+        let child = command
             .args(["--cluster", &self.cluster, "--name", self.host.name(), "--datapath", self.datapath.name()])
             .args(["--uplink", "eth0", "--run-dir", RUN])
             .arg("--state-dir")
@@ -288,4 +307,13 @@ impl Drop for Node {
             let _ = daemon.wait();
         }
     }
+}
+
+/// What makes a kernel one without TCX: no links, and no programs there.
+fn before_tcx() -> Vec<String> {
+    words(&["confine", "--error", "EINVAL", "--commands", "28,8"])
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
 }

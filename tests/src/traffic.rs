@@ -58,6 +58,8 @@ pub struct Rate {
     pub rate: f64,
     pub transactions: u64,
     pub failed: u64,
+    /// From a question to its answer, or to the end of all patience.
+    pub longest_ms: f64,
 }
 
 /// The end of a stream whose every byte was acknowledged, in order.
@@ -142,6 +144,9 @@ pub struct Stream {
     /// Milliseconds since it began, and bytes acknowledged.
     progress: Receiver<(u64, u64)>,
     last: u64,
+    /// When something was acknowledged last, and the longest time that nothing was.
+    at: u64,
+    stall: u64,
     rest: thread::JoinHandle<String>,
 }
 
@@ -167,23 +172,22 @@ impl Stream {
             }
             result
         });
-        let mut stream = Self { child, progress, last: 0, rest };
+        let mut stream = Self { child, progress, last: 0, at: 0, stall: 0, rest };
         stream.advances(Duration::from_secs(10)).context("the stream did not begin")?;
         Ok(stream)
     }
 
     /// Waits until more has been acknowledged than when this was last asked.
     pub fn advances(&mut self, limit: Duration) -> Result<u64> {
-        while self.progress.try_recv().is_ok_and(|(_, bytes)| {
-            self.last = self.last.max(bytes);
-            true
-        }) {}
+        while let Ok((time, bytes)) = self.progress.try_recv() {
+            self.note(time, bytes);
+        }
         let deadline = std::time::Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
             match self.progress.recv_timeout(left) {
-                Ok((_, bytes)) if bytes > self.last => {
-                    self.last = bytes;
+                Ok((time, bytes)) if bytes > self.last => {
+                    self.note(time, bytes);
                     return Ok(bytes);
                 }
                 Ok(_) => {}
@@ -194,8 +198,8 @@ impl Stream {
 
     /// Waits until so many bytes more have been acknowledged.
     pub fn carries(&mut self, bytes: u64, limit: Duration) -> Result<()> {
-        while let Ok((_, acknowledged)) = self.progress.try_recv() {
-            self.last = self.last.max(acknowledged);
+        while let Ok((time, acknowledged)) = self.progress.try_recv() {
+            self.note(time, acknowledged);
         }
         let (deadline, goal) = (std::time::Instant::now() + limit, self.last + bytes);
         while self.last < goal {
@@ -209,6 +213,20 @@ impl Stream {
     pub fn stop(mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+
+    /// The longest time without an acknowledgement, as far as was looked.
+    pub fn longest_stall(&self) -> Duration {
+        Duration::from_millis(self.stall)
+    }
+
+    fn note(&mut self, time: u64, bytes: u64) {
+        if bytes > self.last {
+            if self.last > 0 {
+                self.stall = self.stall.max(time.saturating_sub(self.at));
+            }
+            (self.last, self.at) = (bytes, time);
+        }
     }
 
     /// Waits for its end.

@@ -36,6 +36,7 @@ const USAGE: &str = "usage: probe serve [TEXT]
        probe rr tcp|udp ADDRESS:PORT SECONDS
        probe connect ADDRESS:PORT SECONDS
        probe stream ADDRESS:PORT SECONDS
+       probe hold ADDRESS:PORT COUNT
        probe say ADDRESS:PORT TEXT [FROM:PORT]
        probe shell SCRIPT
        probe lookup NAME A|AAAA
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         ["rr", "udp", to, seconds] => rr_udp(to, seconds),
         ["connect", to, seconds] => connect(to, seconds),
         ["stream", to, seconds] => stream(to, seconds),
+        ["hold", to, count] => hold(to, count),
         ["lookup", name, kind] => names::lookup(name, kind),
         ["nameserver", at, name, address] => names::serve(at, name, address),
         ["shell", script] => shell(script),
@@ -95,6 +97,29 @@ fn serve(text: &str) -> Outcome {
         reply.extend_from_slice(&buffer[..length]);
         let _ = datagrams.send_to(&reply, peer);
     }
+}
+
+/// Opens so many connections, says so, and with each line that it is told asks for an echo on every one of them.
+fn hold(to: &str, count: &str) -> Outcome {
+    let to: SocketAddr = to.parse()?;
+    let connections = (0..count.parse()?).map(|_| TcpStream::connect_timeout(&to, PATIENCE));
+    let mut connections: Vec<TcpStream> = connections.collect::<Result<_, _>>()?;
+    for connection in &connections {
+        connection.set_read_timeout(Some(PATIENCE))?;
+    }
+    println!("open");
+    io::stdout().flush()?;
+    for line in io::stdin().lines() {
+        line?;
+        let asked = connections.iter_mut().map(|connection| {
+            connection.write_all(b"x")?;
+            connection.read_exact(&mut [0; 1])
+        });
+        let broken = asked.filter(Result::is_err).count();
+        println!("{{\"open\":{},\"broken\":{broken}}}", connections.len());
+        io::stdout().flush()?;
+    }
+    Ok(())
 }
 
 /// The container's own name and a number that no other start of it has.
@@ -294,19 +319,24 @@ fn rate(seconds: &str, mut transact: impl FnMut() -> Outcome) -> Outcome {
     // The first transaction may wait for the cluster's answer about the address.
     transact()?;
     let begin = Instant::now();
-    let (mut transactions, mut failed) = (0_u64, 0_u64);
+    let (mut transactions, mut failed, mut longest) = (0_u64, 0_u64, Duration::ZERO);
     while begin.elapsed() < length {
+        let asked = Instant::now();
         match transact() {
             Ok(()) => transactions += 1,
             Err(_) => failed += 1,
         }
+        longest = longest.max(asked.elapsed());
         if failed > 10 && transactions == 0 {
             return Err("no answers".into());
         }
     }
     let seconds = begin.elapsed().as_secs_f64();
     let rate = transactions as f64 / seconds;
-    println!(r#"{{"rate":{rate:.1},"transactions":{transactions},"failed":{failed},"seconds":{seconds:.6}}}"#);
+    let longest = longest.as_secs_f64() * 1e3;
+    println!(
+        r#"{{"rate":{rate:.1},"transactions":{transactions},"failed":{failed},"longest_ms":{longest:.3},"seconds":{seconds:.6}}}"#
+    );
     Ok(())
 }
 
