@@ -618,19 +618,23 @@ pub fn with_options(packet: &[u8]) -> Vec<u8> {
 
 /// Random frames that look enough like traffic to reach every branch: a seeded generator, the same on every machine.
 #[derive(Clone, Debug)]
-pub struct Frames(u64);
+pub struct Frames {
+    state: u64,
+    /// Who has opened a connection last: the sender, whether by IPv6, and the ports.
+    opened: Option<(Pair, bool, u16, u16)>,
+}
 
 impl Frames {
     pub fn new(seed: u64) -> Self {
-        Self(seed | 1)
+        Self { state: seed | 1, opened: None }
     }
 
     /// xorshift64*, Vigna 2016.
     fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+        self.state ^= self.state >> 12;
+        self.state ^= self.state << 25;
+        self.state ^= self.state >> 27;
+        self.state.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
     fn below(&mut self, bound: usize) -> usize {
@@ -673,6 +677,15 @@ impl Frames {
         ];
         const RECEIVERS: [Pair; 6] = [CLIENT, CLIENT, WEB, WEB, NEWBORN, DB0];
 
+        if self.below(8) == 0
+            && let Some((client, v6, port, called)) = self.opened
+        {
+            // Who was called may answer, or refuse.
+            let (server, node) = self.of(&[(DB0_INSTANCE, OURS), (DB1_INSTANCE, UPSTREAM)]);
+            let flags = self.of(&[TCP_SYN | TCP_ACK, TCP_RST | TCP_ACK]);
+            let answer = packet(server.of(v6), client.of(v6), Payload::Segment(called, port, flags));
+            return (Direction::Inbound(node), answer);
+        }
         let v6 = self.below(2) == 1;
         let payload = self.payload();
         let (direction, source, destination) = if self.below(2) == 0 {
@@ -680,6 +693,9 @@ impl Frames {
         } else {
             (Direction::Inbound(self.of(&[OURS, OURS, UPSTREAM, NARROW])), self.of(&SOURCES), self.of(&RECEIVERS))
         };
+        if let (Direction::Outbound(_), Payload::Tcp(port, called)) = (direction, payload) {
+            self.opened = Some((source, v6, port, called));
+        }
         let mut packet = packet(source.of(v6), destination.of(v6), payload);
         if !v6 && self.below(8) == 0 {
             packet = with_options(&packet);
@@ -689,7 +705,7 @@ impl Frames {
         }
         if self.below(16) == 0 {
             let at = packet.len().min(if v6 { 40 } else { 20 } + self.of(&[2, 6, 16]));
-            let odd = self.of(&[[0, 0], [0xff, 0xff], [self.0 as u8, 7]]);
+            let odd = self.of(&[[0, 0], [0xff, 0xff], [self.state as u8, 7]]);
             packet[at..].iter_mut().zip(odd).for_each(|(byte, odd)| *byte = odd);
         }
         if self.below(4) == 0 {
