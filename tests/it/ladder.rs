@@ -77,12 +77,12 @@ fn the_datapath_changes_under_load() {
     };
     let undisturbed = container.rr_udp(to, 5.0).expect("it runs");
     let (rate, changes) = thread::scope(|scope| {
-        let asking = scope.spawn(|| container.rr_udp(to, 10.0).expect("it runs"));
+        let asking = scope.spawn(|| container.rr_udp(to, 20.0).expect("it runs"));
         let changes = (0..SWITCHES).take_while(|_| !asking.is_finished()).inspect(|turn| change(*turn)).count();
         (asking.join().expect("answers"), changes)
     });
     println!("{changes} switches: {rate:?}, undisturbed {undisturbed:?}");
-    assert!(changes > 10 && rate.failed == 0, "{changes}: {rate:?}");
+    assert!(changes >= 10 && rate.failed == 0, "{changes}: {rate:?}");
     if !changes.is_multiple_of(2) {
         change(changes);
     }
