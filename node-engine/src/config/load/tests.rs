@@ -186,7 +186,7 @@ fn errors_say_where_and_what() {
             "environment variable NODE_ENGINE_INSTANCES: \"9\" is not a whole number from 65536 to 4194304",
         ),
         ("", &[("MY_PORT", "x")], &[], "environment variable MY_PORT: \"x\" is not a port (1 to 65535)"),
-        ("", &[], &[("network.datapath", "xdp")], "--flag: \"xdp\" is not one of auto, ebpf, tun"),
+        ("", &[], &[("network.datapath", "xdp")], "--flag: \"xdp\" is not one of auto, ebpf, ebpf-plain, tun"),
         ("", &[], &[("cluster.host", "a b")], "--flag: \"a b\" is not HOST or HOST:PORT"),
         ("", &[], &[("cluster.host", "ftp://a")], "--flag: \"ftp://a\" is not HOST or HOST:PORT"),
         ("", &[], &[("cluster.host", "a:99999")], "--flag: \"a:99999\" is not a port (1 to 65535)"),
