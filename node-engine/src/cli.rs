@@ -57,7 +57,7 @@ pub struct DaemonArgs {
     /// Name of this node [default: its host name]
     #[arg(long)]
     name: Option<String>,
-    /// What carries packets: auto, ebpf, tun
+    /// What carries packets: auto, ebpf, ebpf-plain, tun
     #[arg(long)]
     datapath: Option<String>,
     /// Interface towards the other nodes [default: the one that leads to the cluster]

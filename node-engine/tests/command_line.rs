@@ -31,7 +31,7 @@ fn check(arguments: &[&str], code: i32, want: &str) {
 fn errors_are_one_line_that_says_what_to_do() {
     for (arguments, code, want) in [
         (&[] as &[&str], 2, "no cluster is configured: pass --cluster HOST"),
-        (&["--cluster", "c", "--datapath", "xdp"], 2, "--datapath: \"xdp\" is not one of auto, ebpf, tun"),
+        (&["--cluster", "c", "--datapath", "xdp"], 2, "--datapath: \"xdp\" is not one of auto, ebpf, ebpf-plain, tun"),
         (&["--cluster", "c", "--log", "a=b=c"], 2, "--log: \"a=b=c\" is not a filter"),
         (
             &["--socket", "/nonexistent/api.sock", "status"],
