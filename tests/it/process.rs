@@ -84,8 +84,13 @@ fn looked_at(node: &Node) {
     let pid = known["runtime"]["pid"].as_u64().expect("its process");
     let comm = node.host.run(&format!("cat /proc/{pid}/comm")).expect("it runs");
     assert_eq!(comm.trim(), "probe", "{known:#}");
-    let usage = &known["usage"];
-    assert!(usage["received_bytes"].as_u64() > Some(500) && usage["cpu_seconds"].as_f64() > Some(0.0), "{usage:#}");
+    // What it uses is measured every few seconds.
+    until_true("what it received is counted", Duration::from_secs(15), || {
+        let known: serde_json::Value = json_of(node.client()?.args(["inspect", "web", "--json"]))?;
+        let usage = &known["usage"];
+        Ok(usage["received_bytes"].as_u64() > Some(500) && usage["cpu_seconds"].as_f64() > Some(0.0))
+    })
+    .expect("seen");
 }
 
 fn limits_hold(lab: &Lab) {
