@@ -43,9 +43,10 @@ fn set(cores: &[usize]) -> Result<CpuSet> {
     Ok(set)
 }
 
-/// How many cores there are.
+/// How many cores there are, not counting only those that this thread is pinned to.
 pub fn count() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    let online = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
+    online.and_then(|count| usize::try_from(count).ok()).unwrap_or(1)
 }
 
 /// The time that cores were at work, as the kernel's clock ticks count it.
