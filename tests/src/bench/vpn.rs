@@ -1,7 +1,8 @@
 //! A VPN in user space, as people use it to connect machines: WireGuard's own, in Go. It encrypts; ours does not.
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// One daemon on each node, until dropped.
 #[derive(Debug)]
-pub struct Vpn(Vec<Child>);
+pub struct Vpn(Vec<(Child, PathBuf)>);
 
 impl Vpn {
     /// Connects the nodes of the rig and routes their containers' networks through it.
@@ -44,27 +45,28 @@ impl Vpn {
 
     /// The daemons' process ids.
     pub fn processes(&self) -> Vec<u32> {
-        self.0.iter().map(Child::id).collect()
+        self.0.iter().map(|(daemon, _)| daemon.id()).collect()
     }
 }
 
 impl Drop for Vpn {
     fn drop(&mut self) {
-        for daemon in &mut self.0 {
+        for (daemon, socket) in &mut self.0 {
             let _ = daemon.kill();
             let _ = daemon.wait();
+            let _ = fs::remove_file(socket);
         }
     }
 }
 
-/// Starts it in the node's namespace and waits for its device.
-fn daemon(node: &str, device: &str) -> Result<Child> {
+/// Starts it in the node's namespace and waits until it listens: `wg` removes the socket of one that does not yet.
+fn daemon(node: &str, device: &str) -> Result<(Child, PathBuf)> {
     let mut command = Command::new("ip");
     command.args(["netns", "exec", node, "wireguard-go", "--foreground", device]).env("LOG_LEVEL", "error");
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().context("cannot start wireguard-go")?;
     let socket = Path::new("/run/wireguard").join(format!("{device}.sock"));
     let deadline = Instant::now() + PATIENCE;
-    while !socket.exists() {
+    while UnixStream::connect(&socket).is_err() {
         let ended = child.try_wait().context("cannot look after wireguard-go")?;
         if ended.is_some() || Instant::now() > deadline {
             let _ = child.kill();
@@ -72,7 +74,7 @@ fn daemon(node: &str, device: &str) -> Result<Child> {
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    Ok(child)
+    Ok((child, socket))
 }
 
 struct Keys {
