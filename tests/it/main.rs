@@ -40,6 +40,7 @@ mod paths;
 mod ports;
 mod process;
 mod restart;
+mod soak;
 mod standalone;
 mod survive;
 mod underlay;

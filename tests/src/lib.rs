@@ -16,6 +16,7 @@ pub mod node;
 pub mod process;
 pub mod scratch;
 pub mod snapshot;
+pub mod soak;
 pub mod topology;
 pub mod traffic;
 pub mod wait;

@@ -229,6 +229,19 @@ impl Node {
         }
     }
 
+    /// SIGSTOP for so long, as if it hung.
+    pub fn pause(&self, length: Duration) -> Result<()> {
+        let pid = self.status()?.pid;
+        self.host.run(&format!("kill -STOP {pid}"))?;
+        std::thread::sleep(length);
+        self.host.run(&format!("kill -CONT {pid}"))?;
+        // `nsenter`, its parent, stops with it.
+        if let Some(parent) = &self.daemon {
+            output(std::process::Command::new("kill").args(["-CONT", &parent.id().to_string()]))?;
+        }
+        Ok(())
+    }
+
     /// SIGKILL, as if it had crashed.
     pub fn kill(&mut self) -> Result<()> {
         self.signal("KILL").map(drop)

@@ -18,6 +18,7 @@ mod fuzz;
 mod lint;
 mod process;
 mod setup;
+mod soak;
 mod source;
 mod test;
 mod tidy;
@@ -97,6 +98,8 @@ enum Task {
         #[arg(long)]
         short: bool,
     },
+    /// Faults, deployments and traffic at random on two nodes of this machine; everything must be well again after each fault
+    Soak(soak::Options),
     /// Boot other kernels in emulators: every program into the verifier, real packets, a node that joins a cluster
     Vm {
         /// amd64 or armv7
@@ -126,6 +129,7 @@ fn main() -> ExitCode {
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),
         Task::Footprint { short } => footprint::run(short),
+        Task::Soak(options) => soak::run(&options),
         Task::Vm { arch, kernel } => vm::run(arch, &kernel),
         Task::Ci => ci::run(),
     };

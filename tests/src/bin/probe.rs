@@ -6,6 +6,8 @@
 
 #[path = "probe/names.rs"]
 mod names;
+#[path = "probe/steady.rs"]
+mod steady;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -35,8 +37,10 @@ const USAGE: &str = "usage: probe serve [TEXT]
        probe udp ADDRESS:PORT COUNT [one|many] [GAP_MS]
        probe rr tcp|udp ADDRESS:PORT SECONDS
        probe connect ADDRESS:PORT SECONDS
-       probe stream ADDRESS:PORT SECONDS
+       probe stream ADDRESS:PORT SECONDS [GAP_MS]
        probe hold ADDRESS:PORT COUNT
+       probe pulse ADDRESS:PORT GAP_MS
+       probe flows ADDRESS:PORT FLOWS PER_SECOND
        probe say ADDRESS:PORT TEXT [FROM:PORT]
        probe shell SCRIPT
        probe lookup NAME A|AAAA
@@ -54,8 +58,11 @@ fn main() -> ExitCode {
         ["rr", "tcp", to, seconds] => rr_tcp(to, seconds),
         ["rr", "udp", to, seconds] => rr_udp(to, seconds),
         ["connect", to, seconds] => connect(to, seconds),
-        ["stream", to, seconds] => stream(to, seconds),
+        ["stream", to, seconds] => stream(to, seconds, None),
+        ["stream", to, seconds, gap] => stream(to, seconds, Some(gap)),
         ["hold", to, count] => hold(to, count),
+        ["pulse", to, gap] => steady::pulse(to, gap),
+        ["flows", to, flows, rate] => steady::flows(to, flows, rate),
         ["lookup", name, kind] => names::lookup(name, kind),
         ["nameserver", at, name, address] => names::serve(at, name, address),
         ["shell", script] => shell(script),
@@ -195,7 +202,7 @@ fn get(to: &str, count: &str) -> Outcome {
     let begin = Instant::now();
     let mut seen_as = BTreeMap::new();
     for _ in 0..count {
-        match request(to) {
+        match request(to, PATIENCE) {
             Ok(body) => {
                 let mut words = body.split_whitespace();
                 answers.add(words.next().unwrap_or_default());
@@ -215,10 +222,10 @@ fn get(to: &str, count: &str) -> Outcome {
     Ok(())
 }
 
-fn request(to: SocketAddr) -> Outcome<String> {
-    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+fn request(to: SocketAddr, patience: Duration) -> Outcome<String> {
+    let mut stream = TcpStream::connect_timeout(&to, patience)?;
     stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience))?;
     write!(stream, "GET / HTTP/1.1\r\nhost: {}\r\n\r\n", to.ip())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
@@ -311,7 +318,7 @@ fn rr_udp(to: &str, seconds: &str) -> Outcome {
 /// Connect, ask, read, close.
 fn connect(to: &str, seconds: &str) -> Outcome {
     let to: SocketAddr = to.parse()?;
-    rate(seconds, move || request(to).map(drop))
+    rate(seconds, move || request(to, PATIENCE).map(drop))
 }
 
 fn rate(seconds: &str, mut transact: impl FnMut() -> Outcome) -> Outcome {
@@ -340,8 +347,11 @@ fn rate(seconds: &str, mut transact: impl FnMut() -> Outcome) -> Outcome {
     Ok(())
 }
 
-fn stream(to: &str, seconds: &str) -> Outcome {
+/// With a gap after each block it ends when standard input closes, if that is sooner.
+fn stream(to: &str, seconds: &str, gap: Option<&str>) -> Outcome {
     let length = Duration::from_secs_f64(seconds.parse()?);
+    let gap = gap.map(str::parse).transpose()?.map(Duration::from_millis);
+    let told = gap.map(|_| steady::told()).unwrap_or_default();
     let mut stream = TcpStream::connect_timeout(&to.parse()?, PATIENCE)?;
     stream.set_write_timeout(Some(3 * PATIENCE))?;
     stream.set_read_timeout(Some(3 * PATIENCE))?;
@@ -357,7 +367,7 @@ fn stream(to: &str, seconds: &str) -> Outcome {
     });
     let mut block = vec![0; BLOCK];
     let mut number = 0_u64;
-    while begin.elapsed() < length {
+    while begin.elapsed() < length && !told.load(Ordering::Relaxed) {
         block[..8].copy_from_slice(&number.to_be_bytes());
         block[BLOCK - 8..].copy_from_slice(&number.to_be_bytes());
         if let Err(error) = stream.write_all(&block) {
@@ -366,6 +376,7 @@ fn stream(to: &str, seconds: &str) -> Outcome {
             return Err(format!("after {number} blocks: {error}; {}", heard.unwrap_or_default()).into());
         }
         number += 1;
+        thread::sleep(gap.unwrap_or_default());
     }
     stream.shutdown(std::net::Shutdown::Write)?;
     let stall = reader.join().map_err(|_| "the reader panicked")??;

@@ -1,6 +1,7 @@
 //! The lab's own program: brings up hosts for other programs, shows a cluster (`demo`), tidies up.
 
 mod demo;
+mod soak;
 mod vm;
 
 use std::net::UdpSocket;
@@ -15,6 +16,7 @@ use lab::scratch::{self, Scratch};
 
 const USAGE: &str = "usage: lab demo                       two nodes and a cluster on this machine, step by step
        lab footprint DAEMON [--short]  what a daemon costs an idle node
+       lab soak [OPTION VALUE]...      faults and operations at random on two nodes under traffic (see `cargo xtask soak --help`)
        lab vm MACHINE OPTION VALUE...  other kernels, in emulators (see `cargo xtask vm`)
        lab host-run -- PROGRAM ARGUMENTS  run a program on a simulated host with its own dockerd
        lab clean                      remove what killed runs have left";
@@ -35,6 +37,7 @@ fn run(words: &[&str]) -> Result<ExitCode> {
     match words {
         ["demo"] => demo::run()?,
         ["footprint", daemon, short @ ..] => return footprint(Path::new(daemon), short.contains(&"--short")),
+        ["soak", options @ ..] => soak::run(options)?,
         ["vm", machine, options @ ..] => vm::run(machine, options)?,
         ["host-run", "--", command @ ..] => return host_run(command),
         ["clean"] => {

@@ -1,0 +1,31 @@
+//! `cargo xtask soak`: its options, as pairs of a name and a value.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lab::node::Datapath;
+use lab::soak::{self, Options};
+
+pub(crate) fn run(options: &[&str]) -> Result<()> {
+    let (pairs, []) = options.as_chunks::<2>() else { bail!("an option without a value: {options:?}") };
+    let mut wanted = Options::default();
+    for [name, value] in pairs {
+        let number = || value.parse::<u64>().with_context(|| format!("{name} {value}: not a number"));
+        match *name {
+            "--minutes" => wanted.length = Duration::from_secs(60 * number()?),
+            "--seconds" => wanted.length = Duration::from_secs(number()?),
+            "--seed" => wanted.seed = number()?,
+            "--only" => wanted.only = Some(value.parse()?),
+            "--times" => wanted.times = Some(u32::try_from(number()?)?),
+            "--datapath" => {
+                let known = [Datapath::Ebpf, Datapath::Tun];
+                wanted.datapath = known
+                    .into_iter()
+                    .find(|datapath| datapath.name() == *value)
+                    .with_context(|| format!("no datapath {value}: ebpf or tun"))?;
+            }
+            _ => bail!("no option {name}"),
+        }
+    }
+    soak::run(&wanted)?.verdict()
+}

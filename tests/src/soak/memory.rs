@@ -1,0 +1,120 @@
+//! What the daemons' memory does over time: a line through the samples by least squares, with one slope for all lives of a daemon and
+//! a height for each, since a new process begins anew.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+/// A life's begin says nothing: tables fill and arenas are made.
+const WARM_UP: Duration = Duration::from_secs(60);
+/// What was seen for a shorter time after that, in all, has no slope.
+const SHORTEST: f64 = 120.0;
+
+/// What is allowed to a daemon over a run, whatever its length: a quarter of what quality allows for 100,000 commands. Arenas of the
+/// allocator come and go by up to a mebibyte, so less could not be told from nothing; a leak of 64 KiB for each fault and each
+/// operation is more within ten minutes.
+pub const MOST_GROWTH: f64 = 4.0;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Sample {
+    at: Duration,
+    life: u32,
+    mebibytes: f64,
+}
+
+/// Samples of one daemon.
+#[derive(Debug, Default)]
+pub struct Memory {
+    samples: Vec<Sample>,
+}
+
+impl Memory {
+    /// `life` is the process id.
+    pub(super) fn add(&mut self, at: Duration, life: u32, kibibytes: u64) {
+        self.samples.push(Sample { at, life, mebibytes: kibibytes as f64 / 1024.0 });
+    }
+
+    fn lives(&self) -> impl Iterator<Item = &[Sample]> {
+        self.samples.chunk_by(|one, next| one.life == next.life)
+    }
+
+    /// Of each life, what came after its warm-up.
+    fn settled(&self) -> impl Iterator<Item = &[Sample]> {
+        self.lives().map(|life| {
+            let begin = life.first().map_or(Duration::ZERO, |first| first.at) + WARM_UP;
+            &life[life.partition_point(|sample| sample.at < begin)..]
+        })
+    }
+
+    /// Mebibytes an hour; `None` where no life was long enough to say.
+    fn slope(&self) -> Option<f64> {
+        let (mut above, mut below, mut seen) = (0.0, 0.0, 0.0);
+        for life in self.settled().filter(|life| life.len() > 1) {
+            seen += (life[life.len() - 1].at - life[0].at).as_secs_f64();
+            let count = life.len() as f64;
+            let mean_time = life.iter().map(|sample| sample.at.as_secs_f64()).sum::<f64>() / count;
+            let mean_size = life.iter().map(|sample| sample.mebibytes).sum::<f64>() / count;
+            for sample in life {
+                let time = sample.at.as_secs_f64() - mean_time;
+                above += time * (sample.mebibytes - mean_size);
+                below += time * time;
+            }
+        }
+        (seen >= SHORTEST && below > 0.0).then(|| above / below * 3600.0)
+    }
+
+    /// A line about it, and whether it grows more than is allowed over a run of this length.
+    pub(super) fn report(&self, name: &str, run: Duration) -> (String, bool) {
+        let mut text = format!("{name}: ");
+        let (Some(first), Some(last)) = (self.samples.first(), self.samples.last()) else {
+            return (text + "no samples", false);
+        };
+        let longest = self.lives().map(|life| life[life.len() - 1].at - life[0].at).max().unwrap_or_default();
+        let most = self.samples.iter().map(|sample| sample.mebibytes).fold(0.0, f64::max);
+        let _ = write!(
+            text,
+            "RSS first {:.1}, last {:.1}, most {most:.1} MiB; {} lives, the longest {:.0} s; ",
+            first.mebibytes,
+            last.mebibytes,
+            self.lives().count(),
+            longest.as_secs_f64()
+        );
+        let Some(slope) = self.slope() else { return (text + "too short for a slope", false) };
+        let growth = slope * run.as_secs_f64() / 3600.0;
+        let too_much = growth > MOST_GROWTH;
+        let verdict = if too_much { "  TOO MUCH" } else { "" };
+        let _ = write!(text, "slope {slope:+.1} MiB/h, {growth:+.2} of {MOST_GROWTH:.1} MiB over this run{verdict}");
+        (text, too_much)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sample every 5 s: 20 MiB at the begin of each life and so much more each second after it.
+    fn lives(count: u32, seconds: u64, growth: f64) -> Memory {
+        let mut memory = Memory::default();
+        for life in 0..count {
+            for at in (0..seconds).step_by(5) {
+                let warm_up = if at < 60 { at as f64 * 0.1 } else { 6.0 };
+                let size = 20.0 + warm_up + growth * at as f64;
+                memory.add(Duration::from_secs(u64::from(life) * seconds + at), life, (size * 1024.0) as u64);
+            }
+        }
+        memory
+    }
+
+    #[test]
+    fn growth_is_told_from_beginnings() {
+        let run = Duration::from_secs(600);
+        let (text, too_much) = lives(5, 120, 0.0).report("node-a", run);
+        assert!(!too_much && text.contains("5 lives, the longest 115 s; slope +0.0 MiB/h"), "{text}");
+        // 10 KiB a second are 6 MiB in ten minutes, also where each life sees a fifth of it.
+        for (count, seconds) in [(1, 600), (5, 120)] {
+            let (text, too_much) = lives(count, seconds, 10.0 / 1024.0).report("node-a", run);
+            assert!(too_much, "{text}");
+        }
+        let (text, too_much) = lives(30, 20, 1.0).report("node-a", run);
+        assert!(!too_much && text.contains("too short"), "{text}");
+    }
+}

@@ -1,0 +1,44 @@
+//! `cargo xtask soak`: what survives, and what it costs.
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::process;
+use crate::{ebpf, setup, test};
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// How long
+    #[arg(long, default_value_t = 10)]
+    minutes: u32,
+    /// The same seed makes the same choices
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// ebpf or tun
+    #[arg(long, default_value = "ebpf")]
+    datapath: String,
+    /// This fault alone, with nothing deployed meanwhile and datagrams as fast as they are answered: kill, terminate, pause,
+    /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands
+    #[arg(long)]
+    only: Option<String>,
+    /// End after so many faults, if that is sooner
+    #[arg(long)]
+    times: Option<u32>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    test::require_root()?;
+    setup::everything()?;
+    ebpf::build()?;
+    test::build_programs()?;
+    let mut command = test::lab();
+    command.args(["soak", "--minutes", &options.minutes.to_string(), "--seed", &options.seed.to_string()]);
+    command.args(["--datapath", &options.datapath]);
+    if let Some(only) = &options.only {
+        command.args(["--only", only]);
+    }
+    if let Some(times) = options.times {
+        command.args(["--times", &times.to_string()]);
+    }
+    process::run(&mut command)
+}
