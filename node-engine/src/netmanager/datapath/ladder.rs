@@ -496,11 +496,8 @@ fn hook_all(kernel: &Kernel, state: &State) -> Result<(), DatapathError> {
 }
 
 fn hook_uplink(kernel: &Kernel, ifindex: u32) -> Result<(), DatapathError> {
-    match nix::net::if_::if_indextoname(ifindex) {
-        Ok(name) => kernel.attach_uplink(&Port { name: name.to_string_lossy().into_owned(), ifindex }),
-        // One that has gone meanwhile has nothing to take in.
-        Err(_) => Ok(()),
-    }
+    // One that has gone meanwhile has nothing to take in.
+    ebpf::interface(ifindex).map_or(Ok(()), |name| kernel.attach_uplink(&Port { name, ifindex }))
 }
 
 async fn blocking<R: Send + 'static>(

@@ -70,7 +70,7 @@ impl Hook {
     /// Is what sits at this interface of no more use?
     fn is_stale(self, ifindex: u32, uplinks: &BTreeSet<u32>) -> bool {
         match self {
-            Self::Veth | Self::Framing => if_indextoname(ifindex).is_err(),
+            Self::Veth | Self::Framing => interface(ifindex).is_none(),
             Self::Uplink | Self::Framed => !uplinks.contains(&ifindex),
         }
     }
@@ -186,7 +186,7 @@ impl Hooks {
     pub(super) fn holds(&self, hook: Hook, ifindex: u32) -> bool {
         let Some((port, way)) = self.attached.get(&(hook, ifindex)) else { return true };
         // An interface that has gone has taken its packets along.
-        if *way != Way::Tcx || if_indextoname(ifindex).is_err() {
+        if *way != Way::Tcx || interface(ifindex).is_none() {
             return true;
         }
         self.sits(hook, port) == Some(true)
@@ -236,6 +236,12 @@ impl Hooks {
             }
         }
     }
+}
+
+/// The name of the interface with this index, if there is one: nix takes the C library's null pointer for an empty name.
+pub(in crate::netmanager::datapath) fn interface(ifindex: u32) -> Option<String> {
+    let name = if_indextoname(ifindex).ok()?.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }
 
 fn classifier(programs: &mut aya::Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DatapathError> {
@@ -374,6 +380,18 @@ mod tests {
         let output = Command::new(program).args(arguments).output().unwrap();
         assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn what_sits_at_no_interface_is_stale() {
+        const LOOPBACK: u32 = 1;
+        let nowhere = i32::MAX.cast_unsigned();
+        for hook in [Hook::Veth, Hook::Framing] {
+            assert!(hook.is_stale(nowhere, &BTreeSet::from([nowhere])));
+            assert!(!hook.is_stale(LOOPBACK, &BTreeSet::new()));
+        }
+        assert!(Hook::Uplink.is_stale(LOOPBACK, &BTreeSet::new()));
+        assert_eq!((interface(LOOPBACK).as_deref(), interface(nowhere)), (Some("lo"), None));
     }
 
     #[test]

@@ -22,8 +22,8 @@ use aya::{EbpfLoader, include_bytes_aligned};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 
 use self::accounts::Keeper;
-pub(super) use self::hooks::Hook;
 use self::hooks::Hooks;
+pub(super) use self::hooks::{Hook, interface};
 pub(super) use self::listing::KernelFlows;
 pub(super) use self::maps::BpfTables;
 use self::maps::KernelCounters;
