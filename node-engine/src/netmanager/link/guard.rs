@@ -12,7 +12,7 @@
 //!
 //! What the kernel programs of the datapath take in hand never comes here: the law checks it by the same row of the endpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::{MutexGuard, PoisonError};
 
@@ -69,27 +69,25 @@ impl Links {
     pub(super) async fn unwatch(&self, instance: &InstanceId) -> Result<(), LinkError> {
         let name = veth::host_end(instance);
         self.guard().watched.remove(&name);
-        let mut batch = Batch::new();
-        batch.delete_chain(Family::Device, TABLE, &name);
-        match blocking("unguard", move || Ok(batch.commit())).await? {
-            // Some kernels let it go with its device, some never had it.
-            Err(Refused { errno: Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP, .. }) => Ok(()),
-            result => result.map_err(|refused| refused_by_kernel(&refused)),
-        }
+        delete_chain(name).await
     }
 
-    /// Makes what is missing; cheap where nothing is.
+    /// Makes what is missing, and removes what is left of veths that went while nobody looked; cheap where nothing is.
     pub(super) async fn ensure_guards(&self) -> Result<(), LinkError> {
+        let made = Undo::DelTable { family: Family::Device };
+        let made_before = self.journal().holds(&made);
         let watched = {
             let guard = self.guard();
-            if guard.impossible || guard.watched.is_empty() {
+            if guard.impossible || (guard.watched.is_empty() && !made_before) {
                 return Ok(());
             }
             guard.watched.clone()
         };
-        self.journal().note(Undo::DelTable { family: Family::Device })?;
-        let refused = blocking("guard", move || {
+        self.journal().note(made)?;
+        let looked = blocking("guard", move || {
             let present = nft::rules(Family::Device, TABLE)?;
+            let chains = present.iter().map(|rule| &rule.chain).filter(|chain| chain.starts_with(veth::PREFIX));
+            let chains: BTreeSet<String> = chains.cloned().collect();
             let is_there = |chain: &str, rules: &Rules| {
                 let present = present.iter().filter(|rule| rule.chain == chain).map(|rule| rule.comment.as_deref());
                 present.eq(rules.iter().map(|(comment, _)| Some(comment.as_str())))
@@ -106,9 +104,21 @@ impl Links {
                     refused.extend(device(name, &rules).commit().err().map(|error| (Some(name.clone()), error)));
                 }
             }
-            Ok(refused)
+            Ok((refused, chains))
         });
-        for (name, error) in refused.await? {
+        let (refused, chains) = looked.await?;
+        // Asked only now: who has come since the look began is watched, too.
+        let left: Vec<String> = {
+            let guard = self.guard();
+            chains.into_iter().filter(|chain| !guard.watched.contains_key(chain)).collect()
+        };
+        for chain in left {
+            // Newer kernels keep it without its device.
+            if self.netlink.link(&chain).await?.is_none() {
+                delete_chain(chain).await?;
+            }
+        }
+        for (name, error) in refused {
             match (name, error.errno) {
                 // The device has gone meanwhile.
                 (Some(_), Errno::ENOENT | Errno::ENODEV) => {}
@@ -126,6 +136,16 @@ impl Links {
 
     fn guard(&self) -> MutexGuard<'_, Guard> {
         self.guard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn delete_chain(name: String) -> Result<(), LinkError> {
+    let mut batch = Batch::new();
+    batch.delete_chain(Family::Device, TABLE, &name);
+    match blocking("unguard", move || Ok(batch.commit())).await? {
+        // Some kernels let it go with its device, some never had it.
+        Err(Refused { errno: Errno::ENOENT | Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP, .. }) => Ok(()),
+        result => result.map_err(|refused| refused_by_kernel(&refused)),
     }
 }
 

@@ -26,7 +26,7 @@ const LOOPBACK: u32 = 1;
 
 /// What a workload sees.
 const INSTANCE_SIDE: &str = "eth0";
-const PREFIX: &str = "ne";
+pub(super) const PREFIX: &str = "ne";
 
 /// A super-packet must still fit into 64 KiB with the tunnel's outer headers around it.
 const GSO_MAX_SIZE: u32 = 65_000;

@@ -133,6 +133,26 @@ fn forty_kinds_of_forged_frames_are_dropped_each_for_its_reason() {
 
 #[test]
 #[ignore = "needs root"]
+fn the_guard_of_who_went_while_nobody_looked_goes_and_no_other() {
+    let host = Host::new("grg");
+    let _instance = host.with_instance();
+    let guards = || host.namespace.exec("nft list table netdev node_engine");
+    let name = crate::netmanager::link::veth::host_end(&id(0));
+    let upkeep = || host.links(|links| async move { links.ensure_bridge(SUBNET).await.expect("whole") });
+    upkeep();
+    assert!(guards().contains(&format!("chain {name}")), "who is connected is guarded, also before it is adopted");
+    host.namespace.exec(&format!("ip link delete {name}"));
+    // Whether its chain goes with the device is the kernel's choice; where it does, nothing is left to remove.
+    upkeep();
+    assert!(
+        !guards().contains(&format!("chain {name}")) && guards().contains("chain drop_spoofed_mac"),
+        "{}",
+        guards()
+    );
+}
+
+#[test]
+#[ignore = "needs root"]
 fn no_instance_reaches_a_tunnel_port() {
     let host = Host::new("tnl");
     let instance = host.with_instance();
