@@ -69,3 +69,27 @@ fn a_stopped_daemon_leaves_everything_running(datapath: Datapath) {
     lab.cluster.running("web", 1).expect("reported again");
     assert_eq!(lab.nodes[0].container_pid(&web[0]).expect("a process"), before);
 }
+
+/// Docker takes ten seconds to end a program that does not listen; the daemon is stopped meanwhile, and what it did not get to is
+/// found by the next start.
+#[test]
+#[ignore = "needs root"]
+fn a_stop_amid_a_deletion_leaves_nothing() {
+    let mut lab = Lab::start(&Plan::new(1, Datapath::Ebpf)).expect("a laboratory");
+    for name in ["stays", "goes"] {
+        lab.deploy(&Deploy { name, ..Deploy::default() }, 1).expect("it runs");
+    }
+    let parts = |lab: &Lab| {
+        let list = "docker ps --all --quiet; ls -d /sys/class/net/ne*; find /sys/fs/bpf -name 'veth_*'; \
+                    nft list table netdev node_engine | grep 'chain ne'";
+        lab.nodes[0].host.shell(list).map(|list| list.lines().count())
+    };
+    // A container and its sandbox, a veth, a pinned program, a guard.
+    assert_eq!(parts(&lab).expect("a list"), 2 * 5);
+    lab.cluster.delete("goes").expect("deleted");
+    assert!(lab.nodes[0].terminate().expect("it ends").success());
+    lab.nodes[0].start_and_join().expect("it is back");
+    lab::wait::until_true("nothing of it is left", Duration::from_secs(30), || Ok(parts(&lab)? == 5))
+        .unwrap_or_else(|error| panic!("{error:#}\n{}", lab.nodes[0].log()));
+    lab.cluster.running("goes", 0).expect("gone");
+}
