@@ -7,11 +7,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, try_join_all};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
 use rtnetlink::{LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::model::{Addresses, InstanceId, Subnet};
@@ -27,6 +29,9 @@ const LOOPBACK: u32 = 1;
 /// What a workload sees.
 const INSTANCE_SIDE: &str = "eth0";
 pub(super) const PREFIX: &str = "ne";
+
+/// A bridge that was there is waited for so long.
+const REMADE: Duration = Duration::from_secs(3);
 
 /// A super-packet must still fit into 64 KiB with the tunnel's outer headers around it.
 const GSO_MAX_SIZE: u32 = 65_000;
@@ -123,8 +128,7 @@ impl Links {
         subnet: Subnet,
         addresses: Addresses,
     ) -> Result<Veth, LinkError> {
-        let bridge = self.netlink.link(&self.config.bridge).await?;
-        let bridge = bridge.ok_or_else(|| gone(&self.config.bridge, "the bridge does not exist yet"))?;
+        let bridge = self.awaited_bridge().await?;
         if create {
             let pair = self.pair(instance, name, netns, bridge.index, true);
             if self.netlink.create(name, pair).await.is_err() {
@@ -149,6 +153,21 @@ impl Links {
         let mac = furnish(&inside, instance_side, new_mac, subnet, addresses).await?;
         guest::ensure(&inside, netns, INSTANCE_SIDE, self.config.mtu, addresses).await?;
         Ok(Veth { name: host.name, ifindex: host.index, mac })
+    }
+
+    /// Where others have just removed the bridge, upkeep makes it anew in a moment.
+    async fn awaited_bridge(&self) -> Result<LinkState, LinkError> {
+        let name = &self.config.bridge;
+        let deadline = Instant::now() + REMADE;
+        loop {
+            if let Some(bridge) = self.netlink.link(name).await? {
+                return Ok(bridge);
+            }
+            if Instant::now() >= deadline || !self.journal().holds(&Undo::DelLink { name: name.clone() }) {
+                return Err(gone(name, "the bridge does not exist yet"));
+            }
+            sleep(REMADE / 60).await;
+        }
     }
 
     /// Both ends in one request: the instance's end is born inside its namespace. It cannot be born up: at that moment the kernel has

@@ -52,6 +52,26 @@ fn an_instance_reaches_its_gateway() {
 
 #[test]
 #[ignore = "needs root"]
+fn who_is_connected_while_the_bridge_is_gone_waits_for_the_next_one() {
+    let host = Host::new("rmd");
+    let path = &Namespace::new("in").path;
+    host.links(|links| async move {
+        let too_early = links.attach(&id(0), path, SUBNET, FIRST).await.expect_err("there has been none");
+        assert!(too_early.to_string().contains("does not exist yet"), "{too_early}");
+        links.ensure_bridge(SUBNET).await.expect("bridge");
+        links.netlink.delete(BRIDGE).await.expect("deleted");
+        let instance = id(0);
+        let mut attach = std::pin::pin!(links.attach(&instance, path, SUBNET, FIRST));
+        tokio::time::timeout(Duration::from_millis(300), &mut attach).await.expect_err("it waits");
+        let bridge = links.ensure_bridge(SUBNET).await.expect("made anew");
+        let veth = attach.await.expect("attached");
+        let link = links.netlink.link(&veth.name).await.expect("asked").expect("it is there");
+        assert_eq!(link.controller, Some(bridge.ifindex));
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
 fn attaching_again_changes_nothing_and_completes_what_is_missing() {
     let host = Host::new("again");
     let instance = host.with_instance();
