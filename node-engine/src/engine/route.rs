@@ -120,7 +120,12 @@ impl Router {
                 count = commands.recv_many(&mut batch, BATCH), if commanded => {
                     // Whoever ended the control plane says so; this is no end of its own.
                     commanded = count > 0;
-                    self.take(std::mem::take(&mut batch)).await?;
+                    let taken = self.take(std::mem::take(&mut batch)).await;
+                    // What came with the stop is kept; where nobody was left to carry it out, the next start does.
+                    if drain.begun() {
+                        break;
+                    }
+                    taken?;
                 }
                 _ = retry.tick() => self.on_disk(Desired::retry).await.unwrap_or_default(),
             }

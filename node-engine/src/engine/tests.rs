@@ -313,6 +313,24 @@ async fn stopping_takes_workloads_down_while_the_network_is_there_and_says_so() 
 }
 
 #[tokio::test]
+async fn an_order_that_comes_with_the_stop_is_for_the_next_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(dir.path(), runtime(), OnExit::Leave).await;
+    node.deploy(WEB).await;
+    // It is being kept.
+    while node.cluster.commands.capacity() < node.cluster.commands.max_capacity() {
+        tokio::task::yield_now().await;
+    }
+    node.drain.begin();
+    node.end().await.unwrap();
+
+    let mut again = start(dir.path(), runtime(), OnExit::Leave).await;
+    again.runs(WEB).await;
+    again.drain.begin();
+    again.end().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_part_that_ends_unasked_ends_the_daemon_and_leaves_workloads() {
     let dir = tempfile::tempdir().unwrap();
     let mut node = start(dir.path(), runtime(), OnExit::Stop).await;
