@@ -87,7 +87,8 @@ fn a_stop_amid_a_deletion_leaves_nothing() {
     // A container and its sandbox, a veth, a pinned program, a guard.
     assert_eq!(parts(&lab).expect("a list"), 2 * 5);
     lab.cluster.delete("goes").expect("deleted");
-    assert!(lab.nodes[0].terminate().expect("it ends").success());
+    let ended = lab.nodes[0].terminate().expect("it ends when told to");
+    assert!(ended.success(), "{ended}\n{}", lab.nodes[0].log());
     lab.nodes[0].start_and_join().expect("it is back");
     lab::wait::until_true("nothing of it is left", Duration::from_secs(30), || Ok(parts(&lab)? == 5))
         .unwrap_or_else(|error| panic!("{error:#}\n{}", lab.nodes[0].log()));
