@@ -24,6 +24,9 @@ pub(crate) struct Options {
     /// End after so many faults, if that is sooner
     #[arg(long)]
     times: Option<u32>,
+    /// Tell of every look that finds something amiss, not only of those that come too late
+    #[arg(long, short)]
+    verbose: bool,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -40,5 +43,5 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Some(times) = options.times {
         command.args(["--times", &times.to_string()]);
     }
-    process::run(&mut command)
+    process::run(command.args(options.verbose.then_some("--verbose")))
 }

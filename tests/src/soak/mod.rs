@@ -41,8 +41,8 @@ const STAYING: [&str; 2] = ["client", "steady"];
 const OPERATION: Duration = Duration::from_secs(30);
 /// What is not well after its bound is waited for, to tell late from never.
 const LATE: Duration = Duration::from_secs(60);
-/// Where nothing is done all is well, but for a look at a bad moment.
-const QUIET: Duration = Duration::from_secs(1);
+/// Where nothing is done all is well, but for what still follows from the last fault.
+const QUIET: Duration = Duration::from_secs(5);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Traffic is watched for so long at least.
@@ -58,11 +58,20 @@ pub struct Options {
     pub only: Option<Kind>,
     /// It ends after so many faults, if that is sooner.
     pub times: Option<u32>,
+    /// Tell of every look that finds something amiss, not only of those that come too late.
+    pub verbose: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { length: Duration::from_secs(600), seed: 1, datapath: Datapath::Ebpf, only: None, times: None }
+        Self {
+            length: Duration::from_secs(600),
+            seed: 1,
+            datapath: Datapath::Ebpf,
+            only: None,
+            times: None,
+            verbose: false,
+        }
     }
 }
 
@@ -242,8 +251,17 @@ impl Soak<'_> {
     /// Waits until all is well, for what the model says and this operation; complains where it takes longer than it may.
     fn settle(&mut self, operation: Option<&Operation>, bound: Duration, from: Instant) -> Result<Duration> {
         let mut late = false;
+        let mut told = Vec::new();
         loop {
-            match self.look(operation) {
+            let looked = self.look(operation);
+            if let Err(complaints) = &looked
+                && self.options.verbose
+                && told != *complaints
+            {
+                told.clone_from(complaints);
+                self.say(&format!("  amiss after {:.1} s: {}", from.elapsed().as_secs_f64(), complaints.join("; ")));
+            }
+            match looked {
                 Ok(Sight { rows, hosts }) => {
                     let took = from.elapsed();
                     if late {
@@ -314,9 +332,12 @@ impl Soak<'_> {
                 Ok(node.host.run("docker ps --all --quiet")?.trim().is_empty())
             })
             .with_context(|| node.log())?;
-            // Docker collects what it does not need any more once a minute.
-            until_true("no namespace is left", Duration::from_secs(90), || {
-                Ok(node.host.shell("ls /run/docker/netns; ls /run/netns 2>/dev/null || true")?.trim().is_empty())
+            // A file of Docker's that nothing is mounted on any more may stay for as long as Docker likes.
+            until_true("no network namespace is left", Duration::from_secs(20), || {
+                let left = node
+                    .host
+                    .shell("grep ' - nsfs ' /proc/1/mountinfo || true; readlink /proc/[0-9]*/ns/net | sort -u")?;
+                Ok(left.lines().count() == 1)
             })?;
         }
         for node in &mut self.lab.nodes {

@@ -7,8 +7,10 @@ use lab::node::Datapath;
 use lab::soak::{self, Options};
 
 pub(crate) fn run(options: &[&str]) -> Result<()> {
+    let verbose = options.contains(&"--verbose");
+    let options: Vec<&str> = options.iter().copied().filter(|option| *option != "--verbose").collect();
     let (pairs, []) = options.as_chunks::<2>() else { bail!("an option without a value: {options:?}") };
-    let mut wanted = Options::default();
+    let mut wanted = Options { verbose, ..Options::default() };
     for [name, value] in pairs {
         let number = || value.parse::<u64>().with_context(|| format!("{name} {value}: not a number"));
         match *name {
