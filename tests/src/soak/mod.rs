@@ -322,6 +322,8 @@ impl Soak<'_> {
                 Err(error) => self.breaks(format!("{error:#}")),
             }
         }
+        let overflows = self.overflows()?;
+        self.say(&format!("of the datagrams and echoes {overflows} were lost to full buffers of sockets"));
         let services: std::collections::BTreeSet<String> =
             self.model.rows().map(|row| row.short().to_owned()).collect();
         for service in services {
@@ -357,6 +359,20 @@ impl Soak<'_> {
         }
         self.say("uninstalled");
         Ok(())
+    }
+
+    /// What probes were too slow to read, which no network lost.
+    fn overflows(&self) -> Result<u64> {
+        let mut all = 0;
+        for row in self.model.rows().filter(|row| STAYING.contains(&row.short())) {
+            let node = self.lab.node(&row.node)?;
+            let text = node.host.run(&format!("cat /proc/{}/net/snmp", node.container_pid(row)?))?;
+            let mut lines = text.lines().filter_map(|line| line.strip_prefix("Udp: ")).map(str::split_whitespace);
+            let (names, counts) = lines.next().zip(lines.next()).context("no counters of UDP")?;
+            let count = names.zip(counts).find(|(name, _)| *name == "RcvbufErrors").context("no RcvbufErrors")?.1;
+            all += count.parse::<u64>()?;
+        }
+        Ok(all)
     }
 
     fn conclude(&mut self) {

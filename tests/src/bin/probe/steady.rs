@@ -17,7 +17,7 @@ const REQUEST: Duration = Duration::from_secs(2);
 /// An echo is waited for so long; one that comes later counts as answered after all.
 const ECHO: Duration = Duration::from_millis(50);
 /// Datagrams on their way at a time, so that no socket's buffer overflows.
-const BATCH: usize = 64;
+const BATCH: usize = 32;
 /// Numbers that a flow remembers as lost.
 const MOST_MISSING: usize = 4_096;
 const EVERY: Duration = Duration::from_millis(100);
@@ -130,18 +130,16 @@ pub(crate) fn flows(to: &str, flows: &str, rate: &str) -> Outcome {
         }
         let (told, counts) = (told.clone(), counts.clone());
         running.push(thread::spawn(move || {
-            let mut batches = 0;
+            let (mut at, mut size, mut sent) = (0, BATCH, 0);
             while !told.load(Ordering::Relaxed) {
-                for batch in own.chunks_mut(BATCH) {
-                    let size = batch.len() as u64;
-                    exchange(batch, &counts);
-                    batches += 1;
-                    if let Some(due) = (1_000 * batches * size).checked_div(rate) {
-                        thread::sleep(Duration::from_millis(due).saturating_sub(begin.elapsed()));
-                    }
-                    if told.load(Ordering::Relaxed) {
-                        break;
-                    }
+                let end = (at + size).min(own.len());
+                let whole = exchange(&mut own[at..end], &counts);
+                sent += (end - at) as u64;
+                at = if end == own.len() { 0 } else { end };
+                // Where echoes are missing a single datagram asks for more: others may wait in a buffer still.
+                size = if whole { BATCH } else { 1 };
+                if let Some(due) = (1_000 * sent).checked_div(rate) {
+                    thread::sleep(Duration::from_millis(due).saturating_sub(begin.elapsed()));
                 }
             }
             thread::sleep(LAST);
@@ -188,8 +186,8 @@ impl Flow {
     }
 }
 
-/// One datagram of each flow, and their echoes; together they get the time of one.
-fn exchange(batch: &mut [Flow], counts: &Counts) {
+/// One datagram of each flow, and their echoes; together they get the time of one. Have all come?
+fn exchange(batch: &mut [Flow], counts: &Counts) -> bool {
     for flow in &mut *batch {
         flow.send(counts);
     }
@@ -217,4 +215,5 @@ fn exchange(batch: &mut [Flow], counts: &Counts) {
         }
         let _ = flow.socket.set_nonblocking(false);
     }
+    !late
 }
