@@ -271,7 +271,7 @@ async fn upkeep(
     let work = async {
         let bridge = links.ensure_bridge(subnet).await?;
         links.ensure_tun_routes(TUN_V4, TUN_V6).await?;
-        let present = links.attached().await?.into_iter().map(|(instance, veth)| (instance, veth.ifindex)).collect();
+        let present = links.connected(&bridge).await?.into_iter().map(|(id, veth)| (id, veth.ifindex)).collect();
         Ok((bridge, present))
     };
     work.await.map_err(|error: LinkError| error.to_string())

@@ -81,6 +81,10 @@ pub(super) struct Member {
     was_up: bool,
     /// It is up, and its last renewal was not whole.
     shaky: bool,
+    /// Its veth was made while somebody looked for veths, who may have looked before.
+    unseen: bool,
+    /// It is up, and was found without its veth.
+    lost: bool,
     waiters: Vec<Waiter>,
     /// A detach that waits for the step under way.
     leave: Option<Vec<Waiter>>,
@@ -107,6 +111,8 @@ impl Member {
             done: Vec::new(),
             was_up: false,
             shaky: false,
+            unseen: false,
+            lost: false,
             waiters: Vec::new(),
             leave: None,
             rejoin: None,
@@ -234,7 +240,13 @@ impl Core {
         match (member.stage, result) {
             (Stage::Doing(doing), Ok(made)) if doing == step => {
                 if let Made::Veth { veth, inode } = made {
-                    (member.veth, member.inode) = (Some(veth), inode);
+                    // Said only now: a namespace that ended has taken its veth along, and nobody else did.
+                    if std::mem::take(&mut member.lost) {
+                        let same = member.veth.as_ref().is_some_and(|before| before.ifindex == veth.ifindex);
+                        let what = if same { "taken the bridge from" } else { "removed the interface of" };
+                        out.push(Effect::Warn(format!("others have {what} {id}; it is connected again")));
+                    }
+                    (member.veth, member.inode, member.unseen) = (Some(veth), inode, self.upkeep.is_some());
                     self.dirty = true;
                 }
                 if !member.done.contains(&step) {
@@ -312,21 +324,28 @@ impl Core {
         }
     }
 
-    /// Connects anew what has lost its veth, or has it under another index, where it is still in the same namespace.
+    /// Connects anew what has lost its veth, has it under another index, or has it at no bridge, where it is still in the same
+    /// namespace. `present` is what the last look found at the bridge.
     pub(super) fn repair(&mut self, present: &[(InstanceId, u32)], out: &mut Vec<Effect>) {
         let whole = |id: &InstanceId, member: &Member| {
             let ifindex = member.veth.as_ref().map(|veth| veth.ifindex);
             present.iter().any(|(other, index)| other == id && Some(*index) == ifindex)
         };
-        let broken = |(id, member): &(&InstanceId, &Member)| member.up() && (member.shaky || !whole(id, member));
+        let broken = |(id, member): &(&InstanceId, &Member)| {
+            member.up() && (member.shaky || (!member.unseen && !whole(id, member)))
+        };
         let ids: Vec<InstanceId> = self.members.iter().filter(broken).map(|(id, _)| id.clone()).collect();
         for id in ids {
-            let gone = self.members.get(&id).is_some_and(|member| !member.shaky);
-            if gone {
-                out.push(Effect::Warn(format!("others have removed the interface of {id}; it is connected again")));
+            if let Some(member) = self.members.get_mut(&id) {
+                member.lost = !member.unseen && !whole(&id, member);
             }
             self.renew(&id, out);
         }
+    }
+
+    /// A look for veths begins: it sees all that have been made.
+    pub(super) fn looking(&mut self) {
+        self.members.values_mut().for_each(|member| member.unseen = false);
     }
 
     /// Runs the steps of a connection that is up once more, in the namespace it has.

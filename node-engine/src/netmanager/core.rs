@@ -180,7 +180,7 @@ pub(super) struct Core {
     pub(super) held: BTreeSet<InstanceId>,
     bridge: Option<Bridge>,
     /// The subnet whose upkeep runs.
-    upkeep: Option<Subnet>,
+    pub(super) upkeep: Option<Subnet>,
     /// What upkeep said last; the same again is no news.
     upkeep_failure: Option<String>,
     last_upkeep: Duration,
@@ -608,6 +608,7 @@ impl Core {
     fn start_upkeep(&mut self, out: &mut Vec<Effect>) {
         if let Some(subnet) = self.home.subnet().filter(|_| self.upkeep.is_none()) {
             self.upkeep = Some(subnet);
+            self.looking();
             out.push(Effect::Upkeep(subnet));
         }
     }
@@ -620,10 +621,7 @@ impl Core {
         }
         match result {
             Ok((bridge, present)) => {
-                // Nobody is connected to a bridge that was made anew.
-                let remade = self.bridge.is_some_and(|old| old.ifindex != bridge.ifindex);
-                let present = if remade { Vec::new() } else { present };
-                if remade {
+                if self.bridge.is_some_and(|old| old.ifindex != bridge.ifindex) {
                     out.push(Effect::Warn("others have removed the bridge; it is made anew".into()));
                 }
                 (self.bridge, self.upkeep_failure) = (Some(bridge), None);

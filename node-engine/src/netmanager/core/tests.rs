@@ -157,12 +157,23 @@ fn lost_veth_is_made_again_in_the_same_namespace_only() {
     lab.up(0);
     assert_eq!(lab.keep(&[(0, 7)]), [] as [&str; 0]);
     let told = "warn others have removed the interface of app.ns.web.ns.instance.0; it is connected again";
-    assert_eq!(lab.keep(&[])[..2], [told, "veth web.0 /ns/0 10.18.0.2 if 77"]);
+    assert_eq!(lab.keep(&[]), ["veth web.0 /ns/0 10.18.0.2 if 77"]);
     let failed = Event::Stepped { instance: id(0), step: Step::Veth, result: Err("another namespace".into()) };
-    assert_eq!(lab.effects(failed), [] as [&str; 0]);
+    assert_eq!(lab.effects(failed), [] as [&str; 0], "who has ended has lost nothing");
     assert_eq!(lab.keep(&[])[0], "veth web.0 /ns/0 10.18.0.2 if 77", "next time again");
-    lab.effects(veth_made(0, 9));
+    assert_eq!(lab.effects(veth_made(0, 9))[0], told);
     assert_eq!(lab.effects(stepped(0, Step::Endpoint)), ["carry web.0 9 for 7"]);
+}
+
+#[test]
+fn who_was_connected_during_a_look_is_not_missed_by_it() {
+    let mut lab = Lab::ready();
+    lab.core.start_upkeep(&mut Vec::new());
+    lab.up(0);
+    let present = |present: &[(InstanceId, u32)]| Event::Kept(Ok((BRIDGE, present.to_vec())));
+    assert_eq!(lab.effects(present(&[])), [] as [&str; 0], "the look may be older");
+    lab.core.start_upkeep(&mut Vec::new());
+    assert_eq!(lab.effects(present(&[]))[0], "veth web.0 /ns/0 10.18.0.2 if 77", "the next is not");
 }
 
 #[test]

@@ -198,6 +198,11 @@ impl Links {
         self.attached_veths().await
     }
 
+    /// Those of them whose host end is a port of this bridge.
+    pub async fn connected(&self, bridge: &Bridge) -> Result<Vec<(InstanceId, Veth)>, LinkError> {
+        self.connected_veths(bridge.ifindex).await
+    }
+
     /// Replaces all published ports of this node in one transaction. An address of the host's own, loopback included, at the host port
     /// leads to the instance, from outside, from instances and from the host itself. `::1` is served by this process, while it runs.
     pub async fn publish(&self, subnet: Subnet, ports: &[(PortMapping, Addresses)]) -> Result<(), LinkError> {

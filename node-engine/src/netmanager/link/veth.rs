@@ -89,11 +89,23 @@ impl Links {
     }
 
     pub(super) async fn attached_veths(&self) -> Result<Vec<(InstanceId, Veth)>, LinkError> {
+        let attached = self.host_ends(|_| true).await?;
+        for (_, veth) in &attached {
+            self.journal().note(Undo::DelLink { name: veth.name.clone() })?;
+        }
+        Ok(attached)
+    }
+
+    /// An interface that outlived its bridge is there, and connected to nothing.
+    pub(super) async fn connected_veths(&self, bridge: u32) -> Result<Vec<(InstanceId, Veth)>, LinkError> {
+        self.host_ends(|link| link.controller == Some(bridge)).await
+    }
+
+    async fn host_ends(&self, wanted: impl Fn(&LinkState) -> bool) -> Result<Vec<(InstanceId, Veth)>, LinkError> {
         let mut attached = Vec::new();
-        for link in self.netlink.links().await? {
+        for link in self.netlink.links().await?.into_iter().filter(wanted) {
             let Some(instance) = instance_of(&link).filter(|_| is_host_end(&link)) else { continue };
             let mac = self.mac_of_peer(&link).await.unwrap_or_else(|| stable_mac(&instance.to_string()));
-            self.journal().note(Undo::DelLink { name: link.name.clone() })?;
             attached.push((instance, Veth { name: link.name, ifindex: link.index, mac }));
         }
         Ok(attached)

@@ -89,7 +89,15 @@ fn attaching_again_changes_nothing_and_completes_what_is_missing() {
     instance.exec("ip link set eth0 down");
     host.namespace.exec(&format!("ip link set {} down", veth.name));
     host.namespace.exec(&format!("ip link set {} alias ", veth.name).trim_end().replace(" alias", " nomaster"));
+    let connected = || {
+        host.links(|links| async move {
+            let bridge = links.ensure_bridge(SUBNET).await.expect("bridge");
+            links.connected(&bridge).await.expect("a list")
+        })
+    };
+    assert_eq!(connected(), [], "it is there, and connected to nothing");
     assert_eq!(attach(), veth);
+    assert_eq!(connected(), [(id(0), veth)]);
     for gateway in ["10.18.0.1", "fc00::1"] {
         instance.exec(&format!("ping -c 1 -W 2 {gateway}"));
     }
