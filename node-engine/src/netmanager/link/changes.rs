@@ -5,13 +5,18 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::stream::Stream;
-use futures_util::{FutureExt, StreamExt};
+use netlink_packet_core::NetlinkMessage;
+use netlink_packet_route::RouteNetlinkMessage;
 use rtnetlink::MulticastGroup;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+use tokio::time::{Instant, timeout_at};
 use tracing::{debug, warn};
 
+use super::kernel::Netlink;
+use super::neighbour::Carriers;
 use super::nft::Watch;
 
 /// A deploy makes some twenty changes within a few milliseconds; one look at the result is enough.
@@ -81,13 +86,16 @@ async fn follow(watch: Watch, notify: Arc<Notify>) {
 /// A socket that overflowed or broke leaves us blind for a moment: that counts as a change.
 async fn run(first: Subscription, notify: Arc<Notify>) {
     let mut subscription = Some(first);
+    let mut carriers = Carriers::default();
     loop {
-        if let Some(mut subscription) = subscription.take() {
-            while subscription.messages.next().await.is_some() {
-                tokio::time::sleep(COALESCE).await;
+        if let Some(Subscription { mut messages, netlink }) = subscription.take() {
+            while let Some(news) = messages.next().await {
+                at_once(&netlink, carriers.raised(&news)).await;
+                let told = Instant::now() + COALESCE;
                 for _ in 0..BURST {
-                    if subscription.messages.next().now_or_never().flatten().is_none() {
-                        break;
+                    match timeout_at(told, messages.next()).await {
+                        Ok(Some(news)) => at_once(&netlink, carriers.raised(&news)).await,
+                        Ok(None) | Err(_) => break,
                     }
                 }
                 notify.notify_one();
@@ -102,23 +110,26 @@ async fn run(first: Subscription, notify: Arc<Notify>) {
     }
 }
 
+/// What cannot wait until a burst is over: this interface has a carrier again.
+async fn at_once(netlink: &Netlink, raised: Option<u32>) {
+    let Some(link) = raised else { return };
+    match netlink.seek_anew(link).await {
+        Ok(0) => {}
+        Ok(neighbours) => debug!(link, neighbours, "a carrier is back: who has not answered is looked for anew"),
+        Err(error) => debug!(link, %error, "a carrier is back: neighbours are found when the kernel looks for them"),
+    }
+}
+
 struct Subscription {
-    messages: Pin<Box<dyn Stream<Item = ()> + Send>>,
+    messages: Pin<Box<dyn Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + Send>>,
     /// The connection ends when both this and the stream are gone.
-    _handle: rtnetlink::Handle,
-    pump: AbortHandle,
+    netlink: Netlink,
 }
 
 impl Subscription {
     fn open() -> io::Result<Self> {
         let (connection, handle, messages) = rtnetlink::new_multicast_connection(&GROUPS)?;
-        let pump = tokio::spawn(connection).abort_handle();
-        Ok(Self { messages: Box::pin(messages.map(|_| ())), _handle: handle, pump })
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        self.pump.abort();
+        let netlink = Netlink::over(handle, tokio::spawn(connection).abort_handle());
+        Ok(Self { messages: Box::pin(messages.map(|(message, _)| message)), netlink })
     }
 }

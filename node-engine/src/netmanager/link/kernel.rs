@@ -11,6 +11,7 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteScope, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
@@ -68,8 +69,12 @@ impl Netlink {
     /// Opens a socket in the calling thread's namespace. The thread must be inside a runtime.
     pub(super) fn open() -> io::Result<Self> {
         let (connection, handle, _) = rtnetlink::new_connection()?;
-        let pump = tokio::spawn(connection).abort_handle();
-        Ok(Self { handle, pump, listing: Mutex::default() })
+        Ok(Self::over(handle, tokio::spawn(connection).abort_handle()))
+    }
+
+    /// Over a connection that this task moves along.
+    pub(super) fn over(handle: Handle, pump: AbortHandle) -> Self {
+        Self { handle, pump, listing: Mutex::default() }
     }
 
     pub(super) async fn link(&self, name: &str) -> Result<Option<LinkState>, LinkError> {
@@ -218,6 +223,32 @@ impl Netlink {
         message.header.address_family = if v6 { AddressFamily::Inet6 } else { AddressFamily::Inet };
         let routes = self.list(|| self.handle.route().get(message.clone()).execute()).await;
         Ok(routes.map_err(|error| failed("list", "routes", &error))?.iter().map(RouteState::from).collect())
+    }
+
+    /// All neighbours, of all interfaces.
+    pub(super) async fn neighbours(&self) -> Result<Vec<NeighbourMessage>, LinkError> {
+        let neighbours = self.list(|| self.handle.neighbours().get().execute()).await;
+        neighbours.map_err(|error| failed("list", "neighbours", &error))
+    }
+
+    /// A neighbour that is not there is a success.
+    pub(super) async fn forget_neighbour(&self, neighbour: NeighbourMessage) -> Result<(), LinkError> {
+        let link = neighbour.header.ifindex;
+        let forgotten = self.handle.neighbours().del(neighbour).execute().await;
+        absent_is_none(forgotten.map(Some))
+            .map_err(|error| failed("forget a neighbour at link", link, &error))
+            .map(drop)
+    }
+
+    /// Has the kernel ask for the link address, where it does not already.
+    pub(super) async fn seek_neighbour(&self, link: u32, address: IpAddr) -> Result<(), LinkError> {
+        let request = self.handle.neighbours().add(link, address);
+        let sought = request.state(NeighbourState::None).flags(NeighbourFlags::Use).execute().await;
+        match sought {
+            // A packet to it came in between.
+            Err(error) if errno(&error) == Some(Errno::EEXIST) => Ok(()),
+            result => result.map_err(|error| failed("look for neighbour", address, &error)),
+        }
     }
 
     /// The id that our namespace knows the other one by, if it knows it.

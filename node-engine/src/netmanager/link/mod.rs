@@ -10,6 +10,7 @@ mod guest;
 mod journal;
 mod kernel;
 mod legacy;
+mod neighbour;
 mod nft;
 mod ports;
 mod relay;

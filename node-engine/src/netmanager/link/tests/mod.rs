@@ -6,6 +6,7 @@ mod changes;
 mod filter;
 mod guard;
 mod guest;
+mod neighbour;
 mod ports;
 mod undo;
 mod veth;
