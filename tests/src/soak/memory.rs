@@ -20,6 +20,8 @@ struct Sample {
     at: Duration,
     life: u32,
     mebibytes: f64,
+    /// What of it is no page of a file: the program's own code comes in little by little, too.
+    anonymous: f64,
 }
 
 /// Samples of one daemon.
@@ -29,9 +31,15 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// `life` is the process id.
-    pub(super) fn add(&mut self, at: Duration, life: u32, kibibytes: u64) {
-        self.samples.push(Sample { at, life, mebibytes: kibibytes as f64 / 1024.0 });
+    /// `life` is the process id, and `status` what the kernel says of it.
+    pub(super) fn add(&mut self, at: Duration, life: u32, status: &str) {
+        let mebibytes = |name: &str| {
+            let value = status.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next());
+            value.and_then(|kibibytes| kibibytes.parse::<f64>().ok()).map(|kibibytes| kibibytes / 1024.0)
+        };
+        if let (Some(all), Some(anonymous)) = (mebibytes("VmRSS:"), mebibytes("RssAnon:")) {
+            self.samples.push(Sample { at, life, mebibytes: all, anonymous });
+        }
     }
 
     fn lives(&self) -> impl Iterator<Item = &[Sample]> {
@@ -47,16 +55,16 @@ impl Memory {
     }
 
     /// Mebibytes an hour; `None` where no life was long enough to say.
-    fn slope(&self) -> Option<f64> {
+    fn slope(&self, of: fn(&Sample) -> f64) -> Option<f64> {
         let (mut above, mut below, mut seen) = (0.0, 0.0, 0.0);
         for life in self.settled().filter(|life| life.len() > 1) {
             seen += (life[life.len() - 1].at - life[0].at).as_secs_f64();
             let count = life.len() as f64;
             let mean_time = life.iter().map(|sample| sample.at.as_secs_f64()).sum::<f64>() / count;
-            let mean_size = life.iter().map(|sample| sample.mebibytes).sum::<f64>() / count;
+            let mean_size = life.iter().map(of).sum::<f64>() / count;
             for sample in life {
                 let time = sample.at.as_secs_f64() - mean_time;
-                above += time * (sample.mebibytes - mean_size);
+                above += time * (of(sample) - mean_size);
                 below += time * time;
             }
         }
@@ -93,11 +101,13 @@ impl Memory {
             self.lives().count(),
             longest.as_secs_f64()
         );
-        let Some(slope) = self.slope() else { return (text + "too short for a slope", false) };
+        let Some(slope) = self.slope(|sample| sample.mebibytes) else { return (text + "too short for a slope", false) };
         let growth = slope * run.as_secs_f64() / 3600.0;
         let too_much = growth > MOST_GROWTH;
         let verdict = if too_much { "  TOO MUCH" } else { "" };
         let _ = write!(text, "slope {slope:+.1} MiB/h, {growth:+.2} of {MOST_GROWTH:.1} MiB over this run{verdict}");
+        let anonymous = self.slope(|sample| sample.anonymous).unwrap_or_default();
+        let _ = write!(text, "; without pages of files {:.1}, {anonymous:+.1} MiB/h", last.anonymous);
         (text, too_much)
     }
 }
@@ -113,7 +123,9 @@ mod tests {
             for at in (0..seconds).step_by(5) {
                 let warm_up = if at < 150 { at as f64 * 0.04 } else { 6.0 };
                 let size = 20.0 + warm_up + growth * at as f64;
-                memory.add(Duration::from_secs(u64::from(life) * seconds + at), life, (size * 1024.0) as u64);
+                let (all, anonymous) = ((size * 1024.0) as u64, (growth * at as f64 * 1024.0) as u64);
+                let status = format!("Name:\tnode-engine\nVmRSS:\t  {all} kB\nRssAnon:\t {anonymous} kB\n");
+                memory.add(Duration::from_secs(u64::from(life) * seconds + at), life, &status);
             }
         }
         memory
@@ -127,7 +139,7 @@ mod tests {
         // 10 KiB a second are 12 MiB in twenty minutes, also where each life sees a third of it.
         for (count, seconds) in [(1, 1_200), (3, 400)] {
             let (text, too_much) = lives(count, seconds, 10.0 / 1024.0).report("node-a", run);
-            assert!(too_much, "{text}");
+            assert!(too_much && text.ends_with(", +35.2 MiB/h"), "{text}");
         }
         assert_eq!(
             lives(2, 100, 0.0).course(Duration::from_secs(200)),

@@ -304,12 +304,8 @@ impl Soak<'_> {
     fn remember(&mut self, seen: &BTreeMap<String, Seen>) {
         for node in &self.lab.nodes {
             let Some(pid) = seen.get(node.host.name()).map(|seen| seen.daemon) else { continue };
-            let text = node.host.run(&format!("cat /proc/{pid}/status")).unwrap_or_default();
-            let rss =
-                text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
-            if let Some(rss) = rss {
-                self.memory.entry(node.host.name().to_owned()).or_default().add(self.begin.elapsed(), pid, rss);
-            }
+            let status = node.host.run(&format!("cat /proc/{pid}/status")).unwrap_or_default();
+            self.memory.entry(node.host.name().to_owned()).or_default().add(self.begin.elapsed(), pid, &status);
         }
     }
 
