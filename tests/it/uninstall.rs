@@ -1,8 +1,11 @@
 //! `uninstall` gives the host back as it was found.
 
+use std::time::Duration;
+
 use lab::cluster::Deploy;
 use lab::node::Datapath;
 use lab::snapshot::Snapshot;
+use lab::soak::{Options, undo};
 use lab::topology::{Lab, Plan};
 
 each_datapath!(uninstall_leaves_the_host_as_found);
@@ -32,4 +35,13 @@ fn uninstall_leaves_the_host_as_found(datapath: Datapath) {
         let left = before.difference(&Snapshot::take(&node.host).expect("a look at the host"));
         assert!(left.is_empty(), "{} is not as it was:\n{}", node.host.name(), left.join("\n"));
     }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn what_a_daemon_has_made_that_died_at_any_moment_is_undone() {
+    let options = Options { length: Duration::from_secs(20), seed: 3, times: Some(9), ..Options::default() };
+    let report = undo::run(&options).expect("a laboratory");
+    report.verdict().expect("the host is as it was found");
+    assert!(report.faults >= 3, "{report:?}");
 }

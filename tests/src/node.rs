@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::cluster::{InstanceRow, json};
 use crate::host::Host;
 use crate::lan;
-use crate::process::{built, output};
+use crate::process::{built, capture, output};
 use crate::traffic::Container;
 use crate::wait::until;
 
@@ -247,6 +247,20 @@ impl Node {
         self.signal("KILL").map(drop)
     }
 
+    /// SIGKILL, also before the daemon can be asked for anything.
+    pub fn kill_at_once(&mut self) -> Result<()> {
+        let mut daemon = self.daemon.take().context("the daemon was not started")?;
+        // It is the child of the program that entered the host.
+        let children = format!("/proc/{0}/task/{0}/children", daemon.id());
+        let pid = until("the daemon is a process", Duration::from_secs(5), || {
+            Ok(std::fs::read_to_string(&children)?.split_whitespace().next().map(ToOwned::to_owned))
+        });
+        let pid = pid.with_context(|| self.log())?;
+        output(std::process::Command::new("kill").args(["-KILL", &pid]))?;
+        daemon.wait().context("cannot wait for the daemon")?;
+        Ok(())
+    }
+
     /// As if the plug had been pulled and put back: the daemon and every container die at once, and what the kernel and the run
     /// directory held is gone. dockerd and the disks are there again.
     pub fn power_cut(&mut self) -> Result<()> {
@@ -283,8 +297,19 @@ impl Node {
     /// Puts the host back as it was before the daemon first ran.
     pub fn uninstall(&self) -> Result<()> {
         let mut command = self.host.command(built("node-engine")?);
-        command.args(["uninstall", "--run-dir", RUN, "--state-dir"]).arg(self.host.directory().join("state"));
-        output(&mut command).map(drop).with_context(|| self.log())
+        output(command.args(self.undoing())).map(drop).with_context(|| self.log())
+    }
+
+    /// Begins to put it back, and dies after this time if it has not ended.
+    pub fn uninstall_cut_short(&self, after: Duration) -> Result<()> {
+        let mut command = self.host.command("timeout");
+        command.args(["--signal=KILL", &format!("{:.3}", after.as_secs_f64().max(0.001))]).arg(built("node-engine")?);
+        capture(command.args(self.undoing())).map(drop)
+    }
+
+    fn undoing(&self) -> Vec<std::ffi::OsString> {
+        let state = self.host.directory().join("state");
+        vec!["uninstall".into(), "--run-dir".into(), RUN.into(), "--state-dir".into(), state.into()]
     }
 
     /// The instance's container, to send traffic from.

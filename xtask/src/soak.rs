@@ -18,7 +18,8 @@ pub(crate) struct Options {
     #[arg(long, default_value = "ebpf")]
     datapath: String,
     /// This fault alone, with nothing deployed meanwhile and datagrams as fast as they are answered: kill, terminate, pause,
-    /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands
+    /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands; or undo: a daemon that dies while it
+    /// sets up or deploys, and what it has made is undone
     #[arg(long)]
     only: Option<String>,
     /// End after so many faults, if that is sooner

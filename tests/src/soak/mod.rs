@@ -10,6 +10,7 @@ mod load;
 mod memory;
 mod model;
 mod tally;
+pub mod undo;
 
 use std::collections::BTreeMap;
 use std::thread;

@@ -6,17 +6,22 @@ use anyhow::{Context, Result, bail};
 use lab::node::Datapath;
 use lab::soak::{self, Options};
 
+/// No fault under traffic: the daemon dies, and what it has made is undone.
+const UNDO: &str = "undo";
+
 pub(crate) fn run(options: &[&str]) -> Result<()> {
     let verbose = options.contains(&"--verbose");
     let options: Vec<&str> = options.iter().copied().filter(|option| *option != "--verbose").collect();
     let (pairs, []) = options.as_chunks::<2>() else { bail!("an option without a value: {options:?}") };
     let mut wanted = Options { verbose, ..Options::default() };
+    let mut undo = false;
     for [name, value] in pairs {
         let number = || value.parse::<u64>().with_context(|| format!("{name} {value}: not a number"));
         match *name {
             "--minutes" => wanted.length = Duration::from_secs(60 * number()?),
             "--seconds" => wanted.length = Duration::from_secs(number()?),
             "--seed" => wanted.seed = number()?,
+            "--only" if *value == UNDO => undo = true,
             "--only" => wanted.only = Some(value.parse()?),
             "--times" => wanted.times = Some(u32::try_from(number()?)?),
             "--datapath" => {
@@ -29,5 +34,5 @@ pub(crate) fn run(options: &[&str]) -> Result<()> {
             _ => bail!("no option {name}"),
         }
     }
-    soak::run(&wanted)?.verdict()
+    if undo { soak::undo::run(&wanted)?.verdict() } else { soak::run(&wanted)?.verdict() }
 }
