@@ -16,6 +16,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::api::Selector;
 use crate::config::{self, Flag, Sources};
+use crate::runtime::containerd::KEEP_LOG;
 
 /// The daemon on every machine of an edge cluster: runs workloads, connects them, reports the node.
 ///
@@ -191,6 +192,9 @@ enum Command {
         #[arg(default_value = "")]
         own: String,
     },
+    /// Keep the output of a container: what containerd runs for each
+    #[command(name = KEEP_LOG, hide = true)]
+    KeepLog { file: PathBuf },
 }
 
 #[derive(Clone, Debug, Args)]
@@ -241,6 +245,8 @@ pub enum Task {
     Version,
     /// A stage of a workload's supervision, the instance's directory, and the namespaces that are its own.
     Supervise(String, PathBuf, String),
+    /// Where the output goes that comes from containerd.
+    KeepLog(PathBuf),
 }
 
 /// How to be a cluster.
@@ -291,6 +297,7 @@ impl Cli {
                 return Ok(Task::Uninstall { sources: daemon.under(args).sources(), purge });
             }
             Some(Command::Supervise { stage, directory, own }) => return Ok(Task::Supervise(stage, directory, own)),
+            Some(Command::KeepLog { file }) => return Ok(Task::KeepLog(file)),
             Some(command) => command,
         };
         if daemon.flags().iter().any(|flag| flag.key != "run_dir") {
@@ -315,9 +322,11 @@ impl Cli {
             Command::Nodes(output) => ask::Ask::Nodes { json: output.json },
             Command::Net(command) => ask::Ask::Net(command),
             Command::Version => return Ok(Task::Version),
-            Command::Run(_) | Command::Standalone(_) | Command::Uninstall { .. } | Command::Supervise { .. } => {
-                unreachable!("returned above")
-            }
+            Command::Run(_)
+            | Command::Standalone(_)
+            | Command::Uninstall { .. }
+            | Command::Supervise { .. }
+            | Command::KeepLog { .. } => unreachable!("returned above"),
         };
         let socket = shared.socket.unwrap_or_else(|| default_socket(&daemon.sources()));
         Ok(Task::Ask(Question { socket, command: ask }))

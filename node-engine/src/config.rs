@@ -147,6 +147,11 @@ impl DatapathChoice {
 pub struct RuntimeConfig {
     /// `None`: the platform's default socket, or `DOCKER_HOST`.
     pub docker_host: Option<String>,
+    pub containerd: ContainerdChoice,
+    /// containerd's namespace for everything of ours.
+    pub containerd_namespace: String,
+    /// containerd's own configuration, which names OCI runtimes.
+    pub containerd_config: PathBuf,
     /// Run plain commands of this machine when the cluster says so.
     pub process: bool,
     /// User of such commands, `user` or `user:group`.
@@ -170,6 +175,9 @@ impl Default for RuntimeConfig {
     fn default() -> Self {
         Self {
             docker_host: None,
+            containerd: ContainerdChoice::Auto,
+            containerd_namespace: "node-engine".into(),
+            containerd_config: "/etc/containerd/config.toml".into(),
             process: false,
             process_user: "nobody".into(),
             unikernel: false,
@@ -179,6 +187,28 @@ impl Default for RuntimeConfig {
             host_path_volumes: None,
             control_group: "/node-engine".into(),
             restarts: Restarts::default(),
+        }
+    }
+}
+
+/// Whether containers are run through containerd itself, and where that is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ContainerdChoice {
+    /// Where there is one at its usual socket.
+    Auto,
+    Off,
+    /// At this socket.
+    At(PathBuf),
+}
+
+impl ContainerdChoice {
+    const USUAL: &str = "/run/containerd/containerd.sock";
+
+    pub fn socket(&self) -> Option<PathBuf> {
+        match self {
+            Self::Auto => Some(Self::USUAL.into()),
+            Self::Off => None,
+            Self::At(socket) => Some(socket.clone()),
         }
     }
 }

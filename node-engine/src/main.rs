@@ -22,6 +22,9 @@ fn main() -> ExitCode {
     if let Task::Supervise(stage, directory, own) = &task {
         return node_engine::runtime::supervised::run(stage, directory, own);
     }
+    if let Task::KeepLog(path) = &task {
+        return node_engine::runtime::containerd::keep_log(path);
+    }
     match run(task, &log) {
         Ok(code) => code,
         Err(error) => {
@@ -34,7 +37,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let done: anyhow::Result<()> = match task {
-        Task::Supervise(..) => unreachable!("returned above"),
+        Task::Supervise(..) | Task::KeepLog(_) => unreachable!("returned above"),
         Task::Version => {
             println!("node-engine {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -24,6 +24,7 @@ macro_rules! each_datapath {
 
 mod bad_input;
 mod balance;
+mod containerd;
 mod deploy;
 mod edges;
 mod framing;

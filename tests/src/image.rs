@@ -42,6 +42,14 @@ pub fn load_into_podman(host: &Host, socket: &str) -> Result<()> {
     Ok(())
 }
 
+/// Puts the image of the host's Docker into a namespace of the containerd that answers at `socket`.
+pub fn load_into_containerd(host: &Host, socket: &str, namespace: &str) -> Result<()> {
+    let saved = host.directory().join("probe-image.tar");
+    output(host.command("docker").args(["save", "--output"]).arg(&saved).arg(PROBE))?;
+    output(host.command("ctr").args(["--address", socket, "--namespace", namespace, "images", "import"]).arg(&saved))?;
+    fs::remove_file(&saved).context("cannot remove the saved image")
+}
+
 /// The root file system as an archive; made again when the program's source is newer.
 fn archive() -> Result<PathBuf> {
     let _one_at_a_time = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);

@@ -82,11 +82,11 @@ const CLIENTS: [(&str, &[&str]); 11] = [
     ("rumqttc", &["control/mqtt", "standalone/client"]),
     ("rumqttd", &["standalone/broker"]),
     ("prometheus_client", &["metrics"]),
-    ("tonic", &["runtime/volumes"]),
+    ("tonic", &["runtime/containerd", "runtime/volumes"]),
 ];
 
 /// The places that may turn values into text and back.
-const SERIALISING: [&str; 13] = [
+const SERIALISING: [&str; 15] = [
     "wire",
     "config",
     "api",
@@ -102,6 +102,9 @@ const SERIALISING: [&str; 13] = [
     "netmanager/link/journal",
     // gpsd speaks JSON
     "telemetry/gps",
+    // images and OCI runtimes speak JSON
+    "runtime/containerd/image",
+    "runtime/containerd/spec",
     // prints what the local API answered
     "cli",
 ];

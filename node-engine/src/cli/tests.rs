@@ -70,6 +70,13 @@ fn a_standalone_cluster_has_the_reference_ports_unless_told() {
 }
 
 #[test]
+fn what_others_start_this_binary_for_is_understood() {
+    let Ok(Task::KeepLog(file)) = task("keep-log /var/x.log") else { panic!("it is a task") };
+    assert_eq!(file, PathBuf::from("/var/x.log"));
+    assert!(matches!(task("supervise init /run/x"), Ok(Task::Supervise(stage, ..)) if stage == "init"));
+}
+
+#[test]
 fn questions_go_to_the_socket_that_was_named() {
     let question = question("--socket /x/api.sock logs web#0 --tail 5");
     assert_eq!(question.socket, PathBuf::from("/x/api.sock"));

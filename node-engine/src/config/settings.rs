@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::telemetry;
 use super::{
-    ClusterConfig, Config, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig, ServicePattern,
-    TelemetryConfig, XdpChoice,
+    ClusterConfig, Config, ContainerdChoice, DatapathChoice, Generation, MqttTls, NetworkConfig, OnExit, RuntimeConfig,
+    ServicePattern, TelemetryConfig, XdpChoice,
 };
 use crate::netmanager::datapath::Capacity;
 
@@ -170,6 +170,21 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "runtime.docker_host",
         environment: &["NODE_ENGINE_DOCKER_HOST"],
         set: |draft, text| docker_host(text).map(|host| draft.config.runtime.docker_host = Some(host)),
+    },
+    Setting {
+        key: "runtime.containerd",
+        environment: &["NODE_ENGINE_CONTAINERD"],
+        set: |draft, text| containerd(text).map(|choice| draft.config.runtime.containerd = choice),
+    },
+    Setting {
+        key: "runtime.containerd_namespace",
+        environment: &["NODE_ENGINE_CONTAINERD_NAMESPACE"],
+        set: |draft, text| identifier(text).map(|name| draft.config.runtime.containerd_namespace = name),
+    },
+    Setting {
+        key: "runtime.containerd_config",
+        environment: &["NODE_ENGINE_CONTAINERD_CONFIG"],
+        set: |draft, text| file(text).map(|path| draft.config.runtime.containerd_config = path),
     },
     Setting {
         key: "runtime.process",
@@ -432,6 +447,22 @@ fn docker_host(text: &str) -> Result<String, String> {
         return Ok(text.to_owned());
     }
     Err("is not a Docker host such as unix:///var/run/docker.sock".into())
+}
+
+fn containerd(text: &str) -> Result<ContainerdChoice, String> {
+    match text {
+        "auto" => Ok(ContainerdChoice::Auto),
+        "off" => Ok(ContainerdChoice::Off),
+        path if path.starts_with('/') => Ok(ContainerdChoice::At(path.into())),
+        _ => Err("is not auto, off or the path of a socket".into()),
+    }
+}
+
+/// As containerd names things.
+fn identifier(text: &str) -> Result<String, String> {
+    let part = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    let good = text.len() <= 76 && text.split(['.', '_', '-']).all(part);
+    if good { Ok(text.to_owned()) } else { Err("is not letters and digits, with single dots or dashes between".into()) }
 }
 
 fn user(text: &str) -> Result<String, String> {

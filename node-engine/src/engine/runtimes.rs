@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::watch::Receiver;
 use tokio::time::{Instant, sleep};
 
-use crate::config::Config;
+use crate::config::{Config, ContainerdChoice};
 use crate::model::Technology;
+use crate::runtime::containerd::{self, ContainerdRuntime, Handler, Settings};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::furnished::{Furnished, Grants};
 use crate::runtime::process::{Policy, ProcessRuntime};
@@ -18,8 +20,10 @@ use crate::runtime::unikernel::{self, UnikernelRuntime};
 use crate::runtime::volumes::Volumes;
 use crate::runtime::{Resolvers, Runtime, RuntimeError};
 
-/// A Docker that is just starting may take so long to answer.
-const DOCKER: Duration = Duration::from_secs(10);
+/// An engine that is just starting may take so long to answer.
+const STARTING: Duration = Duration::from_secs(10);
+/// The word of a cluster that asks for containerd where `docker` is Docker's, and the directory of what it makes.
+const CONTAINERD: &str = "containerd";
 const RETRY: Duration = Duration::from_millis(250);
 /// Where Docker keeps containers, also while it does not run.
 const DOCKER_DATA: &str = "/var/lib/docker";
@@ -35,15 +39,29 @@ pub(super) struct Runtimes {
 /// Makes and tries them.
 pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Runtimes, RuntimeError> {
     let docker = DockerRuntime::new(config.runtime.docker_host.as_deref(), resolvers.clone())?;
-    let process = process(config, resolvers)?;
+    let process = process(config, resolvers.clone())?;
     let unikernel = unikernel(config)?;
     let furniture = Furniture::of(config)?;
-    let (contained, plain, guests, drivers) =
-        tokio::join!(answers(&docker), process.works(), unikernel.works(), furniture.volumes.answering());
-    let mut runtimes = Runtimes { held: Vec::new(), announced: Vec::new(), drivers };
     // Where there is no Docker nothing can be held by it, and nobody should wait to hear so.
-    if contained || docker.is_installed() || Path::new(DOCKER_DATA).exists() {
+    let has_docker = docker.is_installed() || Path::new(DOCKER_DATA).exists();
+    let direct = by_containerd(config, has_docker, &resolvers)?;
+    let tried = join_all(direct.iter().map(|direct| runs(direct, config)));
+    let (contained, tried, plain, guests, drivers) = tokio::join!(
+        answers(&docker, direct.is_empty()),
+        tried,
+        process.works(),
+        unikernel.works(),
+        furniture.volumes.answering()
+    );
+    let mut runtimes = Runtimes { held: Vec::new(), announced: Vec::new(), drivers };
+    if contained || has_docker {
         runtimes.add(furniture.given_to(Arc::new(docker)), contained);
+    }
+    for (direct, works) in direct.into_iter().zip(tried) {
+        // What does not work and never has holds nothing either.
+        if works || held_by_containerd(config) {
+            runtimes.add(furniture.given_to(Arc::new(direct)), works);
+        }
     }
     runtimes.add(furniture.given_to(Arc::new(process)), plain);
     runtimes.add(furniture.given_to(Arc::new(unikernel)), guests);
@@ -59,7 +77,11 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
 pub(super) fn supervised(config: &Config) -> Result<Vec<Arc<dyn Runtime>>, RuntimeError> {
     let nobody = tokio::sync::watch::channel(None).1;
     let furniture = Furniture::of(config)?;
-    let made: [Arc<dyn Runtime>; 2] = [Arc::new(process(config, nobody)?), Arc::new(unikernel(config)?)];
+    let mut made: Vec<Arc<dyn Runtime>> =
+        vec![Arc::new(process(config, nobody.clone())?), Arc::new(unikernel(config)?)];
+    if held_by_containerd(config) || config.runtime.containerd.socket().is_some_and(|socket| socket.exists()) {
+        made.extend(by_containerd(config, true, &nobody)?.into_iter().map(|one| Arc::new(one) as Arc<dyn Runtime>));
+    }
     Ok(made.into_iter().map(|runtime| furniture.given_to(runtime)).collect())
 }
 
@@ -111,13 +133,66 @@ fn home(config: &Config, technology: &Technology) -> Home {
     Home::new(&config.run_dir, &config.state_dir, technology.as_str(), &config.runtime.control_group)
 }
 
-async fn answers(docker: &DockerRuntime) -> bool {
-    let deadline = Instant::now() + DOCKER;
+/// One for each OCI runtime of containerd's: its usual one, then by name those of its configuration. Where there is no Docker the usual
+/// one runs what a cluster calls containers.
+fn by_containerd(
+    config: &Config,
+    has_docker: bool,
+    resolvers: &Receiver<Resolvers>,
+) -> Result<Vec<ContainerdRuntime>, RuntimeError> {
+    let runtime = &config.runtime;
+    let Some(socket) = runtime.containerd.socket() else { return Ok(Vec::new()) };
+    if runtime.containerd == ContainerdChoice::Auto && !socket.exists() && !held_by_containerd(config) {
+        return Ok(Vec::new());
+    }
+    let usual = if has_docker { Technology::Other(CONTAINERD.into()) } else { Technology::Container };
+    let named = containerd::configured(&runtime.containerd_config).into_iter().filter_map(|handler| {
+        let technology = Technology::from(handler.name.as_str());
+        // A name that means something else already cannot be asked for.
+        let own = matches!(technology, Technology::Other(_)) && handler.name != CONTAINERD;
+        own.then_some((handler, technology))
+    });
+    std::iter::once((Handler::usual(), usual))
+        .chain(named)
+        .map(|(handler, technology)| {
+            let (namespace, group) = (&runtime.containerd_namespace, &runtime.control_group);
+            let settings = Settings::new(&socket, namespace, &config.run_dir, &config.state_dir, group);
+            ContainerdRuntime::new(settings, handler, technology, resolvers.clone())
+        })
+        .collect()
+}
+
+/// Each container has a log for as long as it is there, whether or not containerd is.
+fn held_by_containerd(config: &Config) -> bool {
+    std::fs::read_dir(config.state_dir.join("logs").join(CONTAINERD)).is_ok_and(|mut logs| logs.next().is_some())
+}
+
+/// Whether containers really run. What does not work is told once.
+async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
+    let there = || config.runtime.containerd.socket().is_some_and(|socket| socket.exists());
+    let deadline = Instant::now() + STARTING;
+    loop {
+        match direct.try_out().await {
+            Ok(()) => return true,
+            Err(RuntimeError::Unavailable(_)) if there() && Instant::now() < deadline => sleep(RETRY).await,
+            Err(error) => {
+                tracing::warn!(%error, technology = %direct.technology(), "containerd runs no such containers here");
+                return false;
+            }
+        }
+    }
+}
+
+/// Without another engine that is news for the operator, and with one it is none.
+async fn answers(docker: &DockerRuntime, alone: bool) -> bool {
+    let deadline = Instant::now() + STARTING;
     loop {
         match docker.ping().await {
             Ok(()) => return true,
             Err(error) if !docker.is_installed() || Instant::now() >= deadline => {
-                tracing::warn!(%error, "containers do not run here");
+                if alone || docker.is_installed() {
+                    tracing::warn!(%error, "containers do not run here");
+                }
                 return false;
             }
             Err(_) => sleep(RETRY).await,

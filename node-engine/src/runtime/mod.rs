@@ -4,6 +4,7 @@
 //! Everything a runtime makes carries the instance id and the description, so that a restarted daemon adopts it.
 
 mod cgroup;
+pub mod containerd;
 pub mod docker;
 pub mod furnished;
 mod interfaces;
@@ -15,6 +16,7 @@ pub mod session;
 pub mod supervised;
 mod surroundings;
 pub mod unikernel;
+mod user;
 pub mod volumes;
 
 use std::path::PathBuf;

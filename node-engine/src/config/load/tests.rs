@@ -107,6 +107,9 @@ fn every_setting_is_read_from_the_file() {
         instances = 1048576
         [runtime]
         docker_host = "unix:///d.sock"
+        containerd = "/c.sock"
+        containerd_namespace = "edge"
+        containerd_config = "/c.toml"
         process = true
         process_user = "web"
         unikernel = true
@@ -144,6 +147,9 @@ fn every_setting_is_read_from_the_file() {
     assert_ne!(config.network.xdp, defaults.network.xdp);
     assert_eq!(config.network.instances.slots(), 1 << 20);
     assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///d.sock"));
+    assert_eq!(config.runtime.containerd.socket(), Some(PathBuf::from("/c.sock")));
+    assert_eq!(config.runtime.containerd_namespace, "edge");
+    assert_eq!(config.runtime.containerd_config, Path::new("/c.toml"));
     let telemetry = &config.telemetry;
     assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));
     assert_ne!(telemetry.sensors, defaults.telemetry.sensors);
@@ -262,6 +268,8 @@ fn what_a_node_grants_is_read_and_checked() {
         ("control_group = \"/a/../b\"", "is not the path of a control group"),
         ("host_path_volumes = \"volumes\"", "is not an absolute path"),
         ("process = \"maybe\"", "is not true or false"),
+        ("containerd = \"on\"", "is not auto, off or the path of a socket"),
+        ("containerd_namespace = \"a--b\"", "is not letters and digits"),
     ] {
         let error = load_from(&format!("[runtime]\n{setting}"), &[], &[]).unwrap_err();
         assert!(error.contains(reason), "{setting}: {error}");

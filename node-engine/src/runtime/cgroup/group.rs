@@ -70,6 +70,15 @@ impl Groups {
         missing.into_iter().filter(|(_, found)| found.is_none()).map(|(name, _)| name).collect()
     }
 
+    /// Whether a limit of memory can be one of swap as well. Kernels without swap accounting lack the file.
+    pub(in crate::runtime) fn limits_swap(&self) -> bool {
+        match &self.memory {
+            Some(Controller::V1(root)) => root.join("memory.memsw.limit_in_bytes").exists(),
+            Some(Controller::V2(_)) => true,
+            None => false,
+        }
+    }
+
     /// The group of this name, whether or not it exists.
     pub(in crate::runtime) fn named(&self, name: &str) -> Group {
         let path = self.parent.join(name);

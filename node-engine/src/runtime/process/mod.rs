@@ -1,8 +1,6 @@
 //! Plain commands of the node's own system, for boards without a container engine. A command runs in namespaces and a control group of
 //! its own and sees the node's files, so a cluster may only ask for one where the node's configuration allows it.
 
-mod user;
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +11,7 @@ use tokio::sync::watch::Receiver;
 
 use super::supervised::{Home, Keeper, Launch};
 use super::surroundings::{self, Resolvers};
+use super::user::Accounts;
 use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
@@ -106,9 +105,10 @@ impl ProcessRuntime {
     }
 
     fn user(&self, spec: &InstanceSpec) -> Result<(u32, u32), RuntimeError> {
-        let own = user::resolve(&self.policy.user).map_err(|reason| refused("runtime.process_user", reason))?;
+        let accounts = Accounts::of_node();
+        let own = accounts.resolve(&self.policy.user).map_err(|reason| refused("runtime.process_user", reason))?;
         let Some(asked) = &spec.user else { return Ok(own) };
-        let asked = user::resolve(asked).map_err(|reason| refused("user", reason))?;
+        let asked = accounts.resolve(asked).map_err(|reason| refused("user", reason))?;
         if own.0 == 0 || asked == own {
             return Ok(asked);
         }

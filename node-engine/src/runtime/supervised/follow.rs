@@ -17,7 +17,7 @@ const LOOK: Duration = Duration::from_millis(200);
 const PIECE: u64 = 64 * 1024;
 
 /// From the last `tail` bytes on, until `lives` says no and everything is told.
-pub(super) fn output(log: PathBuf, tail: usize, lives: impl Fn() -> bool + Send + 'static) -> Follow {
+pub(in crate::runtime) fn output(log: PathBuf, tail: usize, lives: impl Fn() -> bool + Send + 'static) -> Follow {
     let (pieces, follow) = mpsc::channel(PIECES);
     tokio::spawn(async move {
         let mut reader = Reader { log, file: None, tail: Some(tail) };

@@ -15,6 +15,7 @@ mod watch;
 pub use launch::Launch;
 pub use supervisor::run;
 
+pub(super) use follow::output as follow;
 pub(super) use keeper::Keeper;
 
 use std::path::PathBuf;
