@@ -7,13 +7,15 @@
 use core::ops::Deref;
 
 use crate::abi::{
-    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_HOST, FLOW_REPLY, FLOW_SEEN,
-    Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN, Peer,
-    Service, Slot,
+    CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY,
+    FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN,
+    Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum::Change;
-use crate::frame::{Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_FIN, TCP_RST, TCP_SYN, Tcp, UDP, Udp};
+use crate::frame::{
+    Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp, UDP, Udp,
+};
 use crate::icmp;
 use crate::mss;
 use crate::policy;
@@ -84,7 +86,8 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
     };
     let key = transport.key(&ip);
     let known = tables.flow(&key).filter(|flow| flow.epoch == config.epoch && (port == 0 || flow.port == port));
-    let receiver = known.as_ref().and_then(|flow| receiver(tables, flow));
+    // What begins a connection on a row that is there already may have its ports from an earlier one to another address.
+    let receiver = known.as_ref().filter(|_| transport.stage != Stage::Opens).and_then(|flow| receiver(tables, flow));
     let mut fresh;
     let (flow, slot): (&Flow, _) = match (&known, receiver) {
         (Some(flow), Some(slot)) => {
@@ -93,7 +96,7 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
         }
         _ => {
             fresh = Fresh::default();
-            fresh.midway = transport.stage != Stage::Begins;
+            fresh.midway = matches!(transport.stage, Stage::Midway | Stage::Ends);
             send_first(tables, &key, port, &mut fresh);
             match fresh.outcome {
                 Outcome::Ready => {}
@@ -183,14 +186,16 @@ fn open<T: Tables>(
         }
     }
     let new = known.is_none();
+    if !midway {
+        flow.state &= !FLOW_CLOSING;
+    }
+    let mut fits = true;
+    if flow.kind == FLOW_CHOSEN || flow.kind == FLOW_CACHED && !midway {
+        fits = learn_reply(tables, key, &sender, flow, &slot);
+    }
     // What is cached only spares the next packet some look-ups.
-    let fits = if flow.kind == FLOW_CHOSEN {
-        learn_reply(tables, key, &sender, flow, &slot) && tables.learn(key, flow, new)
-    } else {
-        tables.learn(key, flow, new);
-        true
-    };
-    if fits { Ok(None) } else { Err(DropReason::TableFull) }
+    let noted = fits && tables.learn(key, flow, new);
+    if noted || fits && flow.kind != FLOW_CHOSEN { Ok(None) } else { Err(DropReason::TableFull) }
 }
 
 /// Rewrites the packet of a flow and says where it goes.
@@ -285,7 +290,10 @@ pub fn inbound(frame: &mut impl Frame, tables: &mut impl Tables, outer: &Addr) -
             }
         }
     };
-    if ip.protocol == TCP && transport.stage == Stage::Begins && !admits(frame, tables, &ip, flow) {
+    if ip.protocol == TCP
+        && matches!(transport.stage, Stage::Opens | Stage::Begins)
+        && !admits(frame, tables, &ip, flow)
+    {
         return Ok(Verdict::Slow(Miss::Narrow));
     }
     if !flow.source.is_none() {
@@ -446,8 +454,9 @@ fn choose(tables: &mut impl Tables, service: &Service, client: &Addr) -> u32 {
     tables.candidate(&candidate).unwrap_or(service.first)
 }
 
-/// Notes under which service address the client of `flow` expects its replies: those of a neighbour as it sends them, those of
-/// anybody else as they come through the tunnel.
+/// Notes under which address the client of `flow` expects its replies: those of a neighbour as it sends them, those of anybody else as
+/// they come through the tunnel. Replies from the instance's own address need a row only where one says otherwise: on the wire, and to
+/// the instance, a connection to its own address is the same as an earlier one to its service from the same port.
 #[inline(always)]
 fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow: &Flow, slot: &Slot) -> bool {
     let mut reply = FlowKey {
@@ -474,7 +483,21 @@ fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow:
         let Some(client) = tables.slot(own.first).filter(|client| client.live()) else { return true };
         (row.slot, row.generation) = (own.first, client.generation);
     }
-    let new = tables.flow(&reply).is_none();
+    let known = tables.flow(&reply);
+    if flow.kind == FLOW_CACHED {
+        if known.as_ref().is_none_or(|known| known.kind == FLOW_HOST) {
+            return true;
+        }
+        row.kind = FLOW_CACHED;
+        row.source = if slot.peer == 0 { slot.instance } else { Addr::NONE };
+    } else if let Some(noted) = &known
+        && noted.kind == FLOW_REPLY
+        && noted.source == row.source
+    {
+        // Who has answered has answered.
+        row.state = noted.state & (FLOW_SEEN | flow.state);
+    }
+    let new = known.is_none();
     tables.learn(&reply, &mut row, new)
 }
 
@@ -586,6 +609,8 @@ struct Transport {
 /// Where in its connection a packet stands; what has no connection always begins.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// TCP's first word of all: SYN without ACK.
+    Opens,
     Begins,
     Midway,
     /// TCP that says FIN or RST.
@@ -603,6 +628,7 @@ impl Transport {
                 let Tcp { source, destination, flags, .. } = *frame.at(ip.transport).ok_or(DropReason::Malformed)?;
                 let stage = match flags {
                     _ if flags & (TCP_FIN | TCP_RST) != 0 => Stage::Ends,
+                    _ if flags & (TCP_SYN | TCP_ACK) == TCP_SYN => Stage::Opens,
                     _ if flags & TCP_SYN != 0 => Stage::Begins,
                     _ => Stage::Midway,
                 };

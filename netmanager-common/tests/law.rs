@@ -1,8 +1,8 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{Answers, Endpoint, Mac, PEER_OURS, Slot};
+use netmanager_common::abi::{Answers, Endpoint, FLOW_CLOSING, Mac, PEER_OURS, Slot};
 use netmanager_common::addr::Addr;
-use netmanager_common::frame::{SliceFrame, TCP_ACK, TCP_RST, TCP_SYN};
+use netmanager_common::frame::{SliceFrame, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::testing::*;
 use netmanager_common::verdict::{DropReason, Miss, Verdict};
@@ -103,6 +103,51 @@ fn two_services_on_the_same_ports_keep_their_replies_apart() {
     let mut from_web = packet(WEB.v4(), CLIENT_INSTANCE.v4(), Payload::Tcp(80, 40_000));
     judge(&mut world, Direction::Outbound(PORT), &mut from_web).expect("delivered");
     assert_eq!(addresses(&from_web).0, WEB_SERVICE.v4());
+}
+
+/// On the wire both are one: what counts is which began last.
+#[test]
+fn a_port_used_before_by_service_address_reaches_the_instance_by_its_own() {
+    for v6 in [false, true] {
+        let elsewhere = (DB_SERVICE, DB0_INSTANCE, (DB0_INSTANCE, CLIENT), Direction::Inbound(OURS));
+        let here = (WEB_SERVICE, WEB_INSTANCE, (WEB, CLIENT_INSTANCE), Direction::Outbound(PORT));
+        for (service, instance, (from, to), way) in [elsewhere, here] {
+            let mut world = World::sample();
+            for asked in [service, instance, service, service, instance, instance, service] {
+                let mut request = packet(CLIENT.of(v6), asked.of(v6), Payload::Tcp(40_000, 80));
+                judge(&mut world, Direction::Outbound(PORT), &mut request).expect("carried");
+                for flags in [TCP_SYN | TCP_ACK, TCP_ACK, TCP_FIN | TCP_ACK] {
+                    let mut segment =
+                        packet(CLIENT.of(v6), asked.of(v6), Payload::Segment(40_000, 80, flags & !TCP_SYN));
+                    judge(&mut world, Direction::Outbound(PORT), &mut segment).expect("carried");
+                    let mut answer = packet(from.of(v6), to.of(v6), Payload::Segment(80, 40_000, flags));
+                    judge(&mut world, way, &mut answer).expect("delivered");
+                    assert_eq!(addresses(&answer), (asked.of(v6), CLIENT.of(v6)), "{flags:#x}");
+                    assert!(checksums_hold(&answer));
+                }
+            }
+        }
+    }
+}
+
+/// Else its rows were swept with those of what has ended.
+#[test]
+fn a_connection_from_a_port_of_one_that_ended_is_not_taken_for_ending() {
+    for service in [DB_SERVICE, DB0_INSTANCE] {
+        let mut world = World::sample();
+        let mut send = |flags| {
+            let mut segment = packet(CLIENT.v4(), service.v4(), Payload::Segment(40_000, 80, flags));
+            judge(&mut world, Direction::Outbound(PORT), &mut segment).expect("carried");
+            let mut answer = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Segment(80, 40_000, flags | TCP_ACK));
+            let ending = |world: &World| world.flows.values().filter(|flow| flow.state & FLOW_CLOSING != 0).count();
+            let before = ending(&world);
+            judge(&mut world, Direction::Inbound(OURS), &mut answer).expect("delivered");
+            (before, ending(&world))
+        };
+        assert_eq!(send(TCP_SYN), (0, 0));
+        assert_eq!(send(TCP_FIN).1, 2);
+        assert_eq!(send(TCP_SYN).1, 0, "{service:?}");
+    }
 }
 
 #[test]
