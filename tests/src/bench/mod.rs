@@ -83,24 +83,26 @@ impl Plan {
     }
 }
 
-/// Measures what the plan says, modes alternating within each round.
+/// Measures what the plan says, modes alternating within each round. The report has what was measured also where something failed.
 ///
 /// # Errors
 /// Where a mode cannot be set up, or carries nothing.
-pub fn run(plan: &Plan) -> Result<Report> {
-    let mut report = Report::default();
+pub fn run(plan: &Plan, report: &mut Report) -> Result<()> {
     if plan.programs {
         cores::pin(&[0], &[])?;
         report.programs = programs::measure()?;
     }
     for ground in &plan.grounds {
-        measure(plan, *ground, &mut report)?;
+        let measured = measure(plan, *ground, report);
+        report.in_order(&plan.modes);
+        report.derive(*ground);
+        measured?;
     }
     if plan.scale {
         cores::pin(&[0, 1][..cores::count().min(2)], &[])?;
-        report.scale = scale::run()?;
+        scale::run(&mut report.scale)?;
     }
-    Ok(report)
+    Ok(())
 }
 
 fn measure(plan: &Plan, ground: Ground, report: &mut Report) -> Result<()> {
@@ -117,7 +119,5 @@ fn measure(plan: &Plan, ground: Ground, report: &mut Report) -> Result<()> {
             }
         }
     }
-    report.in_order(&plan.modes);
-    report.derive(ground);
     Ok(())
 }

@@ -50,28 +50,24 @@ impl Measured {
     }
 }
 
-/// All of them.
+/// All of them, each as soon as it is known.
 ///
 /// # Errors
 /// Where the datapath cannot be built, or carries nothing.
-pub fn run() -> Result<Vec<Measured>> {
+pub fn run(measured: &mut Vec<Measured>) -> Result<()> {
     let (rate, live) = programs::new_flows()?;
-    let mut measured = vec![
-        Measured::at_least("new flows a second and core", "1/s", rate, 1e6),
-        Measured::at_least("flows live meanwhile, none of them lost", "flows", live as f64, 65_536.0),
-    ];
+    measured.push(Measured::at_least("new flows a second and core", "1/s", rate, 1e6));
+    measured.push(Measured::at_least("flows live meanwhile, none of them lost", "flows", live as f64, 65_536.0));
     measured.extend(updates()?);
-    measured.extend(large_tables()?);
-    Ok(measured)
+    large_tables(measured)
 }
 
 /// The speed with the tables of a large cluster, as a part of that with small ones.
-fn large_tables() -> Result<Vec<Measured>> {
+fn large_tables(measured: &mut Vec<Measured>) -> Result<()> {
     const LARGE: Sizes = Sizes { services: 100_000, instances: 1_000_000 };
     const ROUNDS: usize = 7;
     let small = Mode::of_size("small", Sizes { services: OURS, instances: 0 })?;
     let large = Mode::of_size("large", LARGE)?;
-    let mut measured = Vec::new();
     for case in [Case::TcpStream, Case::TcpRequests, Case::Connects, Case::SmallUdp] {
         let mut ratios = Vec::new();
         for round in 0..ROUNDS {
@@ -85,7 +81,7 @@ fn large_tables() -> Result<Vec<Measured>> {
         let name = format!("{} with {} services and {} instances", case.name(), LARGE.services, LARGE.instances);
         measured.push(Measured::at_least(name, "of small", median(ratios).unwrap_or(0.0), 0.97));
     }
-    Ok(measured)
+    Ok(())
 }
 
 /// Instances change while packets flow.

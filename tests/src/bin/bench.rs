@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use lab::bench::case::{Case, Ground};
 use lab::bench::mode::{ACROSS, WITHIN, meaning};
+use lab::bench::report::Report;
 use lab::bench::rig::Wire;
 use lab::bench::{Plan, plot, readme, run, table};
 
@@ -55,7 +56,9 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let report = run(&plan(&arguments)?)?;
+    let mut report = Report::default();
+    // What was measured before something failed took its time, too.
+    let ran = run(&plan(&arguments)?, &mut report);
     println!("{}", table::text(&report));
     for (path, text) in [(&arguments.json, report.json()), (&arguments.svg, plot::svg(&report))] {
         if let Some(path) = path {
@@ -63,6 +66,7 @@ fn main() -> Result<()> {
             println!("written to {}", path.display());
         }
     }
+    ran?;
     if let Some(root) = &arguments.readme {
         readme::write(root, &report)?;
         println!("written to README.md and docs/ of {}", root.display());
