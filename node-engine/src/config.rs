@@ -13,6 +13,7 @@ use std::time::Duration;
 pub use crate::model::Generation;
 use crate::model::ServicePattern;
 use crate::netmanager::datapath::Capacity;
+use crate::runtime::registries::Registries;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use load::load_text;
 pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
@@ -160,6 +161,7 @@ pub struct RuntimeConfig {
     pub unikernel: bool,
     /// Take images from files of this machine (`file://`).
     pub image_files: bool,
+    pub registries: Registries,
     /// Services that may be privileged.
     pub privileged: Vec<ServicePattern>,
     /// Volume drivers by name, each with its socket.
@@ -182,6 +184,7 @@ impl Default for RuntimeConfig {
             process_user: "nobody".into(),
             unikernel: false,
             image_files: false,
+            registries: Registries::default(),
             privileged: Vec::new(),
             volume_drivers: BTreeMap::new(),
             host_path_volumes: None,

@@ -12,6 +12,7 @@ use super::{
     ServicePattern, TelemetryConfig, XdpChoice,
 };
 use crate::netmanager::datapath::Capacity;
+use crate::runtime::registries::is_place;
 
 /// One setting.
 pub(super) struct Setting {
@@ -205,6 +206,16 @@ pub(super) const SETTINGS: &[Setting] = &[
         key: "runtime.image_files",
         environment: &["NODE_ENGINE_IMAGE_FILES"],
         set: |draft, text| truth(text).map(|files| draft.config.runtime.image_files = files),
+    },
+    Setting {
+        key: "runtime.registry_mirrors",
+        environment: &["NODE_ENGINE_REGISTRY_MIRRORS"],
+        set: |draft, text| mirrors(text).map(|mirrors| draft.config.runtime.registries.mirrors = mirrors),
+    },
+    Setting {
+        key: "runtime.registry_credentials",
+        environment: &["NODE_ENGINE_REGISTRY_CREDENTIALS"],
+        set: |draft, text| file(text).map(|path| draft.config.runtime.registries.credentials = Some(path)),
     },
     Setting {
         key: "runtime.privileged",
@@ -477,6 +488,19 @@ fn patterns(text: &str) -> Result<Vec<ServicePattern>, String> {
     let patterns = text.split(',').map(str::trim).filter(|pattern| !pattern.is_empty()).map(str::parse);
     let expected = "is not a list of services such as app.default.web.test, app.*.*.*";
     patterns.collect::<Result<_, _>>().map_err(|_| expected.to_owned())
+}
+
+/// `REGISTRY=MIRROR`, separated by commas; the mirrors of one registry in the order in which they are tried.
+fn mirrors(text: &str) -> Result<BTreeMap<String, Vec<String>>, String> {
+    let mut mirrors: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for entry in text.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        let pair = entry.split_once('=').map(|(registry, mirror)| (registry.trim(), mirror.trim()));
+        let pair = pair.filter(|(registry, mirror)| is_place(registry) && !registry.contains('/') && is_place(mirror));
+        let (registry, mirror) =
+            pair.ok_or("is not a list of mirrors such as docker.io=mirror.example:5000, ghcr.io=mirror.example/ghcr")?;
+        mirrors.entry(registry.to_owned()).or_default().push(mirror.to_owned());
+    }
+    Ok(mirrors)
 }
 
 /// `NAME=SOCKET`, separated by commas.

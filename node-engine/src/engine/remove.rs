@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
 use crate::runtime::docker::DockerRuntime;
+use crate::runtime::registries::Registries;
 use crate::runtime::{Adopted, Runtime};
 use crate::store::Desired;
 
@@ -77,7 +78,8 @@ pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
 }
 
 async fn containers(config: &Config, left: &mut Vec<String>) {
-    let made = DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1).map(Arc::new);
+    let made = DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1, Registries::default())
+        .map(Arc::new);
     let (docker, furniture) = match (made, runtimes::Furniture::of(config)) {
         (Ok(docker), Ok(furniture)) => (docker, furniture),
         (Err(error), _) | (_, Err(error)) => return left.push(format!("containers ({error})")),

@@ -38,7 +38,11 @@ pub(super) struct Runtimes {
 
 /// Makes and tries them.
 pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Runtimes, RuntimeError> {
-    let docker = DockerRuntime::new(config.runtime.docker_host.as_deref(), resolvers.clone())?;
+    let docker = DockerRuntime::new(
+        config.runtime.docker_host.as_deref(),
+        resolvers.clone(),
+        config.runtime.registries.clone(),
+    )?;
     let process = process(config, resolvers.clone())?;
     let unikernel = unikernel(config)?;
     let furniture = Furniture::of(config)?;

@@ -12,6 +12,7 @@ pub mod memory;
 mod output;
 mod pause;
 pub mod process;
+pub mod registries;
 pub mod session;
 pub mod supervised;
 mod surroundings;

@@ -117,6 +117,8 @@ fn every_setting_is_read_from_the_file() {
         privileged = "a.b.c.d"
         volume_drivers = "d=/d.sock"
         host_path_volumes = "/srv/volumes"
+        registry_mirrors = "docker.io=near:5000, docker.io=far.example/hub,ghcr.io=near:5000/ghcr"
+        registry_credentials = "/etc/auth.json"
         control_group = "/edge"
         restart_limit = 2
         restart_window = 90
@@ -161,6 +163,10 @@ fn every_setting_is_read_from_the_file() {
     );
     assert!(config.runtime.process && config.runtime.unikernel && config.runtime.image_files);
     assert_eq!(config.runtime.host_path_volumes.as_deref(), Some(Path::new("/srv/volumes")));
+    let registries = &config.runtime.registries;
+    assert_eq!(registries.mirrors["docker.io"], ["near:5000", "far.example/hub"]);
+    assert_eq!(registries.mirrors["ghcr.io"], ["near:5000/ghcr"]);
+    assert_eq!(registries.credentials.as_deref(), Some(Path::new("/etc/auth.json")));
     assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));
     assert_eq!((config.runtime.privileged.len(), config.runtime.volume_drivers.len()), (1, 1));
     assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
@@ -265,6 +271,9 @@ fn what_a_node_grants_is_read_and_checked() {
         ("privileged = \"everybody\"", "is not a list of services"),
         ("volume_drivers = \"nfs\"", "is not a list of drivers"),
         ("volume_drivers = \"nfs=run/x\"", "is not a list of drivers"),
+        ("registry_mirrors = \"https://near:5000\"", "is not a list of mirrors"),
+        ("registry_mirrors = \"docker.io=https://near:5000\"", "is not a list of mirrors"),
+        ("registry_credentials = \"auth.json\"", "is not an absolute path"),
         ("control_group = \"/a/../b\"", "is not the path of a control group"),
         ("host_path_volumes = \"volumes\"", "is not an absolute path"),
         ("process = \"maybe\"", "is not true or false"),

@@ -1,34 +1,63 @@
 //! Images: present or pulled; and the sandbox image, which is made here.
 
+use std::net::IpAddr;
+
 use bollard::Docker;
+use bollard::auth::DockerCredentials;
 use bollard::errors::Error;
+use bollard::models::RegistryServiceConfig;
 use bollard::query_parameters::{CreateImageOptions, RemoveImageOptions};
 use futures_util::TryStreamExt;
 
 use super::client::{Client, not_found};
+use crate::runtime::registries::{self, Credentials, Registries};
 use crate::runtime::{RuntimeError, pause};
 
 /// Carries a version: another program gets another name.
 /// `localhost` is no registry: Podman, which takes any other name without one for its usual registry's, finds what was imported.
 pub(super) const PAUSE: &str = "localhost/node-engine/pause:1";
 
-const LONGEST_REFERENCE: usize = 512;
-
-/// Makes sure that the image is there for this platform. Dropped at any point, it leaves nothing but layers already pulled.
-pub(super) async fn ensure(client: &Client, reference: &str, platform: Option<&str>) -> Result<(), RuntimeError> {
-    check(reference)?;
+/// Makes sure that the image is there for this platform, and says under which name. Dropped at any point, it leaves nothing but layers
+/// already pulled.
+pub(super) async fn ensure(
+    client: &Client,
+    registries: &Registries,
+    reference: &str,
+    platform: Option<&str>,
+) -> Result<String, RuntimeError> {
+    let sources = registries.sources(reference)?;
     let docker = client.get().await?;
-    match docker.inspect_image(reference).await {
-        Ok(image) => {
-            let has = [image.os.as_deref(), image.architecture.as_deref()];
-            if platform.is_none_or(|platform| fits(platform, has)) {
-                return Ok(());
+    // What was pulled from a mirror has the mirror's name; the registry's own is looked for first.
+    for source in sources.iter().rev() {
+        match docker.inspect_image(source).await {
+            Ok(image) => {
+                let has = [image.os.as_deref(), image.architecture.as_deref()];
+                if platform.is_none_or(|platform| fits(platform, has)) {
+                    return Ok(source.clone());
+                }
             }
+            Err(error) if not_found(&error) => {}
+            Err(error) => return Err(client.failed("look for the image", error)),
         }
-        Err(error) if not_found(&error) => {}
-        Err(error) => return Err(client.failed("look for the image", error)),
     }
-    pull(client, &docker, reference, platform).await
+    let mut reasons = Vec::new();
+    for source in sources {
+        match pull(client, &docker, registries, &source, platform).await {
+            Ok(()) => return Ok(source),
+            Err(RuntimeError::Image { reason, .. }) => {
+                if source != reference {
+                    tracing::warn!(image = source, reason, "a mirror does not have the image; the next is tried");
+                }
+                reasons.push((source, reason));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let reason = match reasons.as_slice() {
+        [(_, reason)] => reason.clone(),
+        reasons => reasons.iter().map(|(source, reason)| format!("{source}: {reason}")).collect::<Vec<_>>().join("; "),
+    };
+    Err(RuntimeError::Image { image: reference.into(), reason })
 }
 
 /// Makes sure that the sandbox image is there.
@@ -64,8 +93,27 @@ pub(super) async fn remove_pause(client: &Client) -> Result<(), RuntimeError> {
     }
 }
 
-async fn pull(client: &Client, docker: &Docker, reference: &str, platform: Option<&str>) -> Result<(), RuntimeError> {
-    tracing::info!(image = reference, platform, "pulling");
+async fn pull(
+    client: &Client,
+    docker: &Docker,
+    registries: &Registries,
+    reference: &str,
+    platform: Option<&str>,
+) -> Result<(), RuntimeError> {
+    let credentials = registries.credentials(reference)?;
+    if unprotected(client, docker, registries::registry(reference)).await? {
+        if credentials.is_some() {
+            let reason = "Docker is configured to take this registry's word without TLS, and there the credentials would be sent for \
+                          everybody to read; remove it from `insecure-registries` or from the credentials"
+                .into();
+            return Err(RuntimeError::Image { image: reference.into(), reason });
+        }
+        tracing::warn!(
+            image = reference,
+            "Docker is configured to pull from this registry without TLS (insecure-registries)"
+        );
+    }
+    tracing::info!(image = reference, platform, authenticated = credentials.is_some(), "pulling");
     let (name, tag) = split(reference);
     let options = CreateImageOptions {
         from_image: Some(name.into()),
@@ -73,7 +121,7 @@ async fn pull(client: &Client, docker: &Docker, reference: &str, platform: Optio
         platform: platform.unwrap_or_default().into(),
         ..CreateImageOptions::default()
     };
-    let progress = docker.create_image(Some(options), None, None);
+    let progress = docker.create_image(Some(options), None, credentials.map(shown));
     progress.try_for_each(|_| async { Ok(()) }).await.map_err(|error| match error {
         // The registry's own words.
         Error::DockerResponseServerError { message: reason, .. } | Error::DockerStreamError { error: reason } => {
@@ -83,15 +131,50 @@ async fn pull(client: &Client, docker: &Docker, reference: &str, platform: Optio
     })
 }
 
-/// The characters of a reference, and no way out of the path of a request.
-fn check(reference: &str) -> Result<(), RuntimeError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:/@+".contains(&byte);
-    let starts = reference.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric() || byte == b'[');
-    if !starts || reference.len() > LONGEST_REFERENCE || !reference.bytes().all(plain) || reference.contains("..") {
-        let shown: String = reference.chars().take(80).collect();
-        return Err(RuntimeError::Refused { what: "image", reason: format!("{shown:?} is not an image reference") });
+fn shown(credentials: Credentials) -> DockerCredentials {
+    match credentials {
+        Credentials::Password { user, password } => {
+            DockerCredentials { username: Some(user), password: Some(password), ..DockerCredentials::default() }
+        }
+        Credentials::IdentityToken(token) => {
+            DockerCredentials { identitytoken: Some(token), ..DockerCredentials::default() }
+        }
     }
-    Ok(())
+}
+
+/// Does Docker take the registry without TLS, though it is on another machine?
+async fn unprotected(client: &Client, docker: &Docker, registry: &str) -> Result<bool, RuntimeError> {
+    let info = docker.info().await.map_err(|error| client.failed("ask for the registries", error))?;
+    Ok(info.registry_config.is_some_and(|config| insecure(&config, registry)))
+}
+
+fn insecure(config: &RegistryServiceConfig, registry: &str) -> bool {
+    let host = registry.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
+    let host = host.map_or(registry, |(host, _)| host).trim_matches(['[', ']']);
+    let address = host.parse::<IpAddr>().ok();
+    if host == "localhost" || address.is_some_and(|address| address.is_loopback()) {
+        return false;
+    }
+    let named = config
+        .index_configs
+        .iter()
+        .flatten()
+        .any(|(name, index)| index.secure == Some(false) && (name == registry || name == host));
+    let within = |cidr: &String| {
+        let network =
+            cidr.split_once('/').and_then(|(network, bits)| Some((network.parse().ok()?, bits.parse().ok()?)));
+        network.zip(address).is_some_and(|((network, bits), address)| contains(network, bits, address))
+    };
+    named || config.insecure_registry_cidrs.iter().flatten().any(within)
+}
+
+fn contains(network: IpAddr, bits: u32, address: IpAddr) -> bool {
+    let (network, address, width) = match (network, address) {
+        (IpAddr::V4(network), IpAddr::V4(address)) => (u32::from(network).into(), u32::from(address).into(), 32),
+        (IpAddr::V6(network), IpAddr::V6(address)) => (u128::from(network), u128::from(address), 128),
+        _ => return false,
+    };
+    bits <= width && (network ^ address).checked_shr(width - bits).unwrap_or(0) == 0
 }
 
 /// Name and tag or digest. Without either, Docker would pull every tag there is.
@@ -113,6 +196,8 @@ fn fits(platform: &str, has: [Option<&str>; 2]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use bollard::models::IndexInfo;
+
     use super::*;
 
     #[test]
@@ -131,13 +216,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_reference_never_reaches_the_daemon() {
-        for good in ["nginx", "ghcr.io/a/b_c:1.2-x", "a@sha256:00", "host:5000/a"] {
-            assert!(check(good).is_ok(), "{good}");
+    fn a_registry_without_tls_is_known_for_one() {
+        let index = |secure| IndexInfo { secure: Some(secure), ..IndexInfo::default() };
+        let config = RegistryServiceConfig {
+            insecure_registry_cidrs: Some(vec![
+                "127.0.0.0/8".into(),
+                "10.1.0.0/16".into(),
+                "fd00::/8".into(),
+                "?".into(),
+            ]),
+            index_configs: Some([("near:5000".into(), index(false)), ("docker.io".into(), index(true))].into()),
+            ..RegistryServiceConfig::default()
+        };
+        for bad in ["near:5000", "10.1.2.3", "10.1.2.3:5000", "[fd00::1]:5000"] {
+            assert!(insecure(&config, bad), "{bad}");
         }
-        for bad in ["", "/a", "../containers/x", "a/../b", "a b", "a\n", "a?x=1", "a#b", "ä", &"a".repeat(600)] {
-            assert!(check(bad).is_err(), "{bad:?}");
+        for good in
+            ["docker.io", "near:5001", "10.2.0.1:5000", "127.0.0.1:5000", "localhost:5000", "[fe80::1]", "[::1]:5000"]
+        {
+            assert!(!insecure(&config, good), "{good}");
         }
+        assert!(contains([0, 0, 0, 0].into(), 0, [9, 9, 9, 9].into()) && !contains([0; 4].into(), 33, [0; 4].into()));
     }
 
     #[test]

@@ -34,6 +34,7 @@ use self::client::{Client, not_found};
 use self::container::{LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, sandbox_name, workload_name};
 use self::running::Running;
 use super::cgroup::{self, Cgroup};
+use super::registries::Registries;
 use super::surroundings::{self, Resolvers};
 use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
@@ -63,6 +64,7 @@ struct Inner {
     importing: tokio::sync::Mutex<()>,
     /// Where the node answers names for workloads.
     resolvers: Receiver<Resolvers>,
+    registries: Registries,
 }
 
 impl DockerRuntime {
@@ -71,7 +73,11 @@ impl DockerRuntime {
     ///
     /// # Errors
     /// `Refused` for an address that is not a local socket.
-    pub fn new(host: Option<&str>, resolvers: Receiver<Resolvers>) -> Result<Self, RuntimeError> {
+    pub fn new(
+        host: Option<&str>,
+        resolvers: Receiver<Resolvers>,
+        registries: Registries,
+    ) -> Result<Self, RuntimeError> {
         let inner = Arc::new(Inner {
             client: Client::new(host)?,
             running: Running::default(),
@@ -79,6 +85,7 @@ impl DockerRuntime {
             refreshing: tokio::sync::Mutex::default(),
             importing: tokio::sync::Mutex::default(),
             resolvers,
+            registries,
         });
         let (exits, exited) = mpsc::channel(EXITS);
         let watch = tokio::spawn(watch::run(inner.clone(), exits));
@@ -122,9 +129,10 @@ impl Runtime for DockerRuntime {
 
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
         let guard = self.inner.lock(&spec.id).await;
-        image::ensure(&self.inner.client, &spec.image, spec.platform.as_deref()).await?;
+        let (client, registries) = (&self.inner.client, &self.inner.registries);
+        let image = image::ensure(client, registries, &spec.image, spec.platform.as_deref()).await?;
         // From here on a caller that goes away must not leave a request half-way: the task ends it and holds the lock that long.
-        let (inner, spec) = (self.inner.clone(), spec.clone());
+        let (inner, spec) = (self.inner.clone(), InstanceSpec { image, ..spec.clone() });
         let made = tokio::spawn(async move { inner.make(&spec, guard).await });
         made.await.unwrap_or_else(|error| Err(RuntimeError::Step { step: "prepare", reason: error.to_string() }))
     }

@@ -2,6 +2,8 @@
 //! `NODE_ENGINE_TEST_DOCKER` is the path of its socket, beside which `docker.pid` lies. It must have `live-restore` on, and
 //! /bin/busybox must be a static one.
 
+mod registry;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
@@ -14,6 +16,7 @@ use tokio::time::timeout;
 use super::container::tests::spec as bare;
 use super::*;
 use crate::model::Limits;
+use crate::runtime::pause;
 use crate::runtime::session::{Input, Output, Terminal};
 
 const IMAGE: &str = "node-engine-test/busybox:1";
@@ -371,10 +374,14 @@ async fn containers_of_others_are_never_touched() {
 
 /// The image of all these tests is imported once.
 async fn runtime() -> DockerRuntime {
+    with_registries(Registries::default()).await
+}
+
+async fn with_registries(registries: Registries) -> DockerRuntime {
     static IMPORTED: OnceCell<()> = OnceCell::const_new();
     let socket = std::env::var("NODE_ENGINE_TEST_DOCKER").expect("NODE_ENGINE_TEST_DOCKER names a socket");
-    let runtime =
-        DockerRuntime::new(Some(&socket), tokio::sync::watch::channel(Some(Vec::new())).1).expect("an address");
+    let runtime = DockerRuntime::new(Some(&socket), tokio::sync::watch::channel(Some(Vec::new())).1, registries)
+        .expect("an address");
     IMPORTED.get_or_init(|| import_busybox(&runtime)).await;
     runtime
 }
