@@ -96,6 +96,10 @@ impl Tables for World {
         true
     }
 
+    fn forget(&mut self, key: &FlowKey) {
+        self.flows.remove(key);
+    }
+
     fn pick(&mut self) -> u32 {
         self.pick
     }

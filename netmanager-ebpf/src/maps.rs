@@ -145,6 +145,12 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn forget(&mut self, key: &FlowKey) {
+        // Gone already is gone.
+        let _ = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
     fn pick(&mut self) -> u32 {
         match FIXED_PICK.load() {
             // SAFETY: a helper without arguments.

@@ -81,6 +81,10 @@ impl Tables for AnyTables {
         whichever!(self, tables => tables.learn(key, flow, new))
     }
 
+    fn forget(&mut self, key: &FlowKey) {
+        whichever!(self, tables => tables.forget(key));
+    }
+
     fn pick(&mut self) -> u32 {
         whichever!(self, tables => tables.pick())
     }

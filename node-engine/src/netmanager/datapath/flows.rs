@@ -183,7 +183,7 @@ impl Flows {
         }
     }
 
-    fn forget(&mut self, key: &FlowKey) {
+    pub(super) fn forget(&mut self, key: &FlowKey) {
         let Some(flow) = self.rows.remove(key) else { return };
         let account = account(&flow);
         self.used[(account & 1) as usize] -= 1;

@@ -145,6 +145,10 @@ impl Tables for MemoryTables {
         self.flows.learn(*key, *flow, now(), &self.slots)
     }
 
+    fn forget(&mut self, key: &FlowKey) {
+        self.flows.forget(key);
+    }
+
     fn pick(&mut self) -> u32 {
         self.random.next()
     }

@@ -214,6 +214,11 @@ impl Tables for BpfTables {
         self.flows.insert(key, *flow, 0).is_ok()
     }
 
+    fn forget(&mut self, key: &FlowKey) {
+        // Gone already is gone.
+        let _ = self.flows.remove(key);
+    }
+
     fn pick(&mut self) -> u32 {
         self.random.next()
     }
