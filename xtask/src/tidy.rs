@@ -86,7 +86,7 @@ const CLIENTS: [(&str, &[&str]); 11] = [
 ];
 
 /// The places that may turn values into text and back.
-const SERIALISING: [&str; 15] = [
+const SERIALISING: [&str; 16] = [
     "wire",
     "config",
     "api",
@@ -100,6 +100,8 @@ const SERIALISING: [&str; 15] = [
     // Event packets are JSON arrays with their name inside: framing, not documents.
     "control/socketio/frame",
     "netmanager/link/journal",
+    // credentials are in a file of JSON
+    "runtime/registries",
     // gpsd speaks JSON
     "telemetry/gps",
     // images and OCI runtimes speak JSON
