@@ -80,7 +80,7 @@ impl Links {
             wanted.ports = Some(ports);
         })
         .await?;
-        self.relay.serve(&ports_kept);
+        self.relay.serve(&ports_kept).await;
         Ok(())
     }
 

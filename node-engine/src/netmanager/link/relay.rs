@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener as StdListener, UdpSocket as StdSocket};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{JoinHandle, JoinSet};
 use tracing::warn;
 
 use crate::model::{Addresses, PortMapping, Protocol};
@@ -37,12 +37,12 @@ pub(super) struct Relay {
 #[derive(Debug)]
 struct Running {
     to: SocketAddr,
-    task: AbortHandle,
+    task: JoinHandle<()>,
 }
 
 impl Relay {
-    /// Serves exactly these. Inside a runtime.
-    pub(super) fn serve(&self, ports: &[(PortMapping, Addresses)]) {
+    /// Serves exactly these: a port that is no longer served is free when this returns.
+    pub(super) async fn serve(&self, ports: &[(PortMapping, Addresses)]) {
         if !sysctl::has_ipv6() {
             return;
         }
@@ -50,8 +50,11 @@ impl Relay {
             .iter()
             .map(|(port, addresses)| ((port.host, port.protocol), SocketAddr::new(addresses.v6.into(), port.container)))
             .collect();
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.retain(|key, port| wanted.get(key) == Some(&port.to) && !port.task.is_finished());
+        for mut ended in self.end_others(&wanted) {
+            ended.task.abort();
+            let _ = (&mut ended.task).await;
+        }
+        let mut running = self.running();
         for (key, to) in wanted {
             if running.contains_key(&key) {
                 continue;
@@ -62,6 +65,16 @@ impl Relay {
             }
         }
     }
+
+    fn end_others(&self, wanted: &BTreeMap<Key, SocketAddr>) -> Vec<Running> {
+        let mut running = self.running();
+        let ends = |key: &Key, port: &mut Running| wanted.get(key) != Some(&port.to) || port.task.is_finished();
+        running.extract_if(.., ends).map(|(_, port)| port).collect()
+    }
+
+    fn running(&self) -> MutexGuard<'_, BTreeMap<Key, Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for Running {
@@ -70,18 +83,18 @@ impl Drop for Running {
     }
 }
 
-fn start((port, protocol): Key, to: SocketAddr) -> io::Result<AbortHandle> {
+fn start((port, protocol): Key, to: SocketAddr) -> io::Result<JoinHandle<()>> {
     let at = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port);
     Ok(match protocol {
         Protocol::Tcp => {
             let listener = StdListener::bind(at)?;
             listener.set_nonblocking(true)?;
-            tokio::spawn(accept(TcpListener::from_std(listener)?, to)).abort_handle()
+            tokio::spawn(accept(TcpListener::from_std(listener)?, to))
         }
         Protocol::Udp => {
             let socket = StdSocket::bind(at)?;
             socket.set_nonblocking(true)?;
-            tokio::spawn(exchange(UdpSocket::from_std(socket)?, to)).abort_handle()
+            tokio::spawn(exchange(UdpSocket::from_std(socket)?, to))
         }
     })
 }
@@ -130,7 +143,7 @@ async fn exchange(socket: UdpSocket, to: SocketAddr) {
                     continue;
                 }
                 let (client, datagrams) = mpsc::channel(WAITING);
-                tasks.spawn(converse(Arc::clone(&socket), from, to, datagrams));
+                tasks.spawn(converse(Arc::downgrade(&socket), from, to, datagrams));
                 clients.insert(from, client.clone());
                 client
             }
@@ -141,7 +154,7 @@ async fn exchange(socket: UdpSocket, to: SocketAddr) {
 }
 
 /// One client of a UDP port: its datagrams leave by a socket of their own, by which the answers are known.
-async fn converse(here: Arc<UdpSocket>, client: SocketAddr, to: SocketAddr, mut datagrams: mpsc::Receiver<Vec<u8>>) {
+async fn converse(here: Weak<UdpSocket>, client: SocketAddr, to: SocketAddr, mut datagrams: mpsc::Receiver<Vec<u8>>) {
     let Ok(there) = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).await else { return };
     if there.connect(to).await.is_err() {
         return;
@@ -155,6 +168,8 @@ async fn converse(here: Arc<UdpSocket>, client: SocketAddr, to: SocketAddr, mut 
             },
             // An error is the instance's refusal of an earlier datagram.
             answer = there.recv(&mut buffer) => if let Ok(length) = answer {
+                // Held for no longer than a datagram takes: the port is free as soon as it is not served.
+                let Some(here) = here.upgrade() else { return };
                 let _ = here.send_to(&buffer[..length], client).await;
             },
             () = tokio::time::sleep(IDLE) => return,
