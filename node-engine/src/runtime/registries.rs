@@ -95,7 +95,7 @@ pub fn is_place(text: &str) -> bool {
 }
 
 /// Registry and path of a reference: `nginx` is `docker.io` and `library/nginx`.
-fn parts(reference: &str) -> (&str, std::borrow::Cow<'_, str>) {
+pub fn parts(reference: &str) -> (&str, std::borrow::Cow<'_, str>) {
     match reference.split_once('/') {
         Some((host, path)) if is_host(host) => match path.contains('/') || host != USUAL {
             true => (host, path.into()),

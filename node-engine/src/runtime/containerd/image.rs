@@ -8,9 +8,8 @@ use super::api::images::{self, Descriptor, Got};
 use super::api::snapshots::{self, Snapshot};
 use super::api::{Empty, Named, introspection};
 use super::client::{Client, not_found};
-use crate::runtime::RuntimeError;
+use crate::runtime::{RuntimeError, registries};
 
-const LONGEST_REFERENCE: usize = 512;
 /// Of what a pull says, the last line is the reason.
 const PULLER: &str = "ctr";
 
@@ -83,7 +82,7 @@ pub(super) async fn ensure(
     reference: &str,
     platform: Option<&str>,
 ) -> Result<Image, RuntimeError> {
-    check(reference)?;
+    registries::check(reference)?;
     let own = format!("linux/{}", architecture());
     let wanted = platform.unwrap_or(&own);
     match find(client, snapshotter, reference, wanted).await {
@@ -217,24 +216,9 @@ pub(super) fn architecture() -> &'static str {
     }
 }
 
-/// The characters of a reference, and none that would make it an option or a path.
-fn check(reference: &str) -> Result<(), RuntimeError> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-:/@+".contains(&byte);
-    let starts = reference.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
-    if !starts || reference.len() > LONGEST_REFERENCE || !reference.bytes().all(plain) || reference.contains("..") {
-        let shown: String = reference.chars().take(80).collect();
-        return Err(RuntimeError::Refused { what: "image", reason: format!("{shown:?} is not an image reference") });
-    }
-    Ok(())
-}
-
 /// With registry and tag: `nginx` is `docker.io/library/nginx:latest`.
 fn full_name(reference: &str) -> String {
-    let (registry, path) = match reference.split_once('/') {
-        Some((first, path)) if first.contains(['.', ':']) || first == "localhost" => (first, path.to_owned()),
-        Some(_) => ("docker.io", reference.to_owned()),
-        None => ("docker.io", format!("library/{reference}")),
-    };
+    let (registry, path) = registries::parts(reference);
     let tagged = path.contains('@') || path.rsplit('/').next().is_some_and(|last| last.contains(':'));
     format!("{registry}/{path}{}", if tagged { "" } else { ":latest" })
 }
@@ -248,6 +232,7 @@ mod tests {
         for (reference, expected) in [
             ("nginx", "docker.io/library/nginx:latest"),
             ("nginx:alpine", "docker.io/library/nginx:alpine"),
+            ("docker.io/nginx", "docker.io/library/nginx:latest"),
             ("lab/probe:1", "docker.io/lab/probe:1"),
             ("host:5000/a", "host:5000/a:latest"),
             ("localhost/a:1", "localhost/a:1"),
@@ -256,9 +241,9 @@ mod tests {
             assert_eq!(full_name(reference), expected, "{reference}");
         }
         for bad in ["", "-x", "--all", "/a", "../x", "a b", "a\n", "ä", &"a".repeat(600)] {
-            assert!(check(bad).is_err(), "{bad:?}");
+            assert!(registries::check(bad).is_err(), "{bad:?}");
         }
-        assert!(check("ghcr.io/a/b_c:1.2-x@sha256:00").is_ok());
+        assert!(registries::check("ghcr.io/a/b_c:1.2-x@sha256:00").is_ok());
     }
 
     #[test]
