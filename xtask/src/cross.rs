@@ -81,6 +81,10 @@ impl Target {
         if self.is_native() { "cc".to_owned() } else { format!("{}-gcc", self.tools()) }
     }
 
+    pub(crate) fn strip(self) -> String {
+        if self.is_native() { "strip".to_owned() } else { format!("{}-strip", self.tools()) }
+    }
+
     /// Debian's packages with compiler, linker and C library.
     pub(crate) fn packages(self) -> [String; 2] {
         if self.is_native() {

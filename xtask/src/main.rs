@@ -72,6 +72,9 @@ enum Task {
         /// Only unit tests; no lab
         #[arg(long, conflicts_with = "scenario")]
         unit: bool,
+        /// The unit tests of another machine (armv7), in an emulator of its processor, without those that need root
+        #[arg(long, conflicts_with = "scenario")]
+        target: Option<Target>,
     },
     /// Two nodes and a cluster on this machine: deploy, reach, measure, clean up
     Demo,
@@ -124,7 +127,7 @@ fn main() -> ExitCode {
         Task::Lint { ebpf: true } => ebpf::clippy(),
         Task::Lint { ebpf: false } => lint::run(),
         Task::Tidy => tidy::run(),
-        Task::Test { scenario, unit } => test::run(&test::Selection { scenario, unit }),
+        Task::Test { scenario, unit, target } => test::run(&test::Selection { scenario, unit, target }),
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),

@@ -5,14 +5,17 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use crate::cross::Target;
 use crate::process::{self, cargo, root};
-use crate::{ebpf, setup};
+use crate::{build, ebpf, setup};
 
 /// What to run; everything by default.
 #[derive(Debug, Default)]
 pub(crate) struct Selection {
     pub(crate) scenario: Option<String>,
     pub(crate) unit: bool,
+    /// Of another machine, in an emulator of its processor: the tests beside the code that need no more than a user's rights.
+    pub(crate) target: Option<Target>,
 }
 
 /// Sums of libtest's result lines.
@@ -24,6 +27,22 @@ struct Tally {
 }
 
 pub(crate) fn run(selection: &Selection) -> Result<()> {
+    let tally = match selection.target.filter(|target| !target.is_native()) {
+        Some(target) => emulated(target)?,
+        None => everything(selection)?,
+    };
+    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
+    if tally.failed > 0 {
+        // The count is the last line for whoever reads only that; the exit code says the rest.
+        std::process::exit(1);
+    }
+    if tally.passed == 0 {
+        bail!("no test ran");
+    }
+    Ok(())
+}
+
+fn everything(selection: &Selection) -> Result<Tally> {
     require_root()?;
     setup::everything()?;
     ebpf::build()?;
@@ -36,15 +55,22 @@ pub(crate) fn run(selection: &Selection) -> Result<()> {
     if !selection.unit {
         tally.add(scenarios(selection.scenario.as_deref())?);
     }
-    println!("{} passed, {} failed, {} skipped", tally.passed, tally.failed, tally.skipped);
-    if tally.failed > 0 {
-        // The count is the last line for whoever reads only that; the exit code says the rest.
-        std::process::exit(1);
-    }
-    if tally.passed == 0 {
-        bail!("no test ran");
-    }
-    Ok(())
+    Ok(tally)
+}
+
+/// The tests beside the code, built for another machine.
+fn emulated(target: Target) -> Result<Tally> {
+    let emulator = target.emulator().with_context(|| format!("nothing emulates {target}"))?;
+    setup::emulators(&[(emulator, "qemu-user-static")])?;
+    ebpf::build()?;
+    let toolchain = build::toolchain(target)?;
+    let tests = |verb: &[&str]| {
+        let mut command = toolchain.cargo("test");
+        command.args(["--package", "netmanager-common", "--package", "node-engine", "--lib"]).args(verb);
+        command
+    };
+    process::run(&mut tests(&["--no-run"]))?;
+    counted(&mut tests(&["--no-fail-fast", "--offline"]))
 }
 
 pub(crate) fn require_root() -> Result<()> {
