@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::process::output;
 
 /// Networks, filters and the emulator's card; what a kernel has built in is passed over, and so is what it does not know.
-const MODULES: [&str; 24] = [
+const MODULES: [&str; 25] = [
     "virtio_mmio",
     "virtio_pci",
     "virtio_net",
@@ -23,6 +23,8 @@ const MODULES: [&str; 24] = [
     "sch_ingress",
     "cls_bpf",
     "ipv6",
+    // Nobody names it as what they depend on, and nf_tables needs it.
+    "crc32c_generic",
     "nf_tables",
     "nf_tables_ipv4",
     "nf_tables_ipv6",
@@ -124,10 +126,10 @@ impl Initrd {
         Ok(())
     }
 
-    /// A program of this machine, without symbols, and the libraries it is linked with.
-    pub fn program(&mut self, from: &Path, to: &str) -> Result<()> {
+    /// A program without symbols, and the libraries it is linked with; one of another machine is linked with none.
+    pub fn program(&mut self, strip: &str, from: &Path, to: &str) -> Result<()> {
         let stripped = tempfile::NamedTempFile::new().context("no room for a stripped program")?;
-        output(Command::new("strip").arg("-o").arg(stripped.path()).arg(from))?;
+        output(Command::new(strip).arg("-o").arg(stripped.path()).arg(from))?;
         self.copy(stripped.path(), to)?;
         // Of a static one it says that it is not dynamic, and fails.
         let Ok(libraries) = output(Command::new("ldd").arg(from)) else { return Ok(()) };

@@ -19,6 +19,14 @@ impl Machine {
         }
     }
 
+    /// What takes the symbols out of its programs.
+    pub(super) fn strip(self) -> &'static str {
+        match self {
+            Self::Amd64 => "strip",
+            Self::Armv7 => "arm-linux-gnueabihf-strip",
+        }
+    }
+
     /// For a guest with one network card, which is the other end of `tap`.
     pub(super) fn arguments(self, kernel: &Path, initrd: &Path, tap: &str) -> Vec<String> {
         let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();

@@ -25,6 +25,8 @@ const PACKETS: [&str; 4] = [
     "a_restart_breaks_no_connection",
     "framing_carries_what_bare_datagrams_do",
 ];
+/// The rung that every kernel has.
+const TUN: &str = "tun";
 /// The object that the daemon carries, too.
 const OBJECT: &str = "target/ebpf/bpfel-unknown-none/release/netmanager";
 const TESTS: Duration = Duration::from_secs(420);
@@ -90,7 +92,14 @@ pub fn run(outside: &Surroundings, machine: Machine, kernel: &Kernel, programs: 
         tests(&mut guest, &name_of(program)?, &mut row)?;
     }
     let name = format!("guest{number}");
-    let outcome = join(&mut guest, outside, &name, &mut row).and_then(|()| carry(&mut guest, outside, &name));
+    let outcome = join(&mut guest, outside, &name, &mut row).and_then(|()| {
+        carry(&mut guest, outside, &name, "first").with_context(|| format!("on {}", row.rung))?;
+        if row.rung != TUN {
+            guest.shell("node-engine net datapath tun")?;
+            carry(&mut guest, outside, &name, "second").context("on tun")?;
+        }
+        Ok(())
+    });
     if let Err(error) = outcome {
         let log = guest.shell("tail -n 20 /var/log/node-engine").unwrap_or_default();
         row.failures.push(format!("the node: {error:#}\n{log}"));
@@ -100,16 +109,11 @@ pub fn run(outside: &Surroundings, machine: Machine, kernel: &Kernel, programs: 
 
 fn pack(machine: Machine, kernel: &Kernel, programs: &Programs) -> Result<Initrd> {
     let mut initrd = Initrd::new(&programs.busybox, kernel)?;
-    let native = machine == Machine::Amd64;
-    if native {
+    let mut put = |program: &Path, to: &str| initrd.program(machine.strip(), program, to);
+    if machine == Machine::Amd64 {
         let ip = output(std::process::Command::new("sh").args(["-c", "command -v ip"]))?;
-        initrd.program(&std::fs::canonicalize(ip.trim())?, "usr/sbin/ip")?;
+        put(&std::fs::canonicalize(ip.trim())?, "usr/sbin/ip")?;
     }
-    let mut put = |program: &Path, to: &str| match native {
-        true => initrd.program(program, to),
-        // Linked statically, so that it needs none of the other machine's libraries.
-        false => initrd.copy(program, to),
-    };
     put(&programs.daemon, "usr/sbin/node-engine")?;
     put(&programs.probe, "usr/bin/probe")?;
     for program in &programs.tests {
@@ -169,8 +173,8 @@ fn join(guest: &mut Guest, outside: &Surroundings, name: &str, row: &mut Row) ->
 }
 
 /// TCP and UDP by service address, from a process in a namespace of the guest to a container outside, and back.
-fn carry(guest: &mut Guest, outside: &Surroundings, name: &str) -> Result<()> {
-    let service = format!("on{name}");
+fn carry(guest: &mut Guest, outside: &Surroundings, name: &str, service: &str) -> Result<()> {
+    let service = format!("{service}{name}");
     let document = json!({
         "job_name": format!("app.default.{service}.default"), "virtualization": "process", "image": "/usr/bin/probe", "cmd": ["serve"],
     });
@@ -180,7 +184,7 @@ fn carry(guest: &mut Guest, outside: &Surroundings, name: &str) -> Result<()> {
 
     let there = outside.web.service_address(false)?;
     let inside = |guest: &mut Guest, words: &str| -> Result<String> {
-        guest.shell(&format!("nsenter -t $(pidof probe | tr ' ' '\n' | head -n 1) -n probe {words}"))
+        guest.shell(&format!("set -- $(pidof probe); nsenter -t $1 -n probe {words}"))
     };
     let gets: Gets = parse(&inside(guest, &format!("get {} 20", socket(there, HTTP)))?)?;
     ensure!(gets.failed == 0, "from the guest: {} of {} requests failed: {}", gets.failed, gets.requests, gets.error);
