@@ -96,6 +96,8 @@ pub fn run(outside: &Surroundings, machine: Machine, kernel: &Kernel, programs: 
         carry(&mut guest, outside, &name, "first").with_context(|| format!("on {}", row.rung))?;
         if row.rung != TUN {
             guest.shell("node-engine net datapath tun")?;
+            let network = status(&mut guest)?.network;
+            ensure!(network.as_ref().is_some_and(|network| network.datapath == TUN), "it carries by {network:?}");
             carry(&mut guest, outside, &name, "second").context("on tun")?;
         }
         Ok(())
@@ -153,9 +155,7 @@ fn join(guest: &mut Guest, outside: &Surroundings, name: &str, row: &mut Row) ->
     let daemon = format!("{environment} node-engine --cluster {} --name {name} --uplink eth0", lan::CLUSTER);
     guest.shell(&format!("{daemon} >/var/log/node-engine 2>&1 &"))?;
     let status = until("the guest joins the cluster", Duration::from_secs(90), || {
-        let said = guest.run("node-engine status --json", Duration::from_secs(30))?;
-        let status: Status = serde_json::from_str(&said.lines.join("\n"))
-            .with_context(|| format!("the guest's daemon says {:?}", said.lines))?;
+        let status = status(guest)?;
         let carries = status.network.as_ref().is_some_and(|network| !network.subnet_v4.is_empty());
         Ok((status.cluster.connected && carries).then_some(status))
     })?;
@@ -170,6 +170,11 @@ fn join(guest: &mut Guest, outside: &Surroundings, name: &str, row: &mut Row) ->
         rollup.lines.iter().find_map(|line| line.strip_prefix("Pss:")?.split_whitespace().next()?.parse::<u64>().ok());
     row.memory = pss.map(|kib| kib * 1024);
     Ok(())
+}
+
+fn status(guest: &mut Guest) -> Result<Status> {
+    let said = guest.run("node-engine status --json", Duration::from_secs(30))?;
+    serde_json::from_str(&said.lines.join("\n")).with_context(|| format!("the guest's daemon says {:?}", said.lines))
 }
 
 /// TCP and UDP by service address, from a process in a namespace of the guest to a container outside, and back.
