@@ -64,7 +64,12 @@ impl Archive {
 
     /// The versions of a package, newest first.
     pub(crate) fn versions(&self, name: &str) -> Result<Vec<Package>> {
-        let table = output(self.apt("apt-cache").args(["madison", name]))?;
+        self.versions_of(&[name.to_owned()])
+    }
+
+    /// The versions of all these packages, asked for at once: apt reads its lists anew each time.
+    pub(crate) fn versions_of(&self, names: &[String]) -> Result<Vec<Package>> {
+        let table = output(self.apt("apt-cache").arg("madison").args(names))?;
         Ok(table.lines().filter_map(madison).collect())
     }
 

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -74,11 +74,26 @@ impl Surroundings {
     }
 }
 
+/// Says how long each step took: an emulator's time is most of a run's.
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn lap(&mut self, what: &str) {
+        println!("   {what}: {:.0} s", std::mem::replace(&mut self.0, Instant::now()).elapsed().as_secs_f64());
+    }
+}
+
 /// Boots this kernel as guest number `number` and tries everything; what goes wrong in the guest is in the row.
 pub fn run(outside: &Surroundings, machine: Machine, kernel: &Kernel, programs: &Programs, number: u8) -> Result<Row> {
     let initrd = outside.lab.directory().join("initrd");
     pack(machine, kernel, programs)?.write(&initrd)?;
+    let mut clock = Clock::start();
     let mut guest = Guest::boot(machine, kernel, &initrd, &outside.lab.lan, number)?;
+    clock.lap("booted");
     let mut row = Row {
         kernel: guest.release.clone(),
         programs: Vec::new(),
@@ -89,16 +104,21 @@ pub fn run(outside: &Surroundings, machine: Machine, kernel: &Kernel, programs: 
         failures: Vec::new(),
     };
     for program in &programs.tests {
-        tests(&mut guest, &name_of(program)?, &mut row)?;
+        let name = name_of(program)?;
+        tests(&mut guest, &name, &mut row)?;
+        clock.lap(&name);
     }
     let name = format!("guest{number}");
     let outcome = join(&mut guest, outside, &name, &mut row).and_then(|()| {
+        clock.lap("joined");
         carry(&mut guest, outside, &name, "first").with_context(|| format!("on {}", row.rung))?;
+        clock.lap(&row.rung);
         if row.rung != TUN {
             guest.shell("node-engine net datapath tun")?;
             let network = status(&mut guest)?.network;
             ensure!(network.as_ref().is_some_and(|network| network.datapath == TUN), "it carries by {network:?}");
             carry(&mut guest, outside, &name, "second").context("on tun")?;
+            clock.lap(TUN);
         }
         Ok(())
     });
