@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -22,18 +21,8 @@ pub(crate) fn run(target: Target, release: bool) -> Result<PathBuf> {
     build.args(["--package", "node-engine", "--bins", "--profile", profile]);
     process::run(&mut build)?;
     let binary = binary(target, release);
-    if release {
-        strip(target, &binary)?;
-    }
     println!("{}", describe(&binary)?);
     Ok(binary)
-}
-
-/// Takes the symbols away: what the profile says of it is not obeyed by every pair of compiler and cargo.
-fn strip(target: Target, binary: &Path) -> Result<()> {
-    let stripped = binary.with_extension("stripped");
-    process::output(Command::new(target.strip()).arg("-o").arg(&stripped).arg(binary))?;
-    fs::rename(&stripped, binary).with_context(|| format!("cannot write {}", binary.display()))
 }
 
 /// The toolchain for the target, installed if need be.

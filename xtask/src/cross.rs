@@ -81,10 +81,6 @@ impl Target {
         if self.is_native() { "cc".to_owned() } else { format!("{}-gcc", self.tools()) }
     }
 
-    pub(crate) fn strip(self) -> String {
-        if self.is_native() { "strip".to_owned() } else { format!("{}-strip", self.tools()) }
-    }
-
     /// Debian's packages with compiler, linker and C library.
     pub(crate) fn packages(self) -> [String; 2] {
         if self.is_native() {
@@ -196,6 +192,10 @@ impl Toolchain {
         }
         if self.target.is_static() {
             flags.push("-Ctarget-feature=+crt-static".to_owned());
+        }
+        if self.target == Target::Armv7 {
+            // Every armv7 has the short form of instructions, and code is a third smaller in it. The compiler calls the name unstable.
+            flags.push("-Ctarget-feature=+thumb-mode".to_owned());
         }
         flags
     }
