@@ -112,6 +112,8 @@ struct Actor {
     sampling: bool,
     /// How many connections had been asked for when that was last looked at, and the last slot that was.
     sampled: (u32, u32),
+    /// How many packets the kernel had sent to peers at the last tick.
+    sent: u64,
     counting: bool,
     lease_file: PathBuf,
     /// The newest leases, where they are not in the file yet.
@@ -206,6 +208,7 @@ pub(super) async fn start(
         lane_runs: false,
         sampling: false,
         sampled: (0, 0),
+        sent: 0,
         counting: false,
         lease_file,
         leases: None,
@@ -309,7 +312,7 @@ impl Actor {
                     event => self.event(Event::Datapath(event)),
                 },
                 () = links.changed() => self.event(Event::HostChanged),
-                _ = tick.tick() => self.event(Event::Tick),
+                _ = tick.tick() => self.tick(),
                 _ = sample.tick() => self.sample(),
                 _ = count.tick() => self.count(),
                 () = tokio::time::sleep_until(paths.unwrap_or(self.began)), if paths.is_some() && room => self.event(Event::PathsDue),
@@ -396,6 +399,14 @@ impl Actor {
             let tallies = datapath.tallies(slots.clone()).await;
             Answer::Looked(look, datapath.flows().await, slots.into_iter().zip(tallies).collect())
         });
+    }
+
+    fn tick(&mut self) {
+        let sent = self.datapath.sent();
+        if std::mem::replace(&mut self.sent, sent) != sent {
+            self.core.travels();
+        }
+        self.event(Event::Tick);
     }
 
     /// Where there is a choice, who answers and who does not. Nothing is read while nobody begins a connection.

@@ -719,6 +719,11 @@ impl Core {
         }
     }
 
+    /// Packets have been sent to peers since the last tick.
+    pub(super) fn travels(&mut self) {
+        self.greetings.travels();
+    }
+
     fn greet_who_is_due(&mut self, out: &mut Vec<Effect>) {
         let due = self.greetings.tick(self.now);
         self.greet(due, out);

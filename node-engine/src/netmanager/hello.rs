@@ -64,8 +64,10 @@ const OPTION_PROBE: u8 = 3;
 /// waited for a processor.
 const RACE: Duration = Duration::from_secs(2);
 const LAPS: usize = 8;
-/// A framed hello is repeated so long after the last that was answered,
+/// A framed hello is repeated so long after the last that was answered, while packets are sent;
 const FRAMED_PERIOD: Duration = Duration::from_secs(10);
+/// so long while none are: nothing can be lost;
+const FRAMED_IDLE: Duration = PERIOD;
 /// and so long after one that was not yet.
 const FRAMED_RETRY: Duration = Duration::from_millis(500);
 /// After so many without an answer packets travel bare.
@@ -263,6 +265,8 @@ struct Framing {
     agreed: bool,
     /// Framed hellos since the last answer to one.
     unanswered: usize,
+    /// When one was last answered, or else the peer first known.
+    heard: Duration,
     next: Duration,
 }
 
@@ -289,6 +293,13 @@ impl Framing {
         std::mem::take(&mut self.agreed).then_some(Outcome::Framed { peer, port: None })
     }
 
+    /// Packets are sent.
+    fn travels(&mut self) {
+        if self.agreed && self.unanswered == 0 {
+            self.next = self.next.min(self.heard + FRAMED_PERIOD);
+        }
+    }
+
     /// The peer has offered this, or nothing.
     fn offer(&mut self, port: Option<u16>, now: Duration) {
         if port != self.offered {
@@ -298,7 +309,7 @@ impl Framing {
 
     /// A framed hello was answered.
     fn answered(&mut self, peer: u32, now: Duration) -> Option<Outcome> {
-        (self.unanswered, self.next) = (0, now + FRAMED_PERIOD);
+        (self.unanswered, self.heard, self.next) = (0, now, now + FRAMED_IDLE);
         let news = self.offered.is_some() && !std::mem::replace(&mut self.agreed, self.offered.is_some());
         news.then_some(Outcome::Framed { peer, port: self.offered })
     }
@@ -356,6 +367,7 @@ impl Greetings {
             offered: known.framed_port,
             agreed: known.framed_port.is_some(),
             unanswered: 0,
+            heard: now,
             next: now,
         };
         let (token, ours) = (self.tokens.next(), known.ours);
@@ -400,6 +412,11 @@ impl Greetings {
     /// Round trips by peer, as far as they are known.
     pub fn rtts(&self) -> impl Iterator<Item = (u32, Duration)> {
         self.peers.iter().filter_map(|(peer, greeting)| Some((*peer, *greeting.laps.iter().min()?)))
+    }
+
+    /// Packets have been sent to peers.
+    pub fn travels(&mut self) {
+        self.peers.values_mut().for_each(|greeting| greeting.framing.travels());
     }
 
     pub fn forget(&mut self, peer: u32) {

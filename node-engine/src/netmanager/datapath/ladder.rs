@@ -424,6 +424,10 @@ impl Datapath for Ladder {
         blocking("read tallies", read).await.unwrap_or_default()
     }
 
+    fn sent(&self) -> u64 {
+        self.kernel().map_or(0, |kernel| kernel.sent())
+    }
+
     /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.
     fn counters(&self) -> Vec<(String, u64)> {
         let mut counters = self.proxied.counters();

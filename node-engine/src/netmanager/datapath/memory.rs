@@ -148,6 +148,10 @@ impl Datapath for Memory {
         slots.into_iter().map(|slot| state.tables.tally(slot)).collect()
     }
 
+    fn sent(&self) -> u64 {
+        0
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         Vec::new()
     }

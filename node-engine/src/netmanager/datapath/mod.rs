@@ -136,6 +136,9 @@ pub trait Datapath: Send + Sync {
     /// What became of the flows for which each of these slots was chosen since its instance came; slot 0 has the sum of what was asked.
     async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally>;
 
+    /// Packets that the kernel's programs have sent to peers.
+    fn sent(&self) -> u64;
+
     /// Counter names and values: verdicts, and drops by reason.
     fn counters(&self) -> Vec<(String, u64)>;
 }

@@ -188,7 +188,8 @@ fn peer_that_answers_in_framing_gets_framed_packets_until_it_does_no_more() {
     let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
     assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
     assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [], "no news twice");
-    for second in 1..50 {
+    for second in 1..=50 {
+        greetings.travels();
         let outcomes = greetings.tick(at(second));
         assert_eq!(framed(&outcomes).len(), usize::from(second % 10 == 0), "{second}");
         assert_eq!(outcomes.len(), framed(&outcomes).len());
@@ -196,10 +197,16 @@ fn peer_that_answers_in_framing_gets_framed_packets_until_it_does_no_more() {
             assert_eq!(greetings.receive(peer(), &answer, nobody, at(second)), []);
         }
     }
-    let silent: Vec<Outcome> = (50..60).flat_map(|second| greetings.tick(at(second))).collect();
+    let ticks = |greetings: &mut Greetings, seconds: std::ops::Range<u64>| -> Vec<Outcome> {
+        seconds.flat_map(|second| greetings.tick(at(second))).collect()
+    };
+    // Nothing is sent; then something is, and it is found out at once whether it arrives.
+    assert_eq!(framed(&ticks(&mut greetings, 51..95)), []);
+    greetings.travels();
+    let silent = ticks(&mut greetings, 95..100);
     assert_eq!(framed(&silent).len(), FRAMED_TRIES);
     assert!(silent.contains(&Outcome::Framed { peer: 4, port: None }), "a filter has come in between: {silent:?}");
-    assert_eq!(greetings.receive(peer(), &answer, nobody, at(70)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
+    assert_eq!(greetings.receive(peer(), &answer, nobody, at(110)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
 }
 
 #[test]

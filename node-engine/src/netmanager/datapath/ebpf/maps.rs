@@ -11,7 +11,7 @@ use netmanager_common::abi::{
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::{Owned, Tables};
-use netmanager_common::verdict::COUNTERS;
+use netmanager_common::verdict::{COUNT_SENT, COUNTERS};
 
 use super::accounts::Accounts;
 use super::pins::Pins;
@@ -346,6 +346,10 @@ pub(super) struct KernelCounters(PerCpuArray<MapData, u64>);
 impl KernelCounters {
     pub(super) fn open(pins: &Pins) -> Result<Self, DatapathError> {
         open(pins, "COUNTERS").map(Self)
+    }
+
+    pub(super) fn sent(&self) -> u64 {
+        self.0.get(&COUNT_SENT, 0).map_or(0, |cells| cells.iter().sum())
     }
 
     /// Sums over all CPUs; a counter that cannot be read is left out.

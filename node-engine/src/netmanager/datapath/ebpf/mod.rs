@@ -138,6 +138,10 @@ impl Kernel {
         BpfTables::open(self.hooks().pins())
     }
 
+    pub(super) fn sent(&self) -> u64 {
+        self.counters.sent()
+    }
+
     pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
         self.counters.read()
     }
