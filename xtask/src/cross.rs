@@ -139,7 +139,7 @@ impl Toolchain {
         let Some(linker) = which(&target.gcc()) else {
             bail!("{} is not installed (package {})", target.gcc(), target.packages()[0]);
         };
-        let own = which("rustc").context("there is no rustc")?;
+        let own = own_rustc()?;
         let debians = PathBuf::from("/usr/bin/rustc");
         let attempts: [(&str, &dyn Fn() -> Result<Self>); 2] = [
             ("own", &|| Self { target, rustc: own.clone(), sysroot: None, linker: linker.clone() }.tried()),
@@ -214,6 +214,15 @@ impl Toolchain {
         command.args([verb, "--target", self.target.triple(), "--target-dir"]).arg(directory());
         command
     }
+}
+
+/// This checkout's compiler itself. rustup's stand-in would choose anew in the directory of each crate, and some come with a choice of
+/// their own.
+fn own_rustc() -> Result<PathBuf> {
+    let rustc = which("rustc").context("there is no rustc")?;
+    let sysroot = output(without_leaks(&mut Command::new(&rustc)).current_dir(root()).args(["--print", "sysroot"]))?;
+    let itself = Path::new(sysroot.trim()).join("bin/rustc");
+    Ok(if itself.is_file() { itself } else { rustc })
 }
 
 /// Where products for other machines are.
