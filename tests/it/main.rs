@@ -1,14 +1,12 @@
 //! Scenarios: whole clusters on one machine, with real containers and real packets. They need root, Docker and time, so a plain
 //! `cargo test` passes them by; `cargo xtask test` runs them all. Those about the overlay run once for each datapath.
 
-/// Makes a test of each function for each datapath; with `every rung`, also for programs as old kernels know them.
+/// Makes a test of each function for each rung of the datapath. Of those for programs as old kernels know them a plain `cargo xtask test`
+/// runs a few, `--rung ebpf-plain` all.
 macro_rules! each_datapath {
-    (every rung: $($scenario:ident),+ $(,)?) => {
-        each_datapath!($($scenario),+);
-        each_datapath!(@ plain Plain: $($scenario),+);
-    };
     ($($scenario:ident),+ $(,)?) => {
         each_datapath!(@ ebpf Ebpf: $($scenario),+);
+        each_datapath!(@ plain Plain: $($scenario),+);
         each_datapath!(@ tun Tun: $($scenario),+);
     };
     (@ $module:ident $datapath:ident: $($scenario:ident),+) => {

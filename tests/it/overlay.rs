@@ -5,7 +5,7 @@ use lab::node::Datapath;
 use lab::topology::{Lab, Plan};
 use lab::traffic::Flows;
 
-each_datapath!(every rung: instances_reach_each_other);
+each_datapath!(instances_reach_each_other);
 
 fn instances_reach_each_other(datapath: Datapath) {
     let lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");

@@ -69,11 +69,14 @@ enum Task {
         /// Only lab scenarios whose name contains this; no unit tests
         #[arg(long)]
         scenario: Option<String>,
+        /// Only the overlay's lab scenarios, all of them, on this rung of the datapath
+        #[arg(long, conflicts_with_all = ["scenario", "unit"])]
+        rung: Option<test::Rung>,
         /// Only unit tests; no lab
         #[arg(long, conflicts_with = "scenario")]
         unit: bool,
         /// The unit tests of another machine (armv7), in an emulator of its processor, without those that need root
-        #[arg(long, conflicts_with = "scenario")]
+        #[arg(long, conflicts_with_all = ["scenario", "rung"])]
         target: Option<Target>,
     },
     /// Two nodes and a cluster on this machine: deploy, reach, measure, clean up
@@ -127,7 +130,7 @@ fn main() -> ExitCode {
         Task::Lint { ebpf: true } => ebpf::clippy(),
         Task::Lint { ebpf: false } => lint::run(),
         Task::Tidy => tidy::run(),
-        Task::Test { scenario, unit, target } => test::run(&test::Selection { scenario, unit, target }),
+        Task::Test { scenario, rung, unit, target } => test::run(&test::Selection { scenario, rung, unit, target }),
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),

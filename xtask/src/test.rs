@@ -3,7 +3,8 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 
 use crate::cross::Target;
 use crate::process::{self, cargo, root};
@@ -13,9 +14,34 @@ use crate::{build, ebpf, setup};
 #[derive(Debug, Default)]
 pub(crate) struct Selection {
     pub(crate) scenario: Option<String>,
+    /// Every scenario of the overlay, on this rung alone.
+    pub(crate) rung: Option<Rung>,
     pub(crate) unit: bool,
     /// Of another machine, in an emulator of its processor: the tests beside the code that need no more than a user's rights.
     pub(crate) target: Option<Target>,
+}
+
+/// What a node may stand on, as `node-engine --datapath` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Rung {
+    Ebpf,
+    EbpfPlain,
+    Tun,
+}
+
+/// The scenarios on this rung are in modules of this name.
+const PLAIN: &str = "::plain::";
+/// Scenarios that are tried on the middle rung, too, whenever everything is: its programs are the first rung's but for two helpers.
+const PLAIN_AS_WELL: [&str; 3] = ["overlay::plain::", "miss::plain::", "restart::plain::a_killed"];
+
+impl Rung {
+    const fn module(self) -> &'static str {
+        match self {
+            Self::Ebpf => "::ebpf::",
+            Self::EbpfPlain => PLAIN,
+            Self::Tun => "::tun::",
+        }
+    }
 }
 
 /// Sums of libtest's result lines.
@@ -49,11 +75,23 @@ fn everything(selection: &Selection) -> Result<Tally> {
     build_programs()?;
 
     let mut tally = Tally::default();
-    if selection.scenario.is_none() {
+    if selection.scenario.is_none() && selection.rung.is_none() {
         tally.add(unit_tests()?);
     }
     if !selection.unit {
-        tally.add(scenarios(selection.scenario.as_deref())?);
+        match (&selection.scenario, selection.rung) {
+            (Some(name), _) => tally.add(scenarios(&[name])?),
+            (None, Some(rung)) => tally.add(scenarios(&[rung.module()])?),
+            (None, None) => {
+                tally.add(scenarios(&["--skip", PLAIN])?);
+                let plain = scenarios(&PLAIN_AS_WELL)?;
+                ensure!(
+                    plain.passed + plain.failed >= PLAIN_AS_WELL.len() as u64,
+                    "not every one of {PLAIN_AS_WELL:?} ran"
+                );
+                tally.add(plain);
+            }
+        }
     }
     Ok(tally)
 }
@@ -108,7 +146,8 @@ fn unit_tests() -> Result<Tally> {
     counted(&mut command)
 }
 
-fn scenarios(filter: Option<&str>) -> Result<Tally> {
+/// The lab's tests whose names contain one of these.
+fn scenarios(filter: &[&str]) -> Result<Tally> {
     let mut command = cargo();
     command.args(["test", "--package", "lab", "--no-fail-fast", "--"]).args(filter);
     command.args(["--include-ignored", "--test-threads", "1"]);
