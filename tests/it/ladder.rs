@@ -1,7 +1,7 @@
 //! Which datapath a node gets and why, and that it may change while packets flow.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::Stdio;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ fn a_node_without_ebpf_says_why() {
     }
 }
 
-/// Fifty times from one to the other under a stream, datagrams, and new connections: none is lost.
+/// Fifty times from one to the other under a stream, datagrams, a hundred open connections, and new ones: none is lost.
 #[test]
 #[ignore = "needs root"]
 fn the_datapath_changes_under_load() {
@@ -88,8 +88,10 @@ fn the_datapath_changes_under_load() {
     }
 
     let mut stream = lab.within(&client, |client| client.stream(to, 600.0)).expect("a stream");
+    let mut held = Held::open(&lab.nodes[0].host, &name, &socket(to, ECHO), 100);
     for turn in 0..SWITCHES {
         change(turn);
+        held.all_answer(&format!("after {turn} switches"));
         stream.advances(Duration::from_secs(2)).expect("the stream goes on");
         if turn % 10 < 2 {
             let gets = container.get(to, 20).expect("it runs");
@@ -98,6 +100,7 @@ fn the_datapath_changes_under_load() {
             assert_eq!(echoes.received, echoes.sent, "datagrams");
         }
     }
+    held.end();
     let stall = stream.longest_stall();
     println!("{SWITCHES} switches, longest stall of the stream {stall:?}");
     assert!(stall < Duration::from_millis(1_000), "{stall:?}");
@@ -145,31 +148,52 @@ fn a_thousand_connections_outlive_a_daemon_without_ebpf() {
     let web = lab.deploy(&Deploy { name: "web", replicas: 3, ..Deploy::default() }, 3).expect("they run");
     let to = web[0].service_address(false).expect("a service address");
     let name = client[0].container();
-    let mut command = lab.nodes[0].host.command("docker");
-    command.args(["exec", "--interactive", &name, "probe", "hold", &socket(to, ECHO), &CONNECTIONS.to_string()]);
-    let mut probe = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
-    let mut asks = probe.stdin.take().expect("piped");
-    let mut says = BufReader::new(probe.stdout.take().expect("piped")).lines().map(|line| line.expect("a line"));
-    assert_eq!(says.next().as_deref(), Some("open"));
-    let mut ask = || {
-        writeln!(asks, "all").expect("it listens");
-        says.next().expect("it answers")
-    };
-    let whole = format!("{{\"open\":{CONNECTIONS},\"broken\":0}}");
-    assert_eq!(ask(), whole);
+    let mut held = Held::open(&lab.nodes[0].host, &name, &socket(to, ECHO), CONNECTIONS);
 
     for node in &mut lab.nodes {
         node.kill().expect("killed");
         node.start().expect("started again");
     }
     // Not the cluster, and nobody's answer: what the daemon finds is enough.
-    assert_eq!(ask(), whole);
+    held.all_answer("without the cluster");
     for node in &mut lab.nodes {
         node.joined().expect("back in the cluster");
     }
-    assert_eq!(ask(), whole);
-    drop(asks);
-    assert!(probe.wait().expect("it ends").success());
+    held.all_answer("with the cluster");
+    held.end();
+}
+
+/// Connections of a container that stay open, each of which is asked for an answer now and then.
+struct Held {
+    count: usize,
+    probe: Child,
+    asks: ChildStdin,
+    says: Lines<BufReader<ChildStdout>>,
+}
+
+impl Held {
+    fn open(host: &Host, container: &str, to: &str, count: usize) -> Self {
+        let mut command = host.command("docker");
+        command.args(["exec", "--interactive", container, "probe", "hold", to, &count.to_string()]);
+        let mut probe = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("it starts");
+        let asks = probe.stdin.take().expect("piped");
+        let mut says = BufReader::new(probe.stdout.take().expect("piped")).lines();
+        assert_eq!(says.next().expect("it says").expect("a line"), "open");
+        let mut held = Self { count, probe, asks, says };
+        held.all_answer("at the begin");
+        held
+    }
+
+    fn all_answer(&mut self, when: &str) {
+        writeln!(self.asks, "all").expect("it listens");
+        let said = self.says.next().expect("it answers").expect("a line");
+        assert_eq!(said, format!("{{\"open\":{},\"broken\":0}}", self.count), "{when}");
+    }
+
+    fn end(mut self) {
+        drop(self.asks);
+        assert!(self.probe.wait().expect("it ends").success());
+    }
 }
 
 fn network(node: &Node) -> StatusNetwork {
