@@ -135,6 +135,8 @@ pub(super) struct Core {
     touched: BTreeSet<ServiceName>,
     /// The rows of each service as the peers were last told.
     told: BTreeMap<ServiceName, BTreeMap<u32, (Deployed, u32)>>,
+    /// Nodes that have just been heard again, and when: what they were told before that may have been lost with a broker.
+    back: HashMap<NodeId, Moment>,
 }
 
 impl Core {
@@ -154,6 +156,7 @@ impl Core {
             effects: Effects::default(),
             touched: BTreeSet::new(),
             told: BTreeMap::new(),
+            back: HashMap::new(),
         }
     }
 

@@ -338,6 +338,27 @@ fn a_node_that_comes_back_keeps_what_nobody_else_could_take() {
     assert_eq!(cluster.words(), [(0, "RUNNING", "a".into())]);
 }
 
+/// The broker dies with the manager: an order that was saved and published may have reached nobody.
+#[test]
+fn an_order_that_died_with_the_broker_is_repeated_when_its_node_is_back() {
+    let mut cluster = Cluster::with_nodes(&["a", "b"]);
+    cluster.deploy_as(request(WEB), 1, Some("a")).unwrap();
+    cluster.deploy_as(request(WEB), 1, Some("b")).unwrap();
+    assert_eq!(cluster.take(), ["deploy 0 on a", "deploy 1 on b"]);
+    cluster.core.resume();
+    cluster.core.nodes.values_mut().for_each(|node| node.seen = None);
+    cluster.pass(1, &[]);
+    assert_eq!(cluster.take(), [""; 0], "nobody hears yet");
+    // The one has heard it, the other has not.
+    cluster.says("a", 0, Status::Creating);
+    let id = cluster.id("b");
+    cluster.core.information(&id, NodeFacts::default(), cluster.now);
+    cluster.pass(1, &[]);
+    assert_eq!(cluster.take(), ["deploy 1 on b"]);
+    cluster.pass(1, &[]);
+    assert_eq!(cluster.take(), [""; 0], "once");
+}
+
 #[test]
 fn failures_are_tried_again_ever_more_slowly() {
     let mut cluster = Cluster::with_nodes(&["a"]);

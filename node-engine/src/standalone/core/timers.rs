@@ -41,6 +41,7 @@ const MOVE_ATTEMPTS: u32 = 3;
 impl Core {
     /// To be called about once a second.
     pub(in super::super) fn tick(&mut self, now: Moment) {
+        self.repeat_orders(now);
         let mut searching = Vec::new();
         for id in self.instances() {
             let Some(instance) = self.instance_mut(&id) else { continue };
@@ -170,6 +171,26 @@ impl Core {
         for instance in instances.filter(|instance| instance.node.as_ref() == Some(node)) {
             if let Phase::Lost { retry } = &mut instance.phase {
                 *retry = (*retry).max(now + COME_BACK);
+            }
+        }
+        self.back.insert(node.clone(), now);
+    }
+
+    /// Deploys of which a node has said nothing since before it was heard again: with the broker, or with the node's session, they may
+    /// be lost. Not at once, as the same words of the node may answer them.
+    fn repeat_orders(&mut self, now: Moment) {
+        let back = std::mem::take(&mut self.back);
+        if back.is_empty() {
+            return;
+        }
+        for id in self.instances() {
+            let Some(instance) = self.instance_mut(&id) else { continue };
+            let Some((node, since)) = instance.node.as_ref().and_then(|node| back.get_key_value(node)) else {
+                continue;
+            };
+            if instance.phase == Phase::Scheduled && instance.heard < *since {
+                instance.heard = now;
+                self.send_deploy(node.clone(), &id);
             }
         }
     }
