@@ -216,4 +216,6 @@ impl Desired {
 }
 
 #[cfg(test)]
+mod power;
+#[cfg(test)]
 mod tests;

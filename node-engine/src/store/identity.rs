@@ -76,6 +76,20 @@ impl Store {
         }
     }
 
+    /// What [`Self::open`] would make of what is in `dir`, in words. Changes nothing.
+    ///
+    /// # Errors
+    /// As for that.
+    pub fn look(dir: &Path) -> Result<&'static str, StoreError> {
+        let path = dir.join("state.json");
+        match read(&path)? {
+            Content::Absent => Ok("nothing is kept yet"),
+            Content::State(_) => Ok("as this version writes it"),
+            Content::Corrupt => Ok("damaged: it will be kept aside, and made again"),
+            Content::Newer(found) => Err(StoreError::Newer { path, found }),
+        }
+    }
+
     pub fn state(&self) -> &State {
         &self.state
     }
@@ -309,6 +323,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         fs::write(&path, br#"{"format":2,"identity":[]}"#).unwrap();
+        assert!(matches!(Store::look(dir.path()), Err(StoreError::Newer { found: 2, .. })));
         let error = Store::open(dir.path()).unwrap_err();
         assert!(matches!(error, StoreError::Newer { found: 2, .. }), "{error}");
         assert_eq!(fs::read(&path).unwrap(), br#"{"format":2,"identity":[]}"#);

@@ -14,7 +14,7 @@ fn given(node: &str, generation: u64) -> Option<Given> {
     Some(Given { node: node.parse().unwrap(), generation })
 }
 
-fn deploy(number: u32, document: &str, given: Option<Given>) -> Order {
+pub(super) fn deploy(number: u32, document: &str, given: Option<Given>) -> Order {
     Order { instance: id(number), document: Some(document.into()), given }
 }
 
@@ -207,6 +207,74 @@ fn a_full_disk_refuses_deployments_and_heals_by_itself() {
     umount(dir.path()).unwrap();
 }
 
+/// A hundred thousand orders, of which each tenth comes twice, at once or much later, and each tenth is overtaken by others: what is wanted
+/// in the end is what the last order for each instance wants, also after a start in between.
+#[test]
+fn the_end_of_many_orders_is_what_the_last_ones_want() {
+    const INSTANCES: u64 = 64;
+    /// Orders that wait together become one commit.
+    const TOGETHER: usize = 256;
+    let orders = size("NODE_ENGINE_ORDERS", 100_000);
+    let mut chance = Chance(7);
+    let mut model: BTreeMap<u32, Option<String>> = BTreeMap::new();
+    let mut sent = Vec::new();
+    for generation in 1..=u64::from(orders) {
+        let number = chance.below(INSTANCES) as u32;
+        let document = (chance.below(3) > 0).then(|| format!("document {}", chance.below(5)));
+        model.insert(number, document.clone());
+        let order = Order { instance: id(number), document: document.map(Into::into), given: given("one", generation) };
+        if chance.below(10) == 0 {
+            let at = sent.len().saturating_sub(chance.below(1_000) as usize);
+            // An earlier one comes again.
+            let again = sent.get(at).cloned();
+            sent.extend(again);
+        }
+        sent.push(order);
+        if chance.below(10) == 0 {
+            let (last, other) = (sent.len() - 1, sent.len().saturating_sub(1 + chance.below(20) as usize));
+            sent.swap(last, other);
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut desired = Desired::open(dir.path());
+    let batches = sent.chunks(TOGETHER).count();
+    for (number, batch) in sent.chunks(TOGETHER).enumerate() {
+        if number == batches / 2 {
+            drop(desired);
+            desired = Desired::open(dir.path());
+        }
+        assert!(desired.orders(batch).iter().all(|verdict| !matches!(verdict, Verdict::Refused(_))));
+    }
+    let expected: Vec<String> = model
+        .iter()
+        .map(|(number, document)| format!("{number}:{}", document.as_deref().unwrap_or("deleted")))
+        .collect();
+    let sorted = |desired: &Desired| {
+        let mut rows = wanted(desired);
+        rows.sort_by_key(|row| row.split(':').next().and_then(|number| number.parse::<u32>().ok()));
+        rows
+    };
+    assert_eq!(sorted(&desired), expected);
+    drop(desired);
+    assert_eq!(sorted(&Desired::open(dir.path())), expected);
+}
+
+/// The same numbers each time.
+pub(super) struct Chance(pub(super) u64);
+
+impl Chance {
+    pub(super) fn below(&mut self, end: u64) -> u64 {
+        // Knuth, "MMIX": the upper bits are the good ones.
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// How much of it, where somebody wants more or less than usual.
+pub(super) fn size(variable: &str, usual: u32) -> u32 {
+    std::env::var(variable).map_or(usual, |text| text.parse().expect("a number"))
+}
+
 #[test]
 fn the_book_is_bounded() {
     let dir = tempfile::tempdir().unwrap();
@@ -221,7 +289,7 @@ fn the_book_is_bounded() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(size("NODE_ENGINE_DAMAGES", 64)))]
     /// Whatever is in the file, a start comes of it, and nothing that was not written.
     #[test]
     fn damage_never_panics_and_never_prevents_a_start(
