@@ -1,6 +1,8 @@
 //! Containers under a containerd of this test's own: namespaces, control groups, ends, adoption.
 #![expect(clippy::unwrap_used, reason = "a test panics where it cannot go on")]
 
+mod support;
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,10 +14,10 @@ use node_engine::runtime::containerd::{ContainerdRuntime, Handler, Settings};
 use node_engine::runtime::session::{Input, Output, Terminal};
 use node_engine::runtime::{Adopted, AdoptedState, Exec, Exit, Runtime, RuntimeError, Session};
 use serde_json::json;
+use support::{PATIENCE, exited, log, run};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const NAMESPACE: &str = "edge";
 const IMAGE: &str = "lab/box:1";
 
@@ -198,28 +200,6 @@ fn shell(number: u32, script: &str) -> InstanceSpec {
     InstanceSpec { image: IMAGE.into(), command, document, ..InstanceSpec::new(id(number), technology) }
 }
 
-async fn run(runtime: &ContainerdRuntime, spec: &InstanceSpec) -> PathBuf {
-    let sandbox = runtime.prepare(spec).await.unwrap();
-    runtime.start(&spec.id).await.unwrap();
-    sandbox.netns
-}
-
-async fn exited(runtime: &ContainerdRuntime) -> Exit {
-    timeout(PATIENCE, runtime.exited()).await.expect("an end in time")
-}
-
-async fn log(runtime: &ContainerdRuntime, id: &InstanceId, last: &str) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let log = String::from_utf8(runtime.logs(id, 4096).await.unwrap()).unwrap();
-        if log.contains(last) {
-            return log;
-        }
-        assert!(Instant::now() < deadline, "no {last:?} in {log:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 /// Standard output, standard error, exit code.
 async fn said(session: &mut Session) -> (String, String, i64) {
     let (mut out, mut errors) = (Vec::new(), Vec::new());
@@ -325,7 +305,7 @@ async fn commands_run_beside_it_as_its_user() {
 async fn ends_are_told_once_and_as_what_they_were() {
     let rig = Rig::new();
     let runtime = rig.runtime();
-    let exit = |number, code, out_of_memory| Exit { instance: id(number), code, out_of_memory };
+    let exit = |number, code, out_of_memory| Exit { instance: id(number), code, out_of_memory, reason: None };
     run(&runtime, &shell(0, "echo bye; exit 3")).await;
     assert_eq!(exited(&runtime).await, exit(0, 3, false));
     assert_eq!(log(&runtime, &id(0), "bye").await, "bye\n", "it is kept until the instance is removed");
@@ -333,7 +313,7 @@ async fn ends_are_told_once_and_as_what_they_were() {
     run(&runtime, &InstanceSpec { limits, ..shell(1, "tail /dev/zero; exit 9") }).await;
     let hog = exited(&runtime).await;
     assert!(hog.out_of_memory && hog.code != 0, "{hog:?}");
-    let netns = run(&runtime, &shell(2, "sleep 1000")).await;
+    let netns = run(&runtime, &shell(2, "sleep 1000")).await.netns;
     let pid: i32 = netns.iter().nth(2).unwrap().to_str().unwrap().parse().unwrap();
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
     assert_eq!(exited(&runtime).await, exit(2, 137, false));
@@ -353,7 +333,7 @@ async fn a_new_daemon_adopts_what_the_old_one_left() {
     let rig = Rig::new();
     let old = rig.runtime();
     let ticks = "i=0; while :; do echo tick $i; i=$((i+1)); sleep 0.1; done";
-    let netns = run(&old, &shell(0, ticks)).await;
+    let netns = run(&old, &shell(0, ticks)).await.netns;
     run(&old, &shell(1, "exit 4")).await;
     assert_eq!(exited(&old).await.code, 4);
     run(&old, &shell(2, "sleep 1; exit 5")).await;
@@ -370,10 +350,10 @@ async fn a_new_daemon_adopts_what_the_old_one_left() {
     assert_eq!(sandbox.netns, netns);
     assert_eq!(
         find(adopted.clone(), 1).state,
-        AdoptedState::Exited(Exit { instance: id(1), code: 4, out_of_memory: false })
+        AdoptedState::Exited(Exit { instance: id(1), code: 4, out_of_memory: false, reason: None })
     );
     assert_eq!(find(adopted, 3).state, AdoptedState::Incomplete);
-    assert_eq!(exited(&new).await, Exit { instance: id(2), code: 5, out_of_memory: false });
+    assert_eq!(exited(&new).await, Exit { instance: id(2), code: 5, out_of_memory: false, reason: None });
     // Its output goes on, and is bounded by whoever keeps it and not by us.
     let last = log(&new, &id(0), "tick").await;
     let count =
@@ -397,7 +377,7 @@ async fn containers_outlive_containerd_and_their_ends_are_told_afterwards() {
     assert_eq!(runtime.usage().await.unwrap().len(), 2, "measured without containerd");
     tokio::time::sleep(Duration::from_millis(2500)).await;
     rig.restart_containerd();
-    assert_eq!(exited(&runtime).await, Exit { instance: id(1), code: 6, out_of_memory: false });
+    assert_eq!(exited(&runtime).await, Exit { instance: id(1), code: 6, out_of_memory: false, reason: None });
     assert!(runtime.inspect(&id(0)).await.unwrap().pid.is_some());
     for number in 0..2 {
         runtime.stop(&id(number), Duration::ZERO).await.unwrap();

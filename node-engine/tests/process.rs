@@ -1,6 +1,8 @@
 //! Plain commands under the real supervisor: namespaces, control groups, ends, adoption.
 #![expect(clippy::unwrap_used, reason = "a test panics where it cannot go on")]
 
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,10 +12,8 @@ use node_engine::netns;
 use node_engine::runtime::process::{Policy, ProcessRuntime};
 use node_engine::runtime::supervised::Home;
 use node_engine::runtime::{AdoptedState, Exit, Runtime, RuntimeError};
+use support::{exited, log, run};
 use tokio::sync::watch;
-use tokio::time::timeout;
-
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Directories of one test, and names that no other has.
 struct Rig {
@@ -53,27 +53,6 @@ impl Rig {
 
     fn pinned(id: &InstanceId) -> PathBuf {
         Path::new(netns::NAMED).join(id.to_string())
-    }
-}
-
-async fn run(runtime: &ProcessRuntime, spec: &InstanceSpec) {
-    runtime.prepare(spec).await.unwrap();
-    runtime.start(&spec.id).await.unwrap();
-}
-
-async fn exited(runtime: &ProcessRuntime) -> Exit {
-    timeout(PATIENCE, runtime.exited()).await.expect("an end in time")
-}
-
-async fn log(runtime: &ProcessRuntime, id: &InstanceId, last: &str) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let log = String::from_utf8(runtime.logs(id, 4096).await.unwrap()).unwrap();
-        if log.contains(last) {
-            return log;
-        }
-        assert!(Instant::now() < deadline, "no {last:?} in {log:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -128,11 +107,24 @@ async fn each_end_is_told_once_with_its_code() {
         let spec = InstanceSpec { limits, ..rig.shell(number, script) };
         run(&runtime, &spec).await;
         let exit = exited(&runtime).await;
-        assert_eq!(exit, Exit { instance: spec.id.clone(), code, out_of_memory }, "{script}");
+        assert_eq!(exit, Exit { instance: spec.id.clone(), code, out_of_memory, reason: None }, "{script}");
         let adopted = runtime.adopt().await.unwrap();
         assert_eq!(adopted[0].state, AdoptedState::Exited(exit));
         runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
     }
+    // What is started again after its end runs again, and its end is its own.
+    let marker = tempfile::tempdir().unwrap();
+    let script = format!("cd {}; test -e x || {{ >x; tail /dev/zero; }}; exit 5", marker.path().display());
+    let limits = Limits { memory_mib: Some(16), ..Limits::default() };
+    let raised = InstanceSpec { limits, ..rig.shell(8, &script) };
+    run(&runtime, &raised).await;
+    for out_of_memory in [true, false, false] {
+        let exit = Exit { instance: raised.id.clone(), code: 5, out_of_memory, reason: None };
+        assert_eq!(exited(&runtime).await, exit);
+        runtime.start(&raised.id).await.unwrap();
+    }
+    exited(&runtime).await;
+    runtime.stop(&raised.id, Duration::ZERO).await.unwrap();
     // An end that was asked for is not told: the next one is the next instance's.
     let (asked, next) = (rig.shell(5, "sleep 1000"), rig.shell(6, "exit 9"));
     run(&runtime, &asked).await;
@@ -144,7 +136,10 @@ async fn each_end_is_told_once_with_its_code() {
     run(&runtime, &orphan).await;
     let supervisor = nix::unistd::Pid::from_raw(rig.supervisor(&orphan.id));
     nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGKILL).unwrap();
-    assert_eq!(exited(&runtime).await, Exit { instance: orphan.id.clone(), code: 137, out_of_memory: false });
+    assert_eq!(
+        exited(&runtime).await,
+        Exit { instance: orphan.id.clone(), code: 137, out_of_memory: false, reason: None }
+    );
     for spec in [next, orphan] {
         runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
     }
@@ -189,7 +184,7 @@ async fn a_restarted_daemon_adopts_what_runs() {
     let AdoptedState::Running(sandbox) = of(&runs.id).state else { panic!("{adopted:?}") };
     assert_eq!(sandbox.netns, Rig::pinned(&runs.id));
     assert_eq!(of(&runs.id).document, runs.document);
-    let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false };
+    let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false, reason: None };
     assert_eq!(of(&ended.id).state, AdoptedState::Exited(exit));
     assert_eq!(of(&prepared.id).state, AdoptedState::Incomplete);
     assert_eq!(rig.supervisor(&runs.id), supervisor, "the same process");

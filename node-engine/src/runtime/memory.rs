@@ -104,7 +104,7 @@ impl MemoryRuntime {
 
     /// Ends a running instance. Returns whether there was one.
     pub fn exit(&self, instance: &InstanceId, code: i64, out_of_memory: bool) -> bool {
-        let exit = Exit { instance: instance.clone(), code, out_of_memory };
+        let exit = Exit { instance: instance.clone(), code, out_of_memory, reason: None };
         let mut state = self.state();
         let Some(held) = state.instances.get_mut(instance).filter(|held| held.phase == Phase::Running) else {
             return false;
@@ -391,7 +391,7 @@ mod tests {
 
         assert!(runtime.exit(&spec.id, 3, false));
         let exit = runtime.exited().await;
-        assert_eq!(exit, Exit { instance: spec.id.clone(), code: 3, out_of_memory: false });
+        assert_eq!(exit, Exit { instance: spec.id.clone(), code: 3, out_of_memory: false, reason: None });
         assert_eq!(runtime.adopt().await.expect("adopt")[0].state, AdoptedState::Exited(exit));
 
         runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");

@@ -109,6 +109,8 @@ pub struct Exit {
     pub instance: InstanceId,
     pub code: i64,
     pub out_of_memory: bool,
+    /// What there is to say beyond the code, where the runtime knows.
+    pub reason: Option<String>,
 }
 
 /// Callers act on these differently: a refused description is final, an absent back-end may come back.

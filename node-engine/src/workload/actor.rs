@@ -262,10 +262,11 @@ impl Actor {
     }
 
     fn exited(&mut self, exit: Exit) {
-        let Exit { instance, code, out_of_memory } = exit;
+        let Exit { instance, code, out_of_memory, reason } = exit;
         let memory = if out_of_memory { ", out of memory" } else { "" };
-        self.setup.events.say_of(&instance, EventKind::Exited, format!("exit code {code}{memory}"));
-        self.event(Event::Exited { instance, code, out_of_memory });
+        let more = reason.as_ref().map(|reason| format!(", {reason}")).unwrap_or_default();
+        self.setup.events.say_of(&instance, EventKind::Exited, format!("exit code {code}{memory}{more}"));
+        self.event(Event::Exited { instance, code, out_of_memory, reason });
     }
 
     fn event(&mut self, event: Event) {
@@ -457,7 +458,9 @@ fn found(technology: &Technology, adopted: Adopted, parse: fn(&str) -> Option<In
         Some(spec) => {
             let state = match state {
                 AdoptedState::Running(sandbox) => FoundState::Running { netns: sandbox.netns },
-                AdoptedState::Exited(exit) => FoundState::Exited { code: exit.code, out_of_memory: exit.out_of_memory },
+                AdoptedState::Exited(Exit { code, out_of_memory, reason, .. }) => {
+                    FoundState::Exited { code, out_of_memory, reason }
+                }
                 AdoptedState::Incomplete => FoundState::Incomplete,
             };
             Found { spec: InstanceSpec { technology: technology.clone(), ..spec }, state }

@@ -71,6 +71,7 @@ pub(super) enum Event {
         instance: InstanceId,
         code: i64,
         out_of_memory: bool,
+        reason: Option<String>,
     },
     /// The daemon ends: everything stays as it is, or is taken down.
     Drain {
@@ -94,6 +95,7 @@ pub(super) enum FoundState {
     Exited {
         code: i64,
         out_of_memory: bool,
+        reason: Option<String>,
     },
     Incomplete,
     /// It runs or not, but its description cannot be read any more.
@@ -257,8 +259,8 @@ impl Core {
                     None
                 });
             }
-            Event::Exited { instance, code, out_of_memory } => {
-                self.with(now, &instance, &mut out, |instance, _| instance.exited(code, out_of_memory));
+            Event::Exited { instance, code, out_of_memory, reason } => {
+                self.with(now, &instance, &mut out, |instance, _| instance.exited(code, out_of_memory, reason));
             }
             Event::Drain { stop } => self.drain(now, stop, &mut out),
             Event::Tick => self.tick(now, &mut out),
@@ -486,8 +488,8 @@ impl Core {
                 Instance::adopted(wish.spec.clone(), netns, now)
             }
             // It did its work, or could not, while nobody watched.
-            FoundState::Exited { code, out_of_memory } if wish.spec.one_shot => {
-                let ending = Ending::of_exit(&wish.spec, code, out_of_memory);
+            FoundState::Exited { code, out_of_memory, reason } if wish.spec.one_shot => {
+                let ending = Ending::of_exit(&wish.spec, code, out_of_memory, reason);
                 Instance::remains(found, Cause::Ended(ending), None, now)
             }
             FoundState::Running { .. }

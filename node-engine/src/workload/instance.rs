@@ -107,7 +107,7 @@ impl Ending {
     }
 
     /// What the end of the first process means for the cluster.
-    pub(super) fn of_exit(spec: &InstanceSpec, code: i64, out_of_memory: bool) -> Self {
+    pub(super) fn of_exit(spec: &InstanceSpec, code: i64, out_of_memory: bool, reason: Option<String>) -> Self {
         match (code, out_of_memory, spec.one_shot) {
             (0, _, true) => Self { status: Status::Completed, detail: String::new() },
             (0, _, false) => Self { status: Status::Dead, detail: "ended with exit code 0".into() },
@@ -115,7 +115,7 @@ impl Ending {
                 Limits { memory_mib: Some(limit), .. } => format!("out of memory (limit {limit} MiB)"),
                 _ => "out of memory".into(),
             }),
-            (code, false, _) => Self::failed(format!("exit code {code}")),
+            (code, false, _) => Self::failed(reason.unwrap_or_else(|| format!("exit code {code}"))),
         }
     }
 }
@@ -281,8 +281,8 @@ impl Instance {
     }
 
     /// The first process ended. Before the start that is news of an earlier copy, and later it is expected.
-    pub(super) fn exited(&mut self, code: i64, out_of_memory: bool) -> Option<Ending> {
-        let ending = Ending::of_exit(&self.spec, code, out_of_memory);
+    pub(super) fn exited(&mut self, code: i64, out_of_memory: bool, reason: Option<String>) -> Option<Ending> {
+        let ending = Ending::of_exit(&self.spec, code, out_of_memory, reason);
         match self.phase {
             Phase::Running => return Some(ending),
             Phase::Starting if self.busy => self.ended = Some(ending),

@@ -318,7 +318,7 @@ impl Holder {
                 // Kept until all is told: this task ends with it.
                 if let Some(_workload) = holder.running.take(&instance) {
                     // The receiver lives as long as the runtime; a full queue makes this wait.
-                    let _ = holder.exits.send(Exit { instance, code, out_of_memory }).await;
+                    let _ = holder.exits.send(Exit { instance, code, out_of_memory, reason: None }).await;
                 }
             }))
         });
@@ -364,7 +364,7 @@ impl Holder {
                 drop(self.running.take(instance));
                 let code = process.code.into();
                 let out_of_memory = self.out_of_memory(instance, code);
-                AdoptedState::Exited(Exit { instance: instance.clone(), code, out_of_memory })
+                AdoptedState::Exited(Exit { instance: instance.clone(), code, out_of_memory, reason: None })
             }
             State::Created | State::Unknown => AdoptedState::Incomplete,
         })

@@ -403,6 +403,7 @@ impl Inner {
                 instance: instance.clone(),
                 code,
                 out_of_memory: state.oom_killed.unwrap_or(false),
+                reason: None,
             }),
             _ => AdoptedState::Incomplete,
         })

@@ -86,7 +86,7 @@ async fn limits_hold_in_the_cgroup() {
     let spec = InstanceSpec { limits, ..shell(20, script) };
     assert!(cgroup::online_cpus() > 1, "on one CPU a limit of one is none");
     run(&runtime, &spec).await;
-    assert_eq!(exited(&runtime).await, Exit { instance: spec.id.clone(), code: 0, out_of_memory: false });
+    assert_eq!(exited(&runtime).await, Exit { instance: spec.id.clone(), code: 0, out_of_memory: false, reason: None });
     let log = String::from_utf8(runtime.logs(&spec.id, 1000).await.expect("logs")).expect("text");
     let words: Vec<_> = log.split_ascii_whitespace().collect();
     assert_eq!(words[..2], ["50331648", "100000"], "{log}");
@@ -105,7 +105,7 @@ async fn each_end_is_told_once_with_its_code() {
         let spec = InstanceSpec { limits, ..shell(number, script) };
         run(&runtime, &spec).await;
         let exit = exited(&runtime).await;
-        assert_eq!(exit, Exit { instance: spec.id.clone(), code, out_of_memory }, "{script}");
+        assert_eq!(exit, Exit { instance: spec.id.clone(), code, out_of_memory, reason: None }, "{script}");
         assert_eq!(state_of(&spec.id).await, Some(AdoptedState::Exited(exit)));
         runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");
         assert_gone(&runtime, &spec.id).await;
@@ -163,7 +163,7 @@ async fn a_restarted_daemon_of_ours_adopts_what_runs() {
     let of = |id: &InstanceId| adopted.iter().find(|adopted| adopted.instance == *id).expect("adopted").clone();
     assert_eq!(of(&runs.id).state, AdoptedState::Running(netns(pid)), "the same process");
     assert_eq!(of(&runs.id).document, runs.document);
-    let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false };
+    let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false, reason: None };
     assert_eq!(of(&ended.id).state, AdoptedState::Exited(exit));
     assert_eq!(of(&prepared.id).state, AdoptedState::Incomplete);
 

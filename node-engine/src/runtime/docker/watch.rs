@@ -110,7 +110,7 @@ async fn tell(inner: &Inner, exits: &mpsc::Sender<Exit>, container: &str, code: 
     let out_of_memory = state.as_ref().and_then(|state| state.oom_killed).unwrap_or(false);
     let code = code.or(state.and_then(|state| state.exit_code)).unwrap_or(KILLED);
     // The receiver lives as long as this task; a full queue makes the events wait in Docker's.
-    let _ = exits.send(Exit { instance, code, out_of_memory }).await;
+    let _ = exits.send(Exit { instance, code, out_of_memory, reason: None }).await;
 }
 
 /// Podman does not say the code in its events.

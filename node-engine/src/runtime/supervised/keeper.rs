@@ -290,11 +290,17 @@ impl Inner {
 
     async fn begin(&self, instance: &InstanceId, tell: bool) -> Result<(), RuntimeError> {
         let place = self.place(instance);
-        let Some(mut supervisor) = lock(&self.waiting).remove(instance) else {
-            return match place.state() {
-                State::Running | State::Ended(_) => Ok(()),
-                State::Incomplete => Err(RuntimeError::Unknown(instance.clone())),
-            };
+        let waiting = lock(&self.waiting).remove(instance);
+        let mut supervisor = match (waiting, place.state()) {
+            (Some(supervisor), _) => supervisor,
+            (None, State::Running) => return Ok(()),
+            (None, State::Incomplete) => return Err(RuntimeError::Unknown(instance.clone())),
+            // It is raised again where it was.
+            (None, State::Ended(_)) => {
+                ended(&place, GONE).await;
+                place.forget_end().map_err(step("forget how it ended"))?;
+                self.summon(instance).await?
+            }
         };
         if tell {
             // Before the start: a command may end before the supervisor has answered.
@@ -390,7 +396,7 @@ impl Inner {
             State::Ended(ended) => {
                 lock(&self.running).remove(&instance);
                 let (code, out_of_memory) = (ended.code, ended.out_of_memory);
-                AdoptedState::Exited(Exit { instance: instance.clone(), code, out_of_memory })
+                AdoptedState::Exited(Exit { instance: instance.clone(), code, out_of_memory, reason: None })
             }
         };
         Ok(Adopted { instance, document, state })
@@ -489,7 +495,7 @@ async fn watch(inner: Arc<Inner>, exits: mpsc::Sender<Exit>) {
         for instance in closed {
             let State::Ended(ended) = inner.place(&instance).state() else { continue };
             if lock(&inner.running).remove(&instance).is_some() {
-                let exit = Exit { instance, code: ended.code, out_of_memory: ended.out_of_memory };
+                let exit = Exit { instance, code: ended.code, out_of_memory: ended.out_of_memory, reason: None };
                 // The receiver lives as long as this task; a full queue makes the events wait in the kernel's.
                 let _ = exits.send(exit).await;
             }

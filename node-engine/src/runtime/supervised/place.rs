@@ -97,6 +97,16 @@ impl Place {
         self.directory.join("started").exists()
     }
 
+    /// Leaves it as it was before its start.
+    pub(super) fn forget_end(&self) -> io::Result<()> {
+        fs::remove_file(self.directory.join("started"))?;
+        fs::remove_file(self.directory.join("exit")).or_else(|error| match error.kind() {
+            // A supervisor that was killed has noted nothing.
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(error),
+        })
+    }
+
     pub(super) fn note_end(&self, ended: Ended) -> io::Result<()> {
         let text = format!("{} {}\n", ended.code, ended.out_of_memory);
         write_private(&self.directory.join("exit"), text.as_bytes())
@@ -164,5 +174,7 @@ mod tests {
         let ended = Ended { code: 3, out_of_memory: true };
         place.note_end(ended).expect("noted");
         assert_eq!(place.state(), State::Ended(ended));
+        place.forget_end().expect("forgotten");
+        assert_eq!(place.state(), State::Incomplete);
     }
 }

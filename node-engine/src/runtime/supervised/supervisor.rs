@@ -118,7 +118,10 @@ fn prepare(place: &Place) -> io::Result<(Pid, UnixStream, Supervised)> {
         let _ = kill(pid, Signal::SIGKILL);
         return Err(io::Error::other(format!("its first process: {}", said.trim())));
     }
-    Ok((pid, stream, Supervised { signals, silent, memory_events: order.memory_events, _claim: claim }))
+    // An earlier run of it may have had its own.
+    let kills_before = cgroup::out_of_memory_kills(&order.memory_events);
+    let memory_events = order.memory_events;
+    Ok((pid, stream, Supervised { signals, silent, memory_events, kills_before, _claim: claim }))
 }
 
 struct Supervised {
@@ -126,6 +129,7 @@ struct Supervised {
     /// Closed when the output has ended.
     silent: mpsc::Receiver<()>,
     memory_events: PathBuf,
+    kills_before: u64,
     _claim: nix::fcntl::Flock<fs::File>,
 }
 
@@ -176,7 +180,7 @@ fn attend(place: &Place, init: Pid, mut stream: UnixStream, supervised: &Supervi
     };
     // An orphan that holds the pipe must not hold up the end.
     let _ = supervised.silent.recv_timeout(LAST_WORDS);
-    let out_of_memory = code != 0 && cgroup::out_of_memory_kills(&supervised.memory_events) > 0;
+    let out_of_memory = code != 0 && cgroup::out_of_memory_kills(&supervised.memory_events) > supervised.kills_before;
     place.note_end(Ended { code, out_of_memory })?;
     Ok(0)
 }

@@ -164,6 +164,7 @@ fn a_deployment_after_a_delete_waits_for_its_end() {
 fn an_end_is_told_by_its_kind_after_the_clean_up() {
     for (deploy, exit, stop, told, is) in [
         ("deploy", "exit 0", "stop 5s log", "DEAD ended with exit code 0", "dead: ended with exit code 0"),
+        ("deploy", "trap", "stop 0s log", "FAILED trap: x", "failed: trap: x"),
         ("deploy", "exit 3", "stop 0s log", "FAILED exit code 3", "failed: exit code 3"),
         ("deploy", "oom", "stop 0s log", "FAILED out of memory (limit 64 MiB)", "failed: out of memory (limit 64 MiB)"),
         ("deploy once", "exit 0", "stop 0s log", "COMPLETED", "completed"),
@@ -501,7 +502,8 @@ fn event(word: &str) -> Event {
         "deploy once" => deploy(InstanceSpec { one_shot: true, ..spec(0) }),
         "deploy wasm" => deploy(InstanceSpec { technology: Technology::Wasm, ..spec(0) }),
         "delete" => Event::Delete(instance),
-        "oom" => Event::Exited { instance, code: 137, out_of_memory: true },
+        "trap" => Event::Exited { instance, code: 134, out_of_memory: false, reason: Some("trap: x".into()) },
+        "oom" => Event::Exited { instance, code: 137, out_of_memory: true, reason: None },
         "drain leave" => Event::Drain { stop: false },
         "drain stop" => Event::Drain { stop: true },
         "adopt" => Event::Adopted { technology: Technology::Container, found: Vec::new() },
@@ -509,9 +511,11 @@ fn event(word: &str) -> Event {
         "adopt incomplete" => adopted(FoundState::Incomplete),
         "adopt unreadable" => adopted(FoundState::Unreadable),
         _ => match (word.strip_prefix("exit "), word.strip_prefix("adopt exit ")) {
-            (Some(code), _) => Event::Exited { instance, code: code.parse().expect("a code"), out_of_memory: false },
+            (Some(code), _) => {
+                Event::Exited { instance, code: code.parse().expect("a code"), out_of_memory: false, reason: None }
+            }
             (_, Some(code)) => {
-                adopted(FoundState::Exited { code: code.parse().expect("a code"), out_of_memory: false })
+                adopted(FoundState::Exited { code: code.parse().expect("a code"), out_of_memory: false, reason: None })
             }
             _ => answer(word, instance),
         },
@@ -755,7 +759,7 @@ proptest! {
                     }
                 }
                 Move::Exit { number, code } => {
-                    let exited = Event::Exited { instance: spec(number).id, code, out_of_memory: false };
+                    let exited = Event::Exited { instance: spec(number).id, code, out_of_memory: false, reason: None };
                     world.apply(&mut core, exited);
                 }
                 Move::Wait { seconds } => {
