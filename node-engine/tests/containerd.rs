@@ -3,7 +3,10 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output as Ran, Stdio};
@@ -11,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use node_engine::model::{InstanceId, InstanceSpec, Limits, Mount, Technology};
 use node_engine::runtime::containerd::{ContainerdRuntime, Handler, Settings};
+use node_engine::runtime::registries::Registries;
 use node_engine::runtime::session::{Input, Output, Terminal};
 use node_engine::runtime::{Adopted, AdoptedState, Exec, Exit, Runtime, RuntimeError, Session};
 use serde_json::json;
@@ -77,8 +81,15 @@ impl Rig {
     }
 
     fn runtime_of(&self, handler: Handler) -> ContainerdRuntime {
-        let resolvers = watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1;
-        ContainerdRuntime::new(self.settings(), handler, Technology::Other("containerd".into()), resolvers).unwrap()
+        runtime(self.settings(), handler)
+    }
+
+    /// Its image, at a registry that wants `robot` and `secret` or nothing.
+    fn registry(&self, locked: bool) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, content) = (listener.local_addr().unwrap(), self.dir.path().join("image"));
+        std::thread::spawn(move || listener.incoming().flatten().for_each(|stream| answer(stream, &content, locked)));
+        address
     }
 
     fn ctr(&self, words: &[&str]) -> Ran {
@@ -136,6 +147,43 @@ fn start(dir: &Path) -> Child {
     let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
     let mut command = Command::new("containerd");
     command.arg("--config").arg(dir.join("config.toml")).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+}
+
+fn runtime(settings: Settings, handler: Handler) -> ContainerdRuntime {
+    let resolvers = watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1;
+    ContainerdRuntime::new(settings, handler, Technology::Other("containerd".into()), resolvers).unwrap()
+}
+
+/// One request to a connection.
+fn answer(mut stream: TcpStream, content: &Path, locked: bool) {
+    let lines = BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok);
+    let lines: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+    let path = lines.first().and_then(|line| line.split(' ').nth(1)).unwrap_or_default();
+    // `robot:secret`
+    let known = lines.iter().any(|line| line.eq_ignore_ascii_case("authorization: Basic cm9ib3Q6c2VjcmV0"));
+    let name = path.strip_prefix("/v2/lab/box/").unwrap_or_default();
+    let index: serde_json::Value = serde_json::from_slice(&fs::read(content.join("index.json")).unwrap()).unwrap();
+    let digest = match name {
+        "manifests/1" => index["manifests"][0]["digest"].as_str(),
+        _ => name.strip_prefix("manifests/").or(name.strip_prefix("blobs/")),
+    };
+    let blob = digest.and_then(|digest| digest.strip_prefix("sha256:")).filter(|_| !locked || known);
+    let blob = blob.and_then(|digest| fs::read(content.join("blobs/sha256").join(digest)).ok());
+    let (status, body) = match blob {
+        Some(blob) => ("200 OK", blob),
+        None if locked && !known => ("401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"test\"", Vec::new()),
+        None => ("404 Not Found", Vec::new()),
+    };
+    let kind = if name.starts_with("manifests/") { "vnd.oci.image.manifest.v1+json" } else { "octet-stream" };
+    let head = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: application/{kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    // Whoever asked may have left.
+    let _ = stream.write_all(head.as_bytes());
+    if lines.first().is_some_and(|line| line.starts_with("GET")) {
+        let _ = stream.write_all(&body);
+    }
 }
 
 /// A directory in the OCI image layout with busybox and a user of its own.
@@ -409,5 +457,43 @@ async fn what_cannot_be_run_says_why_and_leaves_nothing() {
     let nonsense =
         rig.runtime_of(Handler { name: "x".into(), binary: Some("/no/such/program".into()), ..Handler::usual() });
     assert!(nonsense.try_out().await.is_err(), "it is tried before it is believed");
+    assert_eq!(rig.left(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn images_come_from_mirrors_and_registries_that_want_credentials() {
+    let rig = Rig::new();
+    let (locked, open) = (rig.registry(true), rig.registry(false));
+    let auth = rig.dir.path().join("auth.json");
+    let write = |user: &str, password: &str| {
+        let text = json!({"auths": {locked.to_string(): {"username": user, "password": password}}});
+        fs::write(&auth, text.to_string()).unwrap();
+    };
+    let runtime_with = |mirror: &str, credentials: bool| {
+        let mirrors = BTreeMap::from([("elsewhere.example".to_owned(), vec!["127.0.0.1:9".into(), mirror.to_owned()])]);
+        let registries = Registries { mirrors, credentials: credentials.then(|| auth.clone()) };
+        runtime(Settings { registries, ..rig.settings() }, Handler::usual())
+    };
+    let asked = |image: String| InstanceSpec { image, ..shell(0, "echo here; exec sleep 1000") };
+    let own = asked(format!("{locked}/{IMAGE}"));
+    write("robot", "wrong");
+    for credentials in [false, true] {
+        let error = runtime_with("127.0.0.1:9", credentials).prepare(&own).await.unwrap_err().to_string();
+        assert!(error.contains("cannot be pulled") && error.contains("auth"), "{error}");
+    }
+    write("robot", "secret");
+    let runtime = runtime_with(&open.to_string(), true);
+    run(&runtime, &own).await;
+    assert_eq!(log(&runtime, &own.id, "here").await, "here\n");
+    runtime.stop(&own.id, Duration::ZERO).await.unwrap();
+    // The first mirror does not answer, the second has it, and the registry itself does not exist.
+    let mirrored = asked(format!("elsewhere.example/{IMAGE}"));
+    run(&runtime, &mirrored).await;
+    assert_eq!(log(&runtime, &mirrored.id, "here").await, "here\n");
+    runtime.stop(&mirrored.id, Duration::ZERO).await.unwrap();
+    let error = runtime.prepare(&asked("elsewhere.example/lab/none:1".into())).await.unwrap_err().to_string();
+    assert!(error.contains(&format!("{open}/lab/none:1: ")) && error.contains("; elsewhere.example/"), "{error}");
+    runtime.stop(&id(0), Duration::ZERO).await.unwrap();
     assert_eq!(rig.left(), [] as [&str; 0]);
 }

@@ -160,7 +160,10 @@ fn by_containerd(
         .chain(named)
         .map(|(handler, technology)| {
             let (namespace, group) = (&runtime.containerd_namespace, &runtime.control_group);
-            let settings = Settings::new(&socket, namespace, &config.run_dir, &config.state_dir, group);
+            let settings = Settings {
+                registries: runtime.registries.clone(),
+                ..Settings::new(&socket, namespace, &config.run_dir, &config.state_dir, group)
+            };
             ContainerdRuntime::new(settings, handler, technology, resolvers.clone())
         })
         .collect()

@@ -70,6 +70,15 @@ impl Registries {
     }
 }
 
+/// None of the sources has the image: what each of them said.
+pub fn nowhere(reference: &str, said: &[(String, String)]) -> RuntimeError {
+    let reason = match said {
+        [(_, reason)] => reason.clone(),
+        said => said.iter().map(|(source, reason)| format!("{source}: {reason}")).collect::<Vec<_>>().join("; "),
+    };
+    RuntimeError::Image { image: reference.into(), reason }
+}
+
 /// The registry of a reference.
 pub fn registry(reference: &str) -> &str {
     parts(reference).0

@@ -1,5 +1,10 @@
 //! Images: present in our namespace, or pulled into it by `ctr`, which comes with containerd and knows registries.
 
+use std::fs::File;
+use std::io::Write;
+use std::process::Stdio;
+
+use nix::pty::openpty;
 use serde::Deserialize;
 use tokio::process::Command;
 use tonic::Status;
@@ -8,10 +13,13 @@ use super::api::images::{self, Descriptor, Got};
 use super::api::snapshots::{self, Snapshot};
 use super::api::{Empty, Named, introspection};
 use super::client::{Client, not_found};
-use crate::runtime::{RuntimeError, registries};
+use crate::runtime::RuntimeError;
+use crate::runtime::registries::{self, Credentials, Registries, nowhere};
 
 /// Of what a pull says, the last line is the reason.
 const PULLER: &str = "ctr";
+/// What fits into one line that is typed, with room to spare.
+const LONGEST_PASSWORD: usize = 4000;
 
 /// An image that is here and unpacked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,23 +86,41 @@ enum Absent {
 /// Makes sure that the image is there for this platform. Dropped at any point, it leaves nothing but layers already pulled.
 pub(super) async fn ensure(
     client: &Client,
+    registries: &Registries,
     snapshotter: &str,
     reference: &str,
     platform: Option<&str>,
 ) -> Result<Image, RuntimeError> {
-    registries::check(reference)?;
+    let sources = registries.sources(reference)?;
     let own = format!("linux/{}", architecture());
     let wanted = platform.unwrap_or(&own);
-    match find(client, snapshotter, reference, wanted).await {
-        Ok(image) => return Ok(image),
-        Err(Absent::Failed(error)) => return Err(error),
-        Err(Absent::Here(why)) => tracing::info!(image = reference, platform, why, "pulling"),
+    // What was pulled from a mirror has the mirror's name; the registry's own is looked for first.
+    for source in sources.iter().rev() {
+        match find(client, snapshotter, source, wanted).await {
+            Ok(image) => return Ok(image),
+            Err(Absent::Failed(error)) => return Err(error),
+            Err(Absent::Here(why)) => tracing::debug!(image = source, platform, why, "it has to be pulled"),
+        }
     }
-    pull(client, snapshotter, reference, platform).await?;
-    find(client, snapshotter, reference, wanted).await.map_err(|absent| match absent {
-        Absent::Failed(error) => error,
-        Absent::Here(why) => RuntimeError::Image { image: reference.into(), reason: format!("after the pull {why}") },
-    })
+    let mut said = Vec::new();
+    for source in sources {
+        match pull(client, registries, snapshotter, &source, platform).await {
+            Ok(()) => {
+                return find(client, snapshotter, &source, wanted).await.map_err(|absent| match absent {
+                    Absent::Failed(error) => error,
+                    Absent::Here(why) => RuntimeError::Image { image: source, reason: format!("after the pull {why}") },
+                });
+            }
+            Err(RuntimeError::Image { reason, .. }) => {
+                if source != reference {
+                    tracing::warn!(image = source, reason, "a mirror does not have the image; the next is tried");
+                }
+                said.push((source, reason));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(nowhere(reference, &said))
 }
 
 /// The snapshotter that containerd works with here: overlayfs where the file system allows it.
@@ -163,11 +189,27 @@ async fn find(client: &Client, snapshotter: &str, reference: &str, platform: &st
     Ok(Image { name, digest, config: config.config.unwrap_or_default(), root })
 }
 
-async fn pull(client: &Client, snapshotter: &str, reference: &str, platform: Option<&str>) -> Result<(), RuntimeError> {
+/// Over TLS, registries at a loopback address excepted: nothing that `ctr` reads by itself says otherwise.
+async fn pull(
+    client: &Client,
+    registries: &Registries,
+    snapshotter: &str,
+    reference: &str,
+    platform: Option<&str>,
+) -> Result<(), RuntimeError> {
     let failed = |reason: String| RuntimeError::Image { image: reference.into(), reason };
+    let credentials = registries.credentials(reference)?;
+    tracing::info!(image = reference, platform, authenticated = credentials.is_some(), "pulling");
     let mut command = Command::new(PULLER);
     command.arg("--address").arg(client.socket()).args(["--namespace", client.namespace(), "images", "pull"]);
     command.args(["--snapshotter", snapshotter]).args(platform.into_iter().flat_map(|name| ["--platform", name]));
+    let _terminal = match credentials {
+        None => {
+            command.stdin(Stdio::null());
+            None
+        }
+        Some(credentials) => Some(typed(&mut command, &credentials).map_err(failed)?),
+    };
     // What was asked for and is not waited for any more ends.
     let ended = command.arg(full_name(reference)).kill_on_drop(true).output().await;
     let ended =
@@ -178,6 +220,26 @@ async fn pull(client: &Client, snapshotter: &str, reference: &str, platform: Opt
     let said = String::from_utf8_lossy(&ended.stderr);
     let last = said.lines().rev().map(str::trim).find(|line| !line.is_empty()).unwrap_or("no reason was given");
     Err(failed(last.strip_prefix("ctr: ").unwrap_or(last).to_owned()))
+}
+
+/// A command line is everybody's to read, so the password is typed: `ctr` asks for the one of a user who is named without. The
+/// terminal is kept for as long as it may read.
+fn typed(command: &mut Command, credentials: &Credentials) -> Result<File, String> {
+    let Credentials::Password { user, password } = credentials else {
+        let reason = "its credentials are an identity token, which ctr takes on its command line alone, where everybody reads it";
+        return Err(reason.into());
+    };
+    if user.is_empty() || user.contains(':') || password.is_empty() {
+        return Err("its credentials have no user or no password".into());
+    }
+    if password.len() > LONGEST_PASSWORD || password.contains(char::is_control) {
+        return Err("its password cannot be typed".into());
+    }
+    let pair = openpty(None, None).map_err(|error| format!("a terminal for ctr: {error}"))?;
+    let mut keyboard = File::from(pair.master);
+    keyboard.write_all(format!("{password}\n").as_bytes()).map_err(|error| format!("a terminal for ctr: {error}"))?;
+    command.arg(format!("--user={user}")).stdin(Stdio::from(pair.slave));
+    Ok(keyboard)
 }
 
 impl Platform {

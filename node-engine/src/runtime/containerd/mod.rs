@@ -30,6 +30,7 @@ pub use handler::{Handler, configured};
 pub use log::{COMMAND as KEEP_LOG, keep as keep_log};
 
 use self::holder::Holder;
+use super::registries::Registries;
 use super::surroundings::Resolvers;
 use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session, output, supervised};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
@@ -50,6 +51,8 @@ pub struct Settings {
     pub keeper: Option<PathBuf>,
     /// Parent of the control groups.
     pub control_group: String,
+    /// Where images come from.
+    pub registries: Registries,
 }
 
 impl Settings {
@@ -62,6 +65,7 @@ impl Settings {
             logs: state_dir.join("logs/containerd"),
             keeper: None,
             control_group: format!("{control_group}/containerd"),
+            registries: Registries::default(),
         }
     }
 }
@@ -70,6 +74,7 @@ impl Settings {
 #[derive(Debug)]
 pub struct ContainerdRuntime {
     holder: Arc<Holder>,
+    registries: Registries,
     exits: tokio::sync::Mutex<mpsc::Receiver<Exit>>,
 }
 
@@ -85,8 +90,9 @@ impl ContainerdRuntime {
         resolvers: Receiver<Resolvers>,
     ) -> Result<Self, RuntimeError> {
         let (exits, exited) = mpsc::channel(EXITS);
+        let registries = settings.registries.clone();
         let holder = Arc::new(Holder::new(settings, handler, technology, resolvers, exits)?);
-        Ok(Self { holder, exits: tokio::sync::Mutex::new(exited) })
+        Ok(Self { holder, registries, exits: tokio::sync::Mutex::new(exited) })
     }
 
     /// Whether containers really run here, found out by running one.
@@ -108,7 +114,9 @@ impl Runtime for ContainerdRuntime {
         spec::check(spec)?;
         let guard = self.holder.lock(&spec.id).await;
         let snapshotter = self.holder.snapshotter().await?;
-        let image = image::ensure(&self.holder.client, snapshotter, &spec.image, spec.platform.as_deref()).await?;
+        let image =
+            image::ensure(&self.holder.client, &self.registries, snapshotter, &spec.image, spec.platform.as_deref())
+                .await?;
         // From here on a caller that goes away must not leave a request half-way: the task ends it and holds the lock that long.
         let (holder, spec) = (self.holder.clone(), spec.clone());
         finished("prepare", tokio::spawn(async move { holder.make(&spec, &image, snapshotter, &guard).await })).await

@@ -40,9 +40,11 @@ pub(super) async fn ensure(
             Err(error) => return Err(client.failed("look for the image", error)),
         }
     }
+    let info = docker.info().await.map_err(|error| client.failed("ask for the registries", error))?;
+    let configured = info.registry_config.unwrap_or_default();
     let mut reasons = Vec::new();
     for source in sources {
-        match pull(client, &docker, registries, &source, platform).await {
+        match pull(client, &docker, registries, &configured, &source, platform).await {
             Ok(()) => return Ok(source),
             Err(RuntimeError::Image { reason, .. }) => {
                 if source != reference {
@@ -53,11 +55,7 @@ pub(super) async fn ensure(
             Err(error) => return Err(error),
         }
     }
-    let reason = match reasons.as_slice() {
-        [(_, reason)] => reason.clone(),
-        reasons => reasons.iter().map(|(source, reason)| format!("{source}: {reason}")).collect::<Vec<_>>().join("; "),
-    };
-    Err(RuntimeError::Image { image: reference.into(), reason })
+    Err(registries::nowhere(reference, &reasons))
 }
 
 /// Makes sure that the sandbox image is there.
@@ -97,11 +95,12 @@ async fn pull(
     client: &Client,
     docker: &Docker,
     registries: &Registries,
+    configured: &RegistryServiceConfig,
     reference: &str,
     platform: Option<&str>,
 ) -> Result<(), RuntimeError> {
     let credentials = registries.credentials(reference)?;
-    if unprotected(client, docker, registries::registry(reference)).await? {
+    if insecure(configured, registries::registry(reference)) {
         if credentials.is_some() {
             let reason = "Docker is configured to take this registry's word without TLS, and there the credentials would be sent for \
                           everybody to read; remove it from `insecure-registries` or from the credentials"
@@ -143,11 +142,6 @@ fn shown(credentials: Credentials) -> DockerCredentials {
 }
 
 /// Does Docker take the registry without TLS, though it is on another machine?
-async fn unprotected(client: &Client, docker: &Docker, registry: &str) -> Result<bool, RuntimeError> {
-    let info = docker.info().await.map_err(|error| client.failed("ask for the registries", error))?;
-    Ok(info.registry_config.is_some_and(|config| insecure(&config, registry)))
-}
-
 fn insecure(config: &RegistryServiceConfig, registry: &str) -> bool {
     let host = registry.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
     let host = host.map_or(registry, |(host, _)| host).trim_matches(['[', ']']);
