@@ -17,6 +17,7 @@ pub mod session;
 pub mod supervised;
 mod surroundings;
 pub mod unikernel;
+mod unsupported;
 mod user;
 pub mod volumes;
 

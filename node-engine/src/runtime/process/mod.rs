@@ -12,7 +12,7 @@ use tokio::sync::watch::Receiver;
 use super::supervised::{Home, Keeper, Launch};
 use super::surroundings::{self, Resolvers};
 use super::user::Accounts;
-use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// A trial takes a fraction of a second; a machine under load may be slow.
@@ -128,6 +128,7 @@ impl Runtime for ProcessRuntime {
             let reason = "the configuration of this node does not allow commands of its own system (runtime.process)";
             return Err(refused("process", reason.into()));
         }
+        unsupported::refuse(spec)?;
         let launch = self.launch(spec)?;
         let servers = surroundings::name_servers(&self.resolvers).await;
         let resolver = servers.iter().map(|server| format!("nameserver {server}\n")).collect();

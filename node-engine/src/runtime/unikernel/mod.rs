@@ -19,7 +19,7 @@ use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::spawn_blocking;
 
 use super::supervised::{Home, Keeper, Launch};
-use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, surroundings};
+use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, surroundings, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
 use machine::{Accelerator, Guest};
 
@@ -133,6 +133,7 @@ impl Runtime for UnikernelRuntime {
             let reason = "the configuration of this node does not allow virtual machines (runtime.unikernel)".into();
             return Err(RuntimeError::Refused { what: "unikernel", reason });
         }
+        unsupported::refuse(spec)?;
         if !spec.mounts.is_empty() {
             let reason = "a guest shares nothing but `files` of its archive: it has no volumes or added files".into();
             return Err(RuntimeError::Refused { what: "unikernel", reason });
