@@ -6,6 +6,7 @@
 mod cgroup;
 pub mod containerd;
 pub mod docker;
+mod fetch;
 pub mod furnished;
 mod interfaces;
 pub mod memory;

@@ -3,7 +3,6 @@
 //! wires any namespace that holds the device [`tap::DEVICE`]), its serial console is the log, and QMP asks it to end.
 
 mod archive;
-mod fetch;
 mod machine;
 mod qmp;
 mod tap;
@@ -19,7 +18,7 @@ use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::spawn_blocking;
 
 use super::supervised::{Home, Keeper, Launch};
-use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, surroundings, unsupported};
+use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
 use machine::{Accelerator, Guest};
 
@@ -106,7 +105,7 @@ impl UnikernelRuntime {
     /// What the archive holds, unpacked for this instance.
     async fn unpack(&self, spec: &InstanceSpec) -> Result<PathBuf, RuntimeError> {
         let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
-        let archive = fetch::archive(&spec.image, &self.cache, self.policy.files).await?;
+        let archive = fetch::image(&spec.image, &self.cache, self.policy.files, "tar.gz").await?;
         let (to, image) = (self.directory(&spec.id), spec.image.clone());
         let unpacked = spawn_blocking(move || {
             remove(&to)?;

@@ -1,4 +1,4 @@
-//! Archives from the web, kept: one that is pinned by its digest is never asked for again, another is asked for anew each time and sent
+//! Images that are one file, from the web, kept: one that is pinned by its digest is never asked for again, another is asked for anew each time and sent
 //! only where it has changed. A server that is away does not keep a node from running what it has.
 
 use std::fs::{self, File};
@@ -11,11 +11,11 @@ use reqwest::header::{ETAG, HeaderValue, IF_NONE_MATCH};
 use reqwest::{Client, Response, StatusCode};
 use ring::digest::{Context, SHA256, digest};
 
-use crate::runtime::RuntimeError;
+use super::RuntimeError;
 
-/// No archive is larger.
+/// No image is larger.
 const LARGEST: u64 = 1 << 30;
-/// What all kept archives together may fill.
+/// What all kept images of one kind together may fill.
 const KEPT: u64 = 4 << 30;
 const CONNECT: Duration = Duration::from_secs(10);
 /// Without a byte for so long a download is over.
@@ -38,11 +38,11 @@ enum Place<'a> {
     File(&'a Path),
 }
 
-/// Where the archive lies on this node, having been fetched and checked.
+/// Where the image lies on this node, having been fetched and checked. `suffix` is that of all that is kept in `cache`.
 ///
 /// # Errors
 /// `Refused` for what no node takes, or this one does not; `Image` where it cannot be had or is not what was pinned.
-pub(super) async fn archive(image: &str, cache: &Path, files: bool) -> Result<PathBuf, RuntimeError> {
+pub(super) async fn image(image: &str, cache: &Path, files: bool, suffix: &str) -> Result<PathBuf, RuntimeError> {
     let source = source(image).map_err(|reason| RuntimeError::Refused { what: "image", reason })?;
     let failed = |reason: String| RuntimeError::Image { image: image.to_owned(), reason };
     let url = match source.place {
@@ -57,7 +57,7 @@ pub(super) async fn archive(image: &str, cache: &Path, files: bool) -> Result<Pa
     };
     fs::create_dir_all(cache).map_err(|error| failed(error.to_string()))?;
     let key = source.digest.map_or_else(|| hexadecimal(digest(&SHA256, url.as_bytes()).as_ref()), str::to_owned);
-    let kept = cache.join(format!("{key}.tar.gz"));
+    let kept = cache.join(format!("{key}.{suffix}"));
     if source.digest.is_some() && check(&kept, source.digest).is_ok() {
         touch(&kept);
         return Ok(kept);
@@ -96,10 +96,10 @@ fn source(image: &str) -> Result<Source<'_>, String> {
     if place.starts_with("https://") || place.starts_with("http://") {
         return Ok(Source { place: Place::Web(place), digest });
     }
-    Err(format!("{place:?} is not the URL of an archive (https://…, http://…)"))
+    Err(format!("{place:?} is not the URL of an image (https://…, http://…)"))
 }
 
-/// Fetches the archive unless the one that is here is still the same.
+/// Fetches the image unless the one that is here is still the same.
 async fn download(url: &str, kept: &Path, digest: Option<&str>) -> Result<(), String> {
     // An error means that one is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -193,7 +193,7 @@ fn touch(path: &Path) {
 fn prune(cache: &Path, keep: &Path, limit: u64) {
     let files = fs::read_dir(cache).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut known: Vec<_> = files
-        .filter(|path| path != keep && path.extension().is_some_and(|extension| extension == "gz"))
+        .filter(|path| path != keep && path.extension() == keep.extension())
         .filter_map(|path| fs::metadata(&path).ok().map(|file| (file.modified().ok(), file.len(), path)))
         .collect();
     known.sort();
@@ -210,7 +210,7 @@ fn prune(cache: &Path, keep: &Path, limit: u64) {
     }
 }
 
-/// `<key>.tar.etag` for `<key>.tar.gz`.
+/// `<key>.tar.etag` for `<key>.tar.gz`, `<key>.etag` for `<key>.wasm`.
 fn beside(kept: &Path, extension: &str) -> PathBuf {
     kept.with_extension(extension)
 }
@@ -266,33 +266,33 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_archive_is_sent_once_and_outlives_its_server() {
+    async fn an_image_is_sent_once_and_outlives_its_server() {
         let (dir, (url, answers, server)) = (tempfile::tempdir().expect("a directory"), server("hello").await);
         for _ in 0..2 {
-            let path = archive(&url, dir.path(), false).await.expect("fetched");
+            let path = image(&url, dir.path(), false, "tar.gz").await.expect("fetched");
             assert_eq!(fs::read_to_string(path).expect("kept"), "hello");
         }
         let pinned = format!("{url}#sha256={DIGEST}");
         for _ in 0..2 {
-            archive(&pinned, dir.path(), false).await.expect("fetched");
+            image(&pinned, dir.path(), false, "tar.gz").await.expect("fetched");
         }
         assert_eq!(*answers.lock().expect("notes"), [200, 304, 200], "what is pinned is not asked for again");
         server.abort();
         let _ = server.await;
-        archive(&url, dir.path(), false).await.expect("the one that is here");
+        image(&url, dir.path(), false, "tar.gz").await.expect("the one that is here");
     }
 
     #[tokio::test]
     async fn what_is_not_what_was_asked_for_is_not_used() {
         let (dir, (url, _, _server)) = (tempfile::tempdir().expect("a directory"), server("hullo").await);
-        let error = archive(&format!("{url}#sha256={DIGEST}"), dir.path(), false).await.expect_err("another");
+        let error = image(&format!("{url}#sha256={DIGEST}"), dir.path(), false, "tar.gz").await.expect_err("another");
         assert!(error.to_string().contains("its digest is sha256="), "{error}");
         assert_eq!(fs::read_dir(dir.path()).expect("a cache").count(), 0, "nothing of it stays");
 
         let file = dir.path().join("file");
         fs::write(&file, "hello").expect("write");
         let own = format!("file://{}", file.display());
-        for (image, files, reason) in [
+        for (name, files, reason) in [
             (own.as_str(), false, "runtime.image_files"),
             ("ftp://host/x", true, "is not the URL"),
             ("https://host/x#sha256=12", true, "64 hexadecimal digits"),
@@ -300,12 +300,12 @@ mod tests {
             ("file://relative", true, "absolute"),
             ("http://127.0.0.1:1/x", true, "refused"),
         ] {
-            let error = archive(image, dir.path(), files).await.expect_err(image).to_string();
-            assert!(error.contains(reason), "{image}: {error}");
+            let error = image(name, dir.path(), files, "tar.gz").await.expect_err(name).to_string();
+            assert!(error.contains(reason), "{name}: {error}");
         }
-        assert_eq!(archive(&format!("{own}#sha256={DIGEST}"), dir.path(), true).await.expect("allowed"), file);
+        assert_eq!(image(&format!("{own}#sha256={DIGEST}"), dir.path(), true, "tar.gz").await.expect("allowed"), file);
         fs::write(&file, "hullo").expect("write");
-        assert!(archive(&format!("{own}#sha256={DIGEST}"), dir.path(), true).await.is_err());
+        assert!(image(&format!("{own}#sha256={DIGEST}"), dir.path(), true, "tar.gz").await.is_err());
     }
 
     #[test]
