@@ -195,6 +195,9 @@ enum Command {
     /// Keep the output of a container: what containerd runs for each
     #[command(name = KEEP_LOG, hide = true)]
     KeepLog { file: PathBuf },
+    /// Look at a WebAssembly module, or run it: what the daemon runs for workloads of its own
+    #[command(hide = true)]
+    Interpret { stage: String, directory: PathBuf },
 }
 
 #[derive(Clone, Debug, Args)]
@@ -247,6 +250,8 @@ pub enum Task {
     Supervise(String, PathBuf, String),
     /// Where the output goes that comes from containerd.
     KeepLog(PathBuf),
+    /// A stage of a WebAssembly module's life, and the instance's directory.
+    Interpret(String, PathBuf),
 }
 
 /// How to be a cluster.
@@ -298,6 +303,7 @@ impl Cli {
             }
             Some(Command::Supervise { stage, directory, own }) => return Ok(Task::Supervise(stage, directory, own)),
             Some(Command::KeepLog { file }) => return Ok(Task::KeepLog(file)),
+            Some(Command::Interpret { stage, directory }) => return Ok(Task::Interpret(stage, directory)),
             Some(command) => command,
         };
         if daemon.flags().iter().any(|flag| flag.key != "run_dir") {
@@ -326,7 +332,8 @@ impl Cli {
             | Command::Standalone(_)
             | Command::Uninstall { .. }
             | Command::Supervise { .. }
-            | Command::KeepLog { .. } => unreachable!("returned above"),
+            | Command::KeepLog { .. }
+            | Command::Interpret { .. } => unreachable!("returned above"),
         };
         let socket = shared.socket.unwrap_or_else(|| default_socket(&daemon.sources()));
         Ok(Task::Ask(Question { socket, command: ask }))

@@ -159,6 +159,8 @@ pub struct RuntimeConfig {
     pub process_user: String,
     /// Run virtual machines when the cluster says so.
     pub unikernel: bool,
+    /// Run WebAssembly modules when the cluster says so.
+    pub wasm: bool,
     /// Take images from files of this machine (`file://`).
     pub image_files: bool,
     pub registries: Registries,
@@ -183,6 +185,7 @@ impl Default for RuntimeConfig {
             process: false,
             process_user: "nobody".into(),
             unikernel: false,
+            wasm: false,
             image_files: false,
             registries: Registries::default(),
             privileged: Vec::new(),

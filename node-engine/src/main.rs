@@ -25,6 +25,9 @@ fn main() -> ExitCode {
     if let Task::KeepLog(path) = &task {
         return node_engine::runtime::containerd::keep_log(path);
     }
+    if let Task::Interpret(stage, directory) = &task {
+        return node_engine::runtime::wasm::run(stage, directory);
+    }
     match run(task, &log) {
         Ok(code) => code,
         Err(error) => {
@@ -37,7 +40,7 @@ fn main() -> ExitCode {
 
 fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let done: anyhow::Result<()> = match task {
-        Task::Supervise(..) | Task::KeepLog(_) => unreachable!("returned above"),
+        Task::Supervise(..) | Task::KeepLog(_) | Task::Interpret(..) => unreachable!("returned above"),
         Task::Version => {
             println!("node-engine {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -47,3 +47,4 @@ mod unikernel;
 mod uninstall;
 mod update;
 mod view;
+mod wasm;

@@ -60,6 +60,7 @@ const IMPORTS: [(&str, &[&str]); 7] = [
             "crate::runtime::docker",
             "crate::runtime::containerd",
             "crate::runtime::unikernel",
+            "crate::runtime::wasm",
             "crate::control",
             "crate::wire",
         ],
@@ -71,7 +72,7 @@ const IMPORTS: [(&str, &[&str]); 7] = [
 const MAY_NAME_ENGINE: [&str; 4] = ["main", "lib", "cli", "engine"];
 
 /// A client crate and the places that may name it.
-const CLIENTS: [(&str, &[&str]); 11] = [
+const CLIENTS: [(&str, &[&str]); 14] = [
     ("aya", &["netmanager/datapath"]),
     ("hickory_proto", &["names"]),
     ("bollard", &["runtime/docker"]),
@@ -83,6 +84,9 @@ const CLIENTS: [(&str, &[&str]); 11] = [
     ("rumqttd", &["standalone/broker"]),
     ("prometheus_client", &["metrics"]),
     ("tonic", &["runtime/containerd", "runtime/volumes"]),
+    ("wasmi", &["runtime/wasm"]),
+    ("wasmi_core", &["runtime/wasm"]),
+    ("wasmi_wasi", &["runtime/wasm"]),
 ];
 
 /// The places that may turn values into text and back.

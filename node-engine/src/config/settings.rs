@@ -203,6 +203,11 @@ pub(super) const SETTINGS: &[Setting] = &[
         set: |draft, text| truth(text).map(|unikernel| draft.config.runtime.unikernel = unikernel),
     },
     Setting {
+        key: "runtime.wasm",
+        environment: &["NODE_ENGINE_WASM"],
+        set: |draft, text| truth(text).map(|wasm| draft.config.runtime.wasm = wasm),
+    },
+    Setting {
         key: "runtime.image_files",
         environment: &["NODE_ENGINE_IMAGE_FILES"],
         set: |draft, text| truth(text).map(|files| draft.config.runtime.image_files = files),

@@ -18,6 +18,7 @@ use crate::runtime::process::{Policy, ProcessRuntime};
 use crate::runtime::supervised::Home;
 use crate::runtime::unikernel::{self, UnikernelRuntime};
 use crate::runtime::volumes::Volumes;
+use crate::runtime::wasm::{self, WasmRuntime};
 use crate::runtime::{Resolvers, Runtime, RuntimeError};
 
 /// An engine that is just starting may take so long to answer.
@@ -44,17 +45,18 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
         config.runtime.registries.clone(),
     )?;
     let process = process(config, resolvers.clone())?;
-    let unikernel = unikernel(config)?;
+    let (unikernel, wasm) = (unikernel(config)?, wasm(config)?);
     let furniture = Furniture::of(config)?;
     // Where there is no Docker nothing can be held by it, and nobody should wait to hear so.
     let has_docker = docker.is_installed() || Path::new(DOCKER_DATA).exists();
     let direct = by_containerd(config, has_docker, &resolvers)?;
     let tried = join_all(direct.iter().map(|direct| runs(direct, config)));
-    let (contained, tried, plain, guests, drivers) = tokio::join!(
+    let (contained, tried, plain, guests, modules, drivers) = tokio::join!(
         answers(&docker, direct.is_empty()),
         tried,
         process.works(),
         unikernel.works(),
+        wasm.works(),
         furniture.volumes.answering()
     );
     let mut runtimes = Runtimes { held: Vec::new(), announced: Vec::new(), drivers };
@@ -69,6 +71,7 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
     }
     runtimes.add(furniture.given_to(Arc::new(process)), plain);
     runtimes.add(furniture.given_to(Arc::new(unikernel)), guests);
+    runtimes.add(furniture.given_to(Arc::new(wasm)), modules);
     let announced: Vec<_> = runtimes.announced.iter().map(Technology::as_str).collect();
     match announced.as_slice() {
         [] => tracing::warn!("no technology works on this node: it runs no workloads"),
@@ -82,7 +85,7 @@ pub(super) fn supervised(config: &Config) -> Result<Vec<Arc<dyn Runtime>>, Runti
     let nobody = tokio::sync::watch::channel(None).1;
     let furniture = Furniture::of(config)?;
     let mut made: Vec<Arc<dyn Runtime>> =
-        vec![Arc::new(process(config, nobody.clone())?), Arc::new(unikernel(config)?)];
+        vec![Arc::new(process(config, nobody.clone())?), Arc::new(unikernel(config)?), Arc::new(wasm(config)?)];
     if held_by_containerd(config) || config.runtime.containerd.socket().is_some_and(|socket| socket.exists()) {
         made.extend(by_containerd(config, true, &nobody)?.into_iter().map(|one| Arc::new(one) as Arc<dyn Runtime>));
     }
@@ -131,6 +134,11 @@ fn process(config: &Config, resolvers: Receiver<Resolvers>) -> Result<ProcessRun
 fn unikernel(config: &Config) -> Result<UnikernelRuntime, RuntimeError> {
     let policy = unikernel::Policy { allowed: config.runtime.unikernel, files: config.runtime.image_files };
     UnikernelRuntime::new(home(config, &Technology::Unikernel), &config.state_dir, policy)
+}
+
+fn wasm(config: &Config) -> Result<WasmRuntime, RuntimeError> {
+    let policy = wasm::Policy { allowed: config.runtime.wasm, files: config.runtime.image_files };
+    WasmRuntime::new(home(config, &Technology::Wasm), &config.state_dir, policy)
 }
 
 fn home(config: &Config, technology: &Technology) -> Home {

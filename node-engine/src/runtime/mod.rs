@@ -21,6 +21,7 @@ pub mod unikernel;
 mod unsupported;
 mod user;
 pub mod volumes;
+pub mod wasm;
 
 use std::path::PathBuf;
 use std::sync::Arc;

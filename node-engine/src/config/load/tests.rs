@@ -113,6 +113,7 @@ fn every_setting_is_read_from_the_file() {
         process = true
         process_user = "web"
         unikernel = true
+        wasm = true
         image_files = true
         privileged = "a.b.c.d"
         volume_drivers = "d=/d.sock"
@@ -161,7 +162,7 @@ fn every_setting_is_read_from_the_file() {
         (&telemetry.roots.proc, &telemetry.roots.dev),
         (&defaults.telemetry.roots.proc, &defaults.telemetry.roots.dev)
     );
-    assert!(config.runtime.process && config.runtime.unikernel && config.runtime.image_files);
+    assert!(config.runtime.process && config.runtime.unikernel && config.runtime.wasm && config.runtime.image_files);
     assert_eq!(config.runtime.host_path_volumes.as_deref(), Some(Path::new("/srv/volumes")));
     let registries = &config.runtime.registries;
     assert_eq!(registries.mirrors["docker.io"], ["near:5000", "far.example/hub"]);
@@ -262,7 +263,7 @@ fn what_a_node_grants_is_read_and_checked() {
     let file = "[runtime]\nprocess = true\nprocess_user = \"web:80\"\nprivileged = \"a.b.c.d, tools.*.*.*\"\n\
                 volume_drivers = \"csi.example/nfs=unix:///run/nfs.sock\"\ncontrol_group = \"/a/b\"";
     let runtime = load_from(file, &[], &[]).unwrap().config.runtime;
-    assert!(runtime.process && !runtime.unikernel && !runtime.image_files);
+    assert!(runtime.process && !runtime.unikernel && !runtime.wasm && !runtime.image_files);
     assert_eq!((runtime.process_user.as_str(), runtime.privileged.len()), ("web:80", 2));
     assert_eq!(runtime.volume_drivers["csi.example/nfs"], Path::new("/run/nfs.sock"));
     assert_eq!(runtime.control_group, "/a/b");

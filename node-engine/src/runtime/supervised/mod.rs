@@ -17,6 +17,7 @@ pub use supervisor::run;
 
 pub(super) use follow::output as follow;
 pub(super) use keeper::Keeper;
+pub(super) use place::write_private;
 
 use std::path::PathBuf;
 
