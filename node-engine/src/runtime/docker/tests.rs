@@ -2,6 +2,7 @@
 //! `NODE_ENGINE_TEST_DOCKER` is the path of its socket, beside which `docker.pid` lies. It must have `live-restore` on, and
 //! /bin/busybox must be a static one.
 
+mod devices;
 mod registry;
 
 use std::fs;
