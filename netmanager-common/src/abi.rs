@@ -75,6 +75,8 @@ pub struct CandidateKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Slot {
+    #[cfg(feature = "other-layout")]
+    pub spare: [u32; 2],
     /// Raised whenever the slot gets another instance or loses the one it had; odd while an instance is in it.
     pub generation: u32,
     /// Index into `PEERS`; 0 for an instance on this node.
@@ -182,6 +184,8 @@ pub struct FlowKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
+    #[cfg(feature = "other-layout")]
+    pub spare: u32,
     /// Who gets the packets of an instance here; who sends those that come through the tunnel.
     pub slot: u32,
     pub generation: u32,
@@ -243,7 +247,7 @@ pub const FLOW_REPLY: u8 = 2;
 pub const FLOW_HOST: u8 = 3;
 
 macro_rules! layouts {
-    ($($name:ident = $size:literal),* $(,)?) => {
+    ($($name:ident = $size:expr),* $(,)?) => {
         $(
             const _: () = assert!(size_of::<$name>() == $size, concat!(stringify!($name), " has changed its layout"));
             const _: () = assert!(align_of::<$name>() <= 4);
@@ -254,6 +258,10 @@ macro_rules! layouts {
     };
 }
 
+/// What the rows of a test's other layout have more.
+const WIDER: [usize; 2] = if cfg!(feature = "other-layout") { [8, 4] } else { [0; 2] };
+
 layouts! {
-    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40, Peer = 48, Neighbour = 20, Endpoint = 28, FlowKey = 40, Flow = 52, Answers = 12,
+    Addr = 16, Config = 104, Service = 20, CandidateKey = 12, Slot = 40 + WIDER[0], Peer = 48, Neighbour = 20, Endpoint = 28, FlowKey = 40,
+    Flow = 52 + WIDER[1], Answers = 12,
 }

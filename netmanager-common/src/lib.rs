@@ -10,6 +10,7 @@ pub mod addr;
 pub mod checksum;
 pub mod frame;
 pub mod icmp;
+pub mod layout;
 pub mod mss;
 pub mod pipeline;
 pub mod policy;
@@ -18,7 +19,7 @@ pub mod testing;
 pub mod verdict;
 
 /// Version of the layout of everything pinned (maps, programs, links). Part of the pin directory's name.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = if cfg!(feature = "other-layout") { 1_000_003 } else { 3 };
 
 /// UDP port of the tunnel where nothing else is configured.
 pub const TUNNEL_PORT: u16 = 50103;

@@ -131,6 +131,9 @@ pub enum NetError {
     NoUplink(String),
     #[error("no datapath works here: {0}")]
     NoDatapath(String),
+    /// Packets are carried as before, and by the version before.
+    #[error("{0}")]
+    WentBack(String),
     #[error("the datapath stays as it is: {0}")]
     Stays(String),
     #[error("the network manager has stopped")]

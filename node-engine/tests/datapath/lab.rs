@@ -339,6 +339,10 @@ impl Node {
 
     /// Starts the datapath and gives the TUN device its addresses, which bring the routes.
     pub async fn start(&mut self, choice: DatapathChoice) {
+        self.try_start(choice).await.expect("no datapath");
+    }
+
+    pub async fn try_start(&mut self, choice: DatapathChoice) -> Result<(), String> {
         let (jobs, mut inbox) = mpsc::channel::<Job>(16);
         let (started, start) = oneshot::channel::<Result<(), String>>();
         let (name, underlay) = (self.name.clone(), self.underlay.clone());
@@ -359,12 +363,13 @@ impl Node {
             };
             netns.run(main).expect("enter the node's namespace");
         });
-        start.await.expect("the node's thread has ended").expect("no datapath");
+        start.await.expect("the node's thread has ended")?;
         self.running = Some(Running { jobs, thread });
         for (family, address) in [("-4", "10.19.1.254/12"), ("-6", "fcef::dead:beef/7")] {
             let nodad: &[&str] = if family == "-6" { &["nodad"] } else { &[] };
             ip(&[&["-n", &self.name, family, "addr", "replace", address, "dev", TUN], nodad].concat());
         }
+        Ok(())
     }
 
     /// Ends the datapath's thread without a word to the datapath, as a killed process would.

@@ -110,6 +110,8 @@ impl Ladder {
             let (kernel, tables) = match rung {
                 Rung::Redirect | Rung::Plain => match begin(underlay, *rung == Rung::Plain) {
                     Ok((kernel, tables)) => (Some(Arc::new(kernel)), tables),
+                    // Nothing else is tried over programs that work.
+                    Err(error @ DatapathError::WentBack(_)) => return Err(error),
                     Err(error) => {
                         refusals.push(error);
                         continue;

@@ -50,7 +50,7 @@ use crate::config::{DatapathChoice, XdpChoice};
 
 pub use capacity::Capacity;
 pub use choose::{Chosen, choose};
-pub use ebpf::uninstall;
+pub use ebpf::{Change, Outlook, outlook, uninstall};
 pub use ladder::Ladder;
 pub use memory::Memory;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -256,6 +256,9 @@ pub enum DatapathError {
     Step { step: &'static str, reason: String },
     #[error("{0} is full")]
     Full(&'static str),
+    /// The programs of before carry on, and whoever put them there is to be started again.
+    #[error("the programs of this version were put back, as they do not carry packets as they should: {0}")]
+    WentBack(String),
 }
 
 /// What a datapath needs to know of the node when it is made.

@@ -151,7 +151,15 @@ impl Projection {
             (false, true) => old.generation.wrapping_add(2),
             (false, false) => old.generation.wrapping_add(1),
         };
-        self.write_slot(number, Slot { generation, peer, namespace, instance });
+        let slot = Slot {
+            generation,
+            peer,
+            namespace,
+            instance,
+            #[cfg(feature = "other-layout")]
+            spare: [0; 2],
+        };
+        self.write_slot(number, slot);
         self.drop_adopted_in(namespace);
         Some(number)
     }

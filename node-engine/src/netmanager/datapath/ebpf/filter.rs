@@ -53,23 +53,37 @@ fn suits(interface: &str) -> bool {
     bus.is_some_and(|bus| bus != "virtio")
 }
 
-fn attach(programs: &mut aya::Ebpf, pin: &Path, port: &Port) -> Result<(), String> {
+/// Has the link of an earlier run lead to our filter. One that cannot goes: it only saves work.
+pub(super) fn take(programs: &mut aya::Ebpf, pin: &str, path: &Path) -> bool {
+    let taken = pin.starts_with(PREFIX) && loaded(programs).is_ok_and(|program| replace(program, path));
+    if !taken {
+        let _ = fs::remove_file(path);
+    }
+    taken
+}
+
+fn loaded(programs: &mut aya::Ebpf) -> Result<&mut Xdp, String> {
     let program = programs.program_mut(PROGRAM).ok_or("the embedded object has no such program: build it anew")?;
     let program: &mut Xdp = program.try_into().map_err(|error| reason(&error))?;
     if program.fd().is_err() {
         program.load().map_err(|error| reason(&error))?;
     }
-    if let Ok(pinned) = PinnedLink::from_pin(pin) {
-        let replaced = XdpLink::try_from(FdLink::from(pinned))
-            .map_err(|error| reason(&error))
-            .and_then(|link| program.attach_to_link(link).map_err(|error| reason(&error)))
-            .and_then(|id| program.take_link(id).map_err(|error| reason(&error)));
-        if replaced.is_ok() {
-            return Ok(());
-        }
-        // Its interface went, and another has come by this index.
-        let _ = fs::remove_file(pin);
+    Ok(program)
+}
+
+fn replace(program: &mut Xdp, pin: &Path) -> bool {
+    let Ok(pinned) = PinnedLink::from_pin(pin) else { return false };
+    let link = XdpLink::try_from(FdLink::from(pinned)).ok();
+    link.and_then(|link| program.attach_to_link(link).ok()).is_some_and(|id| program.take_link(id).is_ok())
+}
+
+fn attach(programs: &mut aya::Ebpf, pin: &Path, port: &Port) -> Result<(), String> {
+    let program = loaded(programs)?;
+    if replace(program, pin) {
+        return Ok(());
     }
+    // Its interface went, and another has come by this index.
+    let _ = fs::remove_file(pin);
     let id = program.attach(&port.name, XdpMode::Driver).map_err(|error| reason(&error))?;
     let link = program.take_link(id).map_err(|error| reason(&error))?;
     let link = FdLink::try_from(link).map_err(|error| reason(&error))?;

@@ -6,6 +6,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::mem;
+use std::path::Path;
 
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
@@ -35,10 +36,10 @@ pub(in crate::netmanager::datapath) enum Hook {
 }
 
 impl Hook {
-    const ALL: [Self; 4] = [Self::Veth, Self::Uplink, Self::Framed, Self::Framing];
+    pub(super) const ALL: [Self; 4] = [Self::Veth, Self::Uplink, Self::Framed, Self::Framing];
 
     /// The program's name in the object.
-    const fn program(self) -> &'static str {
+    pub(super) const fn program(self) -> &'static str {
         match self {
             Self::Veth => "tc_veth_ingress",
             Self::Uplink => "tc_uplink_ingress",
@@ -80,6 +81,11 @@ impl Hook {
         format!("{}{ifindex}", self.prefix())
     }
 
+    /// Whose pin it is.
+    pub(super) fn of_pin(pin: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|hook| hook.ifindex(pin).is_some())
+    }
+
     /// The index in a pin's name, if it is of this hook.
     fn ifindex(self, pin: &str) -> Option<u32> {
         pin.strip_prefix(self.prefix())?.parse().ok()
@@ -95,8 +101,8 @@ enum Way {
 
 /// The loaded programs.
 pub(super) struct Hooks {
-    programs: aya::Ebpf,
-    pins: Pins,
+    pub(super) programs: aya::Ebpf,
+    pub(super) pins: Pins,
     xdp: XdpChoice,
     /// Where programs sit, and how.
     attached: BTreeMap<(Hook, u32), (Port, Way)>,
@@ -126,8 +132,10 @@ impl Hooks {
                 program.test_run(options).map_err(|error| unsupported("run programs", &error))?;
             }
             let pin = pins.program(hook.program());
-            // The pin of the previous run names the previous program, which lives on by its links until they are updated.
-            let _ = fs::remove_file(&pin);
+            // The pin of the previous run names the previous program. It is kept until the new one has been tried out, unless it has
+            // itself never been: then there is an older one.
+            let before = pins.program_before(hook.program());
+            let _ = if before.exists() { fs::remove_file(&pin) } else { fs::rename(&pin, before) };
             program.pin(&pin).map_err(|error| unsupported("pin programs", &error))?;
             ids.insert(hook, program.info().map_err(|error| unsupported("look at programs", &error))?.id());
         }
@@ -147,7 +155,7 @@ impl Hooks {
     pub(super) fn attach(&mut self, hook: Hook, port: &Port) -> Result<(), DatapathError> {
         let program = classifier(&mut self.programs, hook)?;
         let pin = hook.pin(port.ifindex);
-        let linked = match replace_link(program, &self.pins, &pin) {
+        let linked = match replace_link(program, &self.pins.link(&pin)) {
             true => Ok(()),
             false => new_link(program, port, &self.pins, &pin),
         };
@@ -167,7 +175,6 @@ impl Hooks {
             }
         };
         self.attached.insert((hook, port.ifindex), (port.clone(), way));
-        self.pins.retire_others(&pin);
         Ok(())
     }
 
@@ -244,7 +251,7 @@ pub(in crate::netmanager::datapath) fn interface(ifindex: u32) -> Option<String>
     (!name.is_empty()).then_some(name)
 }
 
-fn classifier(programs: &mut aya::Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DatapathError> {
+pub(super) fn classifier(programs: &mut aya::Ebpf, hook: Hook) -> Result<&mut SchedClassifier, DatapathError> {
     let missing = || DatapathError::Unsupported {
         what: "load programs",
         reason: format!("the embedded object has no classifier {}: build it anew", hook.program()),
@@ -253,9 +260,8 @@ fn classifier(programs: &mut aya::Ebpf, hook: Hook) -> Result<&mut SchedClassifi
 }
 
 /// Updates the pinned link to this program. False where there is none, or it is no use: then its pin is gone.
-fn replace_link(program: &mut SchedClassifier, pins: &Pins, pin: &str) -> bool {
-    let path = pins.link(pin);
-    let Ok(pinned) = PinnedLink::from_pin(&path) else { return false };
+pub(super) fn replace_link(program: &mut SchedClassifier, path: &Path) -> bool {
+    let Ok(pinned) = PinnedLink::from_pin(path) else { return false };
     let replaced = SchedClassifierLink::try_from(FdLink::from(pinned))
         .map_err(|error| reason(&error))
         .and_then(|link| program.attach_to_link(link).map_err(|error| reason(&error)))
@@ -268,7 +274,7 @@ fn replace_link(program: &mut SchedClassifier, pins: &Pins, pin: &str) -> bool {
         }
         Err(reason) => {
             // Its interface went, and another has come by this index.
-            tracing::debug!(pin, reason, "a pinned link cannot be updated and is made anew");
+            tracing::debug!(pin = %path.display(), reason, "a pinned link cannot be updated and is made anew");
             let _ = fs::remove_file(path);
             false
         }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
+use netmanager_common::MAX_FLOWS;
 use netmanager_common::abi::{
     CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
 };
@@ -141,6 +142,11 @@ impl BpfTables {
         }
         rows.tallies.iter().for_each(|(slot, tally)| self.tallies.put(*slot, tally));
         Ok(())
+    }
+
+    /// Flows, in no order; those that cannot be read are left out.
+    pub(super) fn some_flows(&self) -> impl Iterator<Item = (FlowKey, Flow)> {
+        self.flows.iter().take(MAX_FLOWS as usize).filter_map(Result::ok)
     }
 
     /// Takes over a flow as it is.

@@ -6,12 +6,18 @@
 
 mod accounts;
 mod filter;
+mod handover;
 mod hooks;
+mod inherit;
+mod layout;
 mod listing;
 mod maps;
+mod outlook;
 mod pins;
+mod raw;
 mod reason;
 mod tallies;
+mod trial;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,6 +33,7 @@ pub(super) use self::hooks::{Hook, interface};
 pub(super) use self::listing::KernelFlows;
 pub(super) use self::maps::BpfTables;
 use self::maps::KernelCounters;
+pub use self::outlook::{Change, Outlook, outlook};
 use self::pins::Pins;
 pub use self::pins::uninstall;
 pub(super) use self::pins::{populated, retire, version_name};
@@ -74,6 +81,10 @@ impl Kernel {
         let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
 
         let pins = Pins::ensure(&underlay.pin_dir, underlay.capacity)?;
+        let inheritance = inherit::find(&pins);
+        pins.make()?;
+        // Where an attempt was cut short after the first link, our maps are in use already.
+        let empty = pins.links().is_empty();
         let mut loader = EbpfLoader::new();
         for (map, rows) in maps::sizes(underlay.capacity) {
             loader.map_max_entries(map, rows);
@@ -84,12 +95,17 @@ impl Kernel {
         let plain_word = u64::from(plain);
         loader.override_global("PLAIN", &plain_word, true);
         let programs = loader.load(OBJECT).map_err(|error| unsupported("load programs", &error))?;
-        let tables = BpfTables::open(&pins)?;
+        let mut tables = BpfTables::open(&pins)?;
         let counters = KernelCounters::open(&pins)?;
+        inherit::describe(&pins)?;
+        if let Some(inheritance) = inheritance.as_ref().filter(|_| empty) {
+            handover::told(inheritance.copy_all(&pins));
+        }
         let keeper = Keeper::start(&pins)?;
         let flows = Arc::new(KernelFlows::open(&pins)?);
         let tallies = Arc::new(Tallies::open(&pins)?);
-        let hooks = Hooks::load(programs, pins, underlay.xdp)?;
+        let mut hooks = Hooks::load(programs, pins, underlay.xdp)?;
+        hooks.carry_on(inheritance.as_ref(), &mut tables)?;
         Ok((Self { hooks: Mutex::new(hooks), counters, flows, tallies, _keeper: keeper }, tables))
     }
 

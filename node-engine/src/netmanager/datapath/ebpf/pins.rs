@@ -3,10 +3,12 @@
 //! ```text
 //! <pin_dir>/v<ABI_VERSION>[_<slots>]/maps/<MAP>
 //!                         /links/veth_<ifindex>   uplink_<ifindex>
-//!                         /programs/<program>
+//!                         /programs/<program>   <program>_before
+//!                         /handed_over
 //! ```
 //!
-//! Each layout version, and each size of the tables that is not the usual one, has a directory of its own, so that an upgrade never reads a row it does not understand. bpffs knows neither
+//! Each layout version, and each size of the tables that is not the usual one, has a directory of its own, so that
+//! a program never reads a row it does not understand: it takes over what others have left by its description ([`super::inherit`]). bpffs knows neither
 //! ordinary files nor names with dots.
 
 use std::fs::{self, DirBuilder};
@@ -25,6 +27,8 @@ use crate::netmanager::datapath::{Capacity, DatapathError};
 const SYSTEM: &str = "/sys/fs/bpf";
 /// A directory in a bpffs that we mounted says so.
 const MOUNTED: &str = "mounted_by_node_engine";
+/// So does a version whose rows are another's now.
+const HANDED_OVER: &str = "handed_over";
 
 /// The pins of this layout version.
 #[derive(Clone, Debug)]
@@ -37,11 +41,14 @@ impl Pins {
     /// Makes the directories, on a bpffs.
     pub(super) fn ensure(root: &Path, capacity: Capacity) -> Result<Self, DatapathError> {
         ensure_bpffs(root)?;
-        let pins = Self { root: root.to_owned(), version: version_name(capacity) };
-        for directory in ["maps", "links", "programs"] {
-            make_directory(&pins.version().join(directory))?;
-        }
+        let pins = Self::at(root, capacity);
+        pins.make()?;
         Ok(pins)
+    }
+
+    /// Where they are, or would be.
+    pub(super) fn at(root: &Path, capacity: Capacity) -> Self {
+        Self { root: root.to_owned(), version: version_name(capacity) }
     }
 
     pub(super) fn map(&self, name: &str) -> PathBuf {
@@ -56,20 +63,54 @@ impl Pins {
         self.version().join("programs").join(name)
     }
 
+    /// The one that the program of this name has replaced, until it has been tried out.
+    pub(super) fn program_before(&self, name: &str) -> PathBuf {
+        self.program(&format!("{name}_before"))
+    }
+
     /// Names of the pinned links.
     pub(super) fn links(&self) -> Vec<String> {
         names(&self.version().join("links"))
     }
 
-    /// Removes the link of this name that another layout version has pinned; ours carries now. A version without links goes whole.
-    pub(super) fn retire_others(&self, link: &str) {
-        for other in versions(&self.root).into_iter().filter(|version| *version != self.version) {
-            let directory = self.root.join(other);
-            let _ = fs::remove_file(directory.join("links").join(link));
-            if names(&directory.join("links")).is_empty() {
-                let _ = fs::remove_dir_all(&directory);
-            }
-        }
+    /// The pins of other layouts.
+    pub(super) fn others(&self) -> Vec<Self> {
+        let others = versions(&self.root).into_iter().filter(|version| *version != self.version);
+        others.map(|version| Self { root: self.root.clone(), version }).collect()
+    }
+
+    /// As a version is called.
+    pub(super) fn name(&self) -> &str {
+        &self.version
+    }
+
+    /// Were its maps ever filled?
+    pub(super) fn in_use(&self) -> bool {
+        self.map("CONFIG").exists()
+    }
+
+    /// Has another layout everything that was here?
+    pub(super) fn handed_over(&self) -> bool {
+        self.version().join(HANDED_OVER).exists()
+    }
+
+    pub(super) fn hand_over(&self) -> Result<(), DatapathError> {
+        make_directory(&self.version().join(HANDED_OVER))
+    }
+
+    pub(super) fn take_back(&self) {
+        let _ = fs::remove_dir(self.version().join(HANDED_OVER));
+    }
+
+    /// Removes all of it, links first: a program must not run over maps that are half gone.
+    pub(super) fn clear(&self) {
+        let _ = fs::remove_dir_all(self.version().join("links"));
+        let _ = fs::remove_dir_all(self.version());
+    }
+
+    /// Makes the directories again.
+    pub(super) fn make(&self) -> Result<(), DatapathError> {
+        ["maps", "links", "programs"].iter().try_for_each(|name| make_directory(&self.version().join(name)))
     }
 
     fn version(&self) -> PathBuf {
