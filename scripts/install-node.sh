@@ -35,10 +35,16 @@ case $cluster in
     *[!A-Za-z0-9.:_-]*) echo "install-node.sh: $cluster is not HOST[:PORT]" >&2; exit 2 ;;
 esac
 
-install -d -m 755 "$root/usr/local/bin" "$root/etc/node-engine" "$root/etc/systemd/system"
+install -d -m 755 "$root/usr/local/bin" "$root/usr/local/lib/node-engine" "$root/etc/node-engine" "$root/etc/systemd/system"
+# What is replaced is kept: it is started again where this version cannot take over from it (go-back.sh).
+installed=$root/usr/local/bin/node-engine
+if [ -x "$installed" ] && ! cmp -s "$binary" "$installed"; then
+    cp -p "$installed" "$installed.previous"
+fi
 # Beside and renamed: a running daemon keeps its own binary, and no half of one is ever started.
 install -m 755 "$binary" "$root/usr/local/bin/node-engine.new"
 mv -f "$root/usr/local/bin/node-engine.new" "$root/usr/local/bin/node-engine"
+install -m 755 "$here/go-back.sh" "$root/usr/local/lib/node-engine/go-back.sh"
 install -m 644 "$here/node-engine.service" "$root/etc/systemd/system/node-engine.service"
 config=$root/etc/node-engine/config.toml
 if [ ! -e "$config" ]; then

@@ -7,6 +7,7 @@ mod hardware;
 mod look;
 mod net;
 mod table;
+mod upgrade;
 mod watch;
 
 use std::net::IpAddr;
@@ -15,6 +16,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::api::Selector;
+use crate::api::dto::upgrade::Upgrade;
 use crate::config::{self, Flag, Sources};
 use crate::runtime::containerd::KEEP_LOG;
 
@@ -182,6 +184,17 @@ enum Command {
         #[arg(long)]
         purge: bool,
     },
+    /// What would change if this program took over from the daemon that runs, and whether anybody would notice: ends with 0 if not,
+    /// with 1 otherwise
+    Upgrade {
+        #[command(flatten)]
+        daemon: DaemonArgs,
+        /// Look, and change nothing
+        #[arg(long, required = true)]
+        check: bool,
+        #[command(flatten)]
+        output: Output,
+    },
     /// The version
     Version,
     /// Stay with a command from before its start to its end: what the daemon runs for workloads of its own
@@ -245,6 +258,11 @@ pub enum Task {
         sources: Sources,
         purge: bool,
     },
+    Upgrade {
+        sources: Sources,
+        socket: PathBuf,
+        json: bool,
+    },
     Version,
     /// A stage of a workload's supervision, the instance's directory, and the namespaces that are its own.
     Supervise(String, PathBuf, String),
@@ -301,6 +319,11 @@ impl Cli {
             Some(Command::Uninstall { daemon: args, purge }) => {
                 return Ok(Task::Uninstall { sources: daemon.under(args).sources(), purge });
             }
+            Some(Command::Upgrade { daemon: args, output, .. }) => {
+                let sources = daemon.under(args).sources();
+                let socket = shared.socket.unwrap_or_else(|| default_socket(&sources));
+                return Ok(Task::Upgrade { sources, socket, json: output.json });
+            }
             Some(Command::Supervise { stage, directory, own }) => return Ok(Task::Supervise(stage, directory, own)),
             Some(Command::KeepLog { file }) => return Ok(Task::KeepLog(file)),
             Some(Command::Interpret { stage, directory }) => return Ok(Task::Interpret(stage, directory)),
@@ -331,6 +354,7 @@ impl Cli {
             Command::Run(_)
             | Command::Standalone(_)
             | Command::Uninstall { .. }
+            | Command::Upgrade { .. }
             | Command::Supervise { .. }
             | Command::KeepLog { .. }
             | Command::Interpret { .. } => unreachable!("returned above"),
@@ -338,6 +362,11 @@ impl Cli {
         let socket = shared.socket.unwrap_or_else(|| default_socket(&daemon.sources()));
         Ok(Task::Ask(Question { socket, command: ask }))
     }
+}
+
+/// What `upgrade --check` has found, as it was asked for.
+pub fn shown_upgrade(found: &Upgrade, json: bool) -> String {
+    ask::shown(json, found, upgrade::text)
 }
 
 impl Question {

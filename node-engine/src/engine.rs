@@ -16,6 +16,7 @@ mod runtimes;
 mod scrape;
 mod signals;
 mod tasks;
+mod upgrade;
 mod view;
 
 use std::collections::BTreeMap;
@@ -33,7 +34,7 @@ use crate::control::ControlPlane;
 use crate::drain::Drain;
 use crate::events::Events;
 use crate::model::{Addresses, InstanceId, NodeFacts, NodeId, NodeUsage, Report, Sent, Subnet};
-use crate::netmanager::{Learned, NetManager};
+use crate::netmanager::{Learned, NetError, NetManager};
 use crate::runtime::Runtime;
 use crate::standalone::ClusterApi;
 use crate::store::{Desired, Fate, Store};
@@ -47,9 +48,14 @@ use tasks::Tasks;
 pub use build::run;
 pub use remove::uninstall;
 pub use signals::stop_on_signals;
+pub use upgrade::upgrade;
 
 /// What the whole end of a daemon may take. Shorter than the service manager's patience, so that it never has to kill.
 pub const GRACE: Duration = Duration::from_secs(25);
+
+/// The exit code of a daemon that could not carry on what the version before it did, and has left that as it was: it is to be started
+/// again (EX_TEMPFAIL of sysexits.h).
+pub const WENT_BACK: u8 = 75;
 
 /// Commands that may wait to be routed.
 const COMMANDS: usize = 256;
@@ -88,6 +94,11 @@ struct Parts {
     home: Option<Drain>,
     /// Those parts that run already.
     tasks: Tasks,
+}
+
+/// Is it for this reason that the daemon has ended?
+pub fn went_back(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| matches!(cause.downcast_ref(), Some(NetError::WentBack(_))))
 }
 
 /// Connects the parts and runs them until the drain begins or one of them ends.

@@ -1,11 +1,11 @@
-//! Parse, set up tracing, run, exit code: 1 for a failure, 2 for a usage error.
+//! Parse, set up tracing, run, exit code: 1 for a failure, 2 for a usage error, 75 where the version before is to be started again.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use node_engine::cli::{Cli, LogChoice, Task};
+use node_engine::cli::{Cli, LogChoice, Task, shown_upgrade};
 use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
 use node_engine::{drain::Drain, engine};
 use tokio::runtime::{Builder, Runtime};
@@ -33,7 +33,11 @@ fn main() -> ExitCode {
         Err(error) => {
             // Nobody reads the standard error: then the exit code has to do.
             let _ = writeln!(std::io::stderr(), "node-engine: {error:#}");
-            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
+            ExitCode::from(match (is_usage(&error), engine::went_back(&error)) {
+                (true, _) => 2,
+                (_, true) => engine::WENT_BACK,
+                _ => 1,
+            })
         }
     }
 }
@@ -54,6 +58,12 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
             trace(log, "error")?;
             let config = load(&sources)?;
             multi_thread()?.block_on(engine::uninstall(&config, purge))
+        }
+        Task::Upgrade { sources, socket, json } => {
+            trace(log, "error")?;
+            let found = multi_thread()?.block_on(engine::upgrade(config::load(&sources), &socket))?;
+            print!("{}", shown_upgrade(&found, json));
+            return Ok(if found.hitless { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Daemon(sources) => {
             trace(log, "info")?;

@@ -57,6 +57,49 @@ fn a_node_is_installed_and_installed_again() {
 }
 
 #[test]
+fn the_version_before_comes_back_where_the_new_one_cannot_take_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let binary = |name: &str| {
+        let path = dir.path().join(name);
+        executable(&path, &format!("#!/bin/sh\necho node-engine {name}\n"));
+        path
+    };
+    let install = |binary: &Path| {
+        let done = Command::new(script("install-node.sh")).arg(binary).env("DESTDIR", dir.path()).output().unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+    };
+    let installed = |name: &str| {
+        let output = Command::new(dir.path().join("usr/local/bin").join(name)).output();
+        output.map_or_else(|error| error.kind().to_string(), |output| text(&output.stdout).trim().to_owned())
+    };
+    let go_back = |status: &str| {
+        let command = dir.path().join("usr/local/lib/node-engine/go-back.sh");
+        let done = Command::new(command).env("DESTDIR", dir.path()).env("EXIT_STATUS", status).output().unwrap();
+        assert!(done.status.success(), "{}", text(&done.stderr));
+    };
+    install(&binary("old"));
+    install(&binary("new"));
+    // Once more the same: what was before it is not forgotten.
+    install(&binary("new"));
+    for status in ["0", "1", "KILL", ""] {
+        go_back(status);
+        assert_eq!(
+            (installed("node-engine"), installed("node-engine.previous")),
+            ("node-engine new".into(), "node-engine old".into())
+        );
+    }
+    go_back("75");
+    assert_eq!(
+        (installed("node-engine"), installed("node-engine.refused")),
+        ("node-engine old".into(), "node-engine new".into())
+    );
+    go_back("75");
+    assert_eq!(installed("node-engine"), "node-engine old", "there is none before it");
+    let unit = fs::read_to_string(script("node-engine.service")).unwrap();
+    assert!(unit.contains("ExecStopPost=-/usr/local/lib/node-engine/go-back.sh"));
+}
+
+#[test]
 fn every_setting_shown_in_the_skeleton_exists() {
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("config.toml");

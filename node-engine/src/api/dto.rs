@@ -4,6 +4,7 @@
 pub mod hardware;
 pub mod look;
 pub mod net;
+pub mod upgrade;
 
 use std::collections::BTreeMap;
 

@@ -92,7 +92,7 @@ impl Ask {
     }
 }
 
-fn shown<T: Serialize>(json: bool, answer: &T, text: impl FnOnce(&T) -> String) -> String {
+pub(super) fn shown<T: Serialize>(json: bool, answer: &T, text: impl FnOnce(&T) -> String) -> String {
     if !json {
         return text(answer);
     }
