@@ -62,6 +62,15 @@ fn a_stopped_daemon_leaves_everything_running(datapath: Datapath) {
     let mut lab = Lab::start(&Plan::new(1, datapath)).expect("a laboratory");
     let web = lab.deploy(&Deploy { name: "web", ..Deploy::default() }, 1).expect("it runs");
     let before = lab.nodes[0].container_pid(&web[0]).expect("a process");
+    let seen = lab.nodes[0].upgrade_check().expect("what would change");
+    let of_tun = datapath == Datapath::Tun;
+    assert_eq!((&seen["running"], &seen["hitless"]), (&seen["version"], &(!of_tun).into()), "{seen:#}");
+    let same = seen["programs"].as_array().expect("programs").iter().all(|program| program["change"] == "same");
+    assert_eq!((same, seen["layout"]["pinned"].is_string()), (!of_tun, !of_tun), "{seen:#}");
+    lab.nodes[0].set("NODE_ENGINE_INSTANCES", "131072");
+    let seen = lab.nodes[0].upgrade_check().expect("what would change");
+    assert_ne!(seen["layout"]["own"], seen["layout"]["pinned"], "{seen:#}");
+    lab.nodes[0].set("NODE_ENGINE_INSTANCES", "65536");
     let ended = lab.nodes[0].terminate().expect("it ends when told to");
     assert!(ended.success(), "{ended}");
     assert_eq!(lab.nodes[0].container_pid(&web[0]).expect("a process"), before);

@@ -144,6 +144,23 @@ impl Node {
         self.program = Some(program);
     }
 
+    /// Has the next start lay out the tables in the kernel otherwise, or as before: by a program with other rows where there is one
+    /// (`cargo xtask soak --only upgrade`), else by tables of another size. Says how.
+    pub fn alternate(&mut self) -> &'static str {
+        const SIZE: &str = "NODE_ENGINE_INSTANCES";
+        if let Ok(other) = built("node-engine-other") {
+            self.program = if self.program.is_none() { Some(other) } else { None };
+            return if self.program.is_some() { "other rows" } else { "the usual rows" };
+        }
+        let settings = self.settings.len();
+        self.settings.retain(|(name, _)| name != SIZE);
+        if self.settings.len() < settings {
+            return "the usual tables";
+        }
+        self.settings.push((SIZE.to_owned(), "131072".to_owned()));
+        "larger tables"
+    }
+
     fn program(&self) -> Result<PathBuf> {
         self.program.clone().map_or_else(|| built("node-engine"), Ok)
     }
@@ -305,6 +322,16 @@ impl Node {
         let mut command = self.host.command("timeout");
         command.args(["--signal=KILL", &format!("{:.3}", after.as_secs_f64().max(0.001))]).arg(built("node-engine")?);
         capture(command.args(self.undoing())).map(drop)
+    }
+
+    /// What `upgrade --check` says of this build.
+    pub fn upgrade_check(&self) -> Result<serde_json::Value> {
+        let mut command = self.host.command(self.program()?);
+        command.args(["upgrade", "--check", "--json", "--cluster", &self.cluster, "--run-dir", RUN, "--state-dir"]);
+        command.arg(self.host.directory().join("state")).envs(self.settings.iter().map(|(name, value)| (name, value)));
+        // Its exit code says the same as its last words.
+        let said = capture(&mut command)?;
+        serde_json::from_slice(&said.stdout).with_context(|| format!("it said {said:?}"))
     }
 
     fn undoing(&self) -> Vec<std::ffi::OsString> {

@@ -37,6 +37,15 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(object)
 }
 
+/// Builds the object whose rows are those of a test's other layout, and returns it.
+pub(crate) fn build_other_layout() -> Result<PathBuf> {
+    let toolchain = toolchain()?;
+    let directory = root().join("target/ebpf-other");
+    // What comes later counts.
+    run(build_command(&toolchain, "build").args(["--features", "other-layout", "--target-dir"]).arg(&directory))?;
+    Ok(directory.join(TARGET).join("release/netmanager"))
+}
+
 /// The toolchain, installed if need be.
 pub(crate) fn toolchain() -> Result<Toolchain> {
     bpf_toolchain::find().or_else(|_| {
@@ -54,8 +63,7 @@ pub(crate) fn build_command(toolchain: &Toolchain, verb: &str) -> Command {
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", &toolchain.linker)
         .env("CARGO_ENCODED_RUSTFLAGS", flags().join("\x1f"))
         .args([verb, "--package", PACKAGE, "--bins", "--release", "--target", TARGET])
-        .arg("--target-dir")
-        .arg(root().join("target/ebpf"));
+        .env("CARGO_TARGET_DIR", root().join("target/ebpf"));
     match compiler.core {
         // The crate's name, not `1`: only aya-ebpf needs unstable features, everything else stays stable.
         Core::Prebuilt => command.env("RUSTC_BOOTSTRAP", "aya_ebpf"),

@@ -1,6 +1,6 @@
 //! `cargo xtask soak`: what survives, and what it costs.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::process;
@@ -18,7 +18,8 @@ pub(crate) struct Options {
     #[arg(long, default_value = "ebpf")]
     datapath: String,
     /// This fault alone, with nothing deployed meanwhile and datagrams as fast as they are answered: kill, terminate, pause,
-    /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands; or undo: a daemon that dies while it
+    /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands; or upgrade: daemons whose rows
+    /// in the kernel are laid out otherwise take over from each other; or undo: a daemon that dies while it
     /// sets up or deploys, and what it has made is undone
     #[arg(long)]
     only: Option<String>,
@@ -34,6 +35,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     test::require_root()?;
     setup::everything()?;
     ebpf::build()?;
+    if options.only.as_deref() == Some("upgrade") {
+        other_layout()?;
+    }
     test::build_programs()?;
     let mut command = test::lab();
     command.args(["soak", "--minutes", &options.minutes.to_string(), "--seed", &options.seed.to_string()]);
@@ -45,4 +49,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         command.args(["--times", &times.to_string()]);
     }
     process::run(command.args(options.verbose.then_some("--verbose")))
+}
+
+/// The daemon of another version, as far as rows are concerned, beside the usual one.
+fn other_layout() -> Result<()> {
+    let object = ebpf::build_other_layout()?;
+    let mut command = process::cargo();
+    command.args(["build", "--package", "node-engine", "--bins", "--features", "other-layout"]);
+    process::run(command.env("NODE_ENGINE_EBPF_OBJECT", object))?;
+    let programs = process::root().join("target/debug");
+    std::fs::copy(programs.join("node-engine"), programs.join("node-engine-other")).context("keep the other daemon")?;
+    Ok(())
 }

@@ -151,7 +151,7 @@ fn look_at(node: &Node, rows: &[InstanceRow]) -> Result<Seen> {
          echo '{MARK}routes'
          ip route show table all; ip -6 route show table all
          echo '{MARK}pins'
-         find /sys/fs/bpf -mindepth 1 -type f
+         find /sys/fs/bpf -mindepth 1 -type f | sed 's,/v[0-9_]*/,/v/,'
          echo '{MARK}endpoints'
          map=$(find /sys/fs/bpf -name ENDPOINTS)
          test -z \"$map\" || bpftool -j map dump pinned $map

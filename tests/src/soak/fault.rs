@@ -31,6 +31,8 @@ pub enum Kind {
     Bridge,
     Datagrams,
     Commands,
+    /// Not by chance: only where it is asked for.
+    Upgrade,
 }
 
 impl Kind {
@@ -63,6 +65,7 @@ impl Kind {
             Self::Bridge => "bridge",
             Self::Datagrams => "datagrams",
             Self::Commands => "commands",
+            Self::Upgrade => "upgrade",
         }
     }
 
@@ -77,7 +80,7 @@ impl Kind {
 
     /// Does a daemon begin anew by it?
     pub(super) fn ends_the_daemon(self) -> bool {
-        matches!(self, Self::Kill | Self::Terminate)
+        matches!(self, Self::Kill | Self::Terminate | Self::Upgrade)
     }
 }
 
@@ -91,8 +94,9 @@ impl FromStr for Kind {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let names = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|kind| kind.name() == text).with_context(|| format!("no fault {text}: {}", names()))
+        let all = || Self::ALL.into_iter().chain([Self::Upgrade]);
+        let names = || all().map(Self::name).collect::<Vec<_>>().join(", ");
+        all().find(|kind| kind.name() == text).with_context(|| format!("no fault {text}: {}", names()))
     }
 }
 
@@ -124,6 +128,23 @@ pub(super) fn strike(lab: &mut Lab, kind: Kind, node: usize, chance: &mut Chance
             thread::sleep(pause);
             lab.nodes[node].start()?;
             detail = format!("away for {pause:?}");
+        }
+        Kind::Upgrade => {
+            let killed = chance.once_in(2);
+            if killed {
+                lab.nodes[node].kill()?;
+            } else if !lab.nodes[node].terminate()?.success() {
+                bail!("{name} did not end well when told to end");
+            }
+            detail = format!("{} to {}", if killed { "killed" } else { "ended" }, lab.nodes[node].alternate());
+            lab.nodes[node].start()?;
+            if chance.once_in(3) {
+                let after = Duration::from_millis(20 * chance.below(40) as u64);
+                thread::sleep(after);
+                lab.nodes[node].kill_at_once()?;
+                lab.nodes[node].start()?;
+                detail = format!("{detail}, which died after {after:?} and began again");
+            }
         }
         Kind::Pause => {
             lab.nodes[node].pause(Duration::from_secs(3))?;

@@ -156,7 +156,10 @@ impl Soak<'_> {
     /// What stays, and traffic to it.
     fn set_up(&mut self) -> Result<()> {
         for (name, on) in STAYING.into_iter().zip(["node-a", "node-b"]) {
-            self.lab.deploy(&Deploy { name, on: Some(on), ..Deploy::default() }, 1)?;
+            // A flow that is moved to the other of two is noticed: its connection is reset.
+            let two = self.options.only.is_some_and(Kind::ends_the_daemon) && name == STAYING[1];
+            let replicas = if two { 2 } else { 1 };
+            self.lab.deploy(&Deploy { name, on: Some(on), replicas, ..Deploy::default() }, replicas as usize)?;
         }
         self.model.adopt(self.lab.cluster.instances()?);
         let rows: Vec<InstanceRow> = self.model.rows().cloned().collect();
@@ -312,8 +315,10 @@ impl Soak<'_> {
 
     /// Ends the traffic, takes everything down, and gives the hosts back.
     fn wind_up(&mut self, before: &[Snapshot]) -> Result<()> {
+        let mut datagrams = Counts::default();
         for load in std::mem::take(&mut self.loads) {
             let name = load.name();
+            datagrams = load.counts();
             match load.finish() {
                 Ok(sum) => self.say(&format!("{name} in all: {sum}")),
                 Err(error) => self.breaks(format!("{error:#}")),
@@ -321,6 +326,11 @@ impl Soak<'_> {
         }
         let overflows = self.overflows()?;
         self.say(&format!("of the datagrams and echoes {overflows} were lost to full buffers of sockets"));
+        // Programs that carry on by themselves lose nothing.
+        let by_itself = self.options.datapath == Datapath::Ebpf && self.options.only.is_some_and(Kind::ends_the_daemon);
+        if by_itself && (datagrams.lost > overflows || datagrams.doubled > 0) {
+            self.broken.push(format!("{} datagrams were lost and {} doubled", datagrams.lost, datagrams.doubled));
+        }
         let services: std::collections::BTreeSet<String> =
             self.model.rows().map(|row| row.short().to_owned()).collect();
         for service in services {
