@@ -12,6 +12,7 @@ pub mod frame;
 pub mod icmp;
 pub mod layout;
 pub mod mss;
+mod parsed;
 pub mod pipeline;
 pub mod policy;
 #[cfg(feature = "testing")]
