@@ -5,6 +5,9 @@
 //! again for ever. What the node says goes through the [`Outbox`], what the cluster says through `inbox`; both are bounded, and
 //! reports are taken in at any time, so that nobody who reports ever waits for the network.
 
+mod hears;
+mod says;
+
 use std::collections::{BTreeSet, VecDeque};
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -25,7 +28,6 @@ use super::ControlPlane;
 use super::backoff::{Backoff, Complaints};
 use super::encode::{Encoder, Message};
 use super::exception::Exception;
-use super::http::ask;
 use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, Unacknowledged, WINDOW};
 use super::outbox::{Outbox, Ticket};
 use super::register::{RegisterError, Registrar, Registration, http_client};
@@ -33,12 +35,10 @@ use super::tls::client_config;
 use crate::config::{ClusterConfig, ReportChoice};
 use crate::drain::Drain;
 use crate::model::{
-    Command, Generation, NodeFacts, NodeId, NodeIdentity, NodeUsage, Query, Receipt, Report, Sent, ServiceName, Status,
-    TableAnswer,
+    Command, Generation, NodeFacts, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, TableAnswer,
 };
-use crate::wire::json::{MAX_DOCUMENT, Malformed, excerpt};
-use crate::wire::order::OrderTopic;
-use crate::wire::{Order, OrderError, ToNode, generation, order, table};
+use crate::wire::ToNode;
+use crate::wire::json::excerpt;
 
 /// An outage after which the cluster may have forgotten the node.
 const LONG_OUTAGE: Duration = Duration::from_secs(10);
@@ -595,193 +595,6 @@ impl Session {
             Done::Unsubscribed(_) => {}
         }
     }
-
-    // --- what the node says
-
-    fn report(&mut self, report: Report) {
-        match &report {
-            Report::Node(usage) => self.usage = (**usage).clone(),
-            Report::InterestAdd(service) => self.watch(service),
-            Report::InterestRemove(service) => self.unwatch(service),
-            _ => {}
-        }
-        if self.up_since.is_some() && !self.exception.is_due(&report, Instant::now()) {
-            return;
-        }
-        match report {
-            Report::Stored(ticket) => {
-                if let Some(received) = self.received.iter_mut().find(|received| received.ticket == ticket) {
-                    received.settled = true;
-                }
-                self.acknowledge_settled();
-            }
-            Report::SubnetRequest if self.encoder.generation == Generation::G1 => {
-                if let Some(subnet) = self.identity.as_ref().and_then(|identity| identity.subnet) {
-                    self.tell(Command::Subnet(subnet));
-                }
-            }
-            Report::TableQuery(query) if self.encoder.generation == Generation::G1 => self.question(query),
-            Report::Address(address) => self.renumbered(address),
-            report => self.outbox.push(report, self.up_since.is_some()),
-        }
-    }
-
-    fn watch(&mut self, service: &ServiceName) {
-        if self.interests.len() >= MAX_INTERESTS || !self.interests.insert(service.clone()) {
-            return;
-        }
-        if self.up_since.is_some() && watches(self.encoder.generation) {
-            self.subscribe.push_back(vec![updates_topic(service)]);
-        }
-    }
-
-    fn unwatch(&mut self, service: &ServiceName) {
-        if self.interests.remove(service) && self.up_since.is_some() {
-            let topic = updates_topic(service);
-            self.subscribe.retain(|topics| topics.as_slice() != [topic.as_str()]);
-            self.unsubscribe.push_back(topic);
-        }
-    }
-
-    fn question(&mut self, query: Query) {
-        if self.questions.len() < MAX_INBOX && !self.questions.contains(&query) {
-            self.questions.push_back(query);
-        }
-    }
-
-    fn ask_first_generation(&mut self) {
-        while self.answers.len() < MAX_QUESTIONS {
-            let Some(query) = self.questions.pop_front() else { return };
-            let url = self.registrar.overlay_url(&table::first_generation_path(&query));
-            let request = self.registrar.http.get(url);
-            self.answers.push(
-                async move {
-                    let answer = match ask(request, MAX_DOCUMENT).await {
-                        Ok(answer) if answer.status == 200 => {
-                            table::read_table(&answer.body).map_err(|error| error.to_string())
-                        }
-                        Ok(answer) => Err(format!("status {}", answer.status)),
-                        Err(error) => Err(error.to_string()),
-                    };
-                    (query, answer)
-                }
-                .boxed(),
-            );
-        }
-    }
-
-    // --- what the cluster says
-
-    fn tell(&mut self, command: Command) {
-        if self.deadline.is_none() && !self.commands_over {
-            self.inbox.push_back(command);
-        }
-    }
-
-    fn answered(&mut self, query: &Query, answer: Result<TableAnswer, String>) {
-        match answer {
-            Ok(mut answer) => {
-                // These answers do not repeat the question.
-                answer.query = Some(query.clone());
-                self.tell(Command::Table(answer));
-            }
-            Err(error) => debug!(?query, %error, "no answer from the service table"),
-        }
-    }
-
-    /// This one needs nothing more. The broker is told when it is its turn.
-    fn acknowledge(&mut self, receipt: Unacknowledged) {
-        if self.ticket(receipt).is_some()
-            && let Some(last) = self.received.back_mut()
-        {
-            last.settled = true;
-        }
-        self.acknowledge_settled();
-    }
-
-    fn acknowledge_settled(&mut self) {
-        while self.received.front().is_some_and(|received| received.settled) {
-            let (Some(link), Some(received)) = (&self.link, self.received.pop_front()) else { return };
-            if let Err(error) = link.acknowledge(received.receipt) {
-                return self.down(&error.to_string());
-            }
-        }
-    }
-
-    /// Takes in a message. What comes back is to be acknowledged now; an order is when it is stored.
-    fn message(&mut self, topic: &str, payload: &[u8], receipt: Unacknowledged) -> Unacknowledged {
-        self.heard_at = Instant::now();
-        if self.deadline.is_some() {
-            // Nobody takes it any more; the broker may give it to the next start.
-            return Unacknowledged::default();
-        }
-        let Some(node) = self.identity.as_ref().map(|identity| identity.id.clone()) else { return receipt };
-        match ToNode::parse(topic, &node) {
-            Some(ToNode::Deploy) => return self.order(OrderTopic::Deploy, payload, &node, receipt),
-            Some(ToNode::Delete) => return self.order(OrderTopic::Delete, payload, &node, receipt),
-            Some(ToNode::Error) => {
-                info!(message = excerpt(payload), "the cluster does not know this node, registering again");
-                let wait = self.register_backoff.next();
-                self.register_again(wait);
-            }
-            Some(ToNode::Subnet) => match table::read_subnet(payload) {
-                Ok(subnet) => self.tell(Command::Subnet(subnet)),
-                Err(error) => malformed(topic, payload, &error),
-            },
-            Some(ToNode::Table) => match table::read_table(payload) {
-                Ok(answer) => self.tell(Command::Table(answer)),
-                Err(error) => malformed(topic, payload, &error),
-            },
-            Some(ToNode::Updates(service)) => self.tell(Command::ServiceChanged(service)),
-            Some(ToNode::OtherControl(name)) => {
-                debug!(name = excerpt(name.as_bytes()), "a control message of a kind this node does not know");
-            }
-            None => debug!(topic = excerpt(topic.as_bytes()), "a message on a topic of nobody here"),
-        }
-        receipt
-    }
-
-    fn order(&mut self, topic: OrderTopic, payload: &[u8], node: &NodeId, receipt: Unacknowledged) -> Unacknowledged {
-        let generation = generation(payload);
-        match order(topic, payload, Some(node)) {
-            Ok(Order::Deploy(spec)) => {
-                self.encoder.deploying(&spec.id, &spec.job);
-                let ticket = self.ticket(receipt);
-                self.tell(Command::Deploy(spec, Receipt { ticket, generation }));
-                return Unacknowledged::default();
-            }
-            Ok(Order::Delete(mut instances)) => {
-                let Some(last) = instances.pop() else { return receipt };
-                for instance in instances {
-                    self.encoder.deleting(&instance);
-                    self.tell(Command::Delete(instance, Receipt { ticket: None, generation }));
-                }
-                self.encoder.deleting(&last);
-                let ticket = self.ticket(receipt);
-                self.tell(Command::Delete(last, Receipt { ticket, generation }));
-                return Unacknowledged::default();
-            }
-            Err(error) => {
-                warn!(%error, message = excerpt(payload), "a control message that cannot be carried out");
-                if let OrderError::Deploy(refused) = &error
-                    && let Some(instance) = refused.instance.clone()
-                {
-                    let failed = Report::Status { instance, status: Status::Failed, detail: error.to_string() };
-                    self.outbox.push(failed, self.up_since.is_some());
-                }
-            }
-        }
-        receipt
-    }
-
-    fn ticket(&mut self, receipt: Unacknowledged) -> Option<u64> {
-        if !receipt.is_waited_for() {
-            return None;
-        }
-        self.next_ticket += 1;
-        self.received.push_back(Received { ticket: self.next_ticket, receipt, settled: false });
-        Some(self.next_ticket)
-    }
 }
 
 /// What is sent again after a lost connection costs again.
@@ -793,10 +606,6 @@ fn count(sent: &watch::Sender<Sent>, messages: &[Message]) {
             sent.add(message.purpose, message.topic.len() + message.text.len(), day);
         }
     });
-}
-
-fn malformed(topic: &str, payload: &[u8], error: &Malformed) {
-    warn!(topic = excerpt(topic.as_bytes()), %error, message = excerpt(payload), "a message that cannot be understood");
 }
 
 /// First-generation clusters announce no changes.

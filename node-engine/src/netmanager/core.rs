@@ -2,19 +2,19 @@
 //! clock, no kernel and no cluster. Effects of one instance are one at a time, and all else that has an order is in the order of
 //! the effects.
 
+mod exchange;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, Mac, PEER_OURS, Peer};
 use netmanager_common::addr::Addr;
 
-use super::connect::{Made, Member, Step};
-use super::datapath::{Capacity, Event as DatapathEvent, Port, Snapshot, TableDelta, Tally};
+use super::connect::Member;
+use super::datapath::{Capacity, Event as DatapathEvent, Snapshot, TableDelta};
 use super::hello::{Greetings, Known, Outcome as Greeting};
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
@@ -23,10 +23,10 @@ use super::link::{Bridge, Veth};
 use super::memory::{Learned, Memory};
 use super::path::{Outcome as PathNews, Paths};
 use super::table::{Figures, ServiceNets, ServiceTable, Way};
-use super::{Attachment, Lease, NetError, NetStatus};
-use crate::model::{
-    Addresses, Command, FamilyPair, InstanceId, NodeId, PortMapping, Query, Report, Subnet, TableAnswer,
-};
+use super::{Lease, NetStatus};
+use crate::model::{Addresses, Command, FamilyPair, InstanceId, NodeId, Query, Report, Subnet, TableAnswer};
+
+pub(super) use self::exchange::{Effect, Event, Published, Waiter};
 
 /// What this node made on its host is looked after so often.
 const UPKEEP: Duration = Duration::from_secs(10);
@@ -36,99 +36,6 @@ const UPKEEP_PAUSE: Duration = Duration::from_millis(500);
 const INQUIRY: Duration = Duration::from_secs(45);
 /// So long an instance's packets wait for its own address.
 const OWN_PATIENCE: Duration = Duration::from_secs(5);
-
-/// Published ports, and where each leads.
-pub(super) type Published = Vec<(PortMapping, Addresses)>;
-
-/// Somebody who waits for an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Waiter(pub(super) u64);
-
-#[derive(Clone, Debug)]
-pub(super) enum Event {
-    Attach(Attachment, Waiter),
-    Detach(InstanceId, Waiter),
-    /// Of all instances on this node only these exist.
-    Retain(Vec<InstanceId>),
-    Command(Command),
-    Datapath(DatapathEvent),
-    /// A step of a connection has ended.
-    Stepped {
-        instance: InstanceId,
-        step: Step,
-        result: Result<Made, String>,
-    },
-    /// `Publish` has ended.
-    Published(Result<(), String>),
-    /// `Upkeep` has ended: the bridge, and the veths that are there.
-    Kept(Result<(Bridge, Vec<(InstanceId, u32)>), String>),
-    /// `FindUplink` has found this.
-    Uplink {
-        address: IpAddr,
-        way: Way,
-    },
-    /// The ways to these nodes, as far as there are any.
-    Ways(Vec<(IpAddr, Way)>),
-    /// What became of the flows for which slots were chosen.
-    Tallied(Vec<(u32, Tally)>),
-    /// Flows of this node by slot.
-    Flows(HashMap<u32, u32>),
-    /// Links, addresses or routes of the host have changed.
-    HostChanged,
-    /// The datapath did not take a change.
-    ApplyFailed,
-    /// It is time for a path ([`Core::paths_due`]).
-    PathsDue,
-    Tick,
-}
-
-#[derive(Debug)]
-pub(super) enum Effect {
-    AttachVeth {
-        instance: InstanceId,
-        netns: PathBuf,
-        /// Only where the path leads to this namespace.
-        inode: Option<u64>,
-        subnet: Subnet,
-        addresses: Addresses,
-    },
-    DetachVeth(InstanceId),
-    /// Attaches the datapath, and detaches it from a veth that this one replaces.
-    Carry {
-        instance: InstanceId,
-        port: Port,
-        replaces: Option<Port>,
-    },
-    /// Detaches the datapath.
-    Release {
-        instance: InstanceId,
-        port: Port,
-    },
-    /// Ends the instance's step when all deltas before it are applied.
-    Settle(InstanceId),
-    Publish(Subnet, Published),
-    /// Makes bridge and routes where they are missing.
-    Upkeep(Subnet),
-    FindUplink,
-    FindWays(Vec<IpAddr>),
-    Apply(TableDelta),
-    /// Makes the datapath's tables exactly this.
-    Reconcile(TableDelta),
-    GiveUp(Addr),
-    SendControl(SocketAddr, Vec<u8>),
-    /// The same, and nobody may cut it.
-    SendWhole(SocketAddr, Vec<u8>),
-    Report(Report),
-    SaveSubnet(NodeId, Subnet),
-    KeepLeases(Leases),
-    /// To be remembered over a reboot.
-    Remember(BTreeMap<InstanceId, Addresses>),
-    Learn(Learned),
-    Attached(Waiter, Result<Lease, NetError>),
-    Detached(Waiter, Result<(), NetError>),
-    /// A sentence for an operator.
-    Warn(String),
-}
 
 /// What the core has to know from the start.
 #[derive(Clone, Debug)]

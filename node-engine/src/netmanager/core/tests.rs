@@ -7,8 +7,10 @@ use netmanager_common::abi::{Endpoint, Peer};
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{NodeIdentity, Policy, Protocol, SemanticAddress, ServiceName, TableRow};
+use crate::model::{NodeIdentity, Policy, PortMapping, Protocol, SemanticAddress, ServiceName, TableRow};
+use crate::netmanager::connect::{Made, Step};
 use crate::netmanager::hello::{Hello, Kind};
+use crate::netmanager::{Attachment, NetError};
 
 #[test]
 fn attach_waits_for_the_subnet_and_goes_step_by_step() {
