@@ -42,8 +42,8 @@ impl Plan {
     pub fn full() -> Self {
         Self {
             // Many short ones: what disturbs a machine is shorter than a long measurement, and falls into few of these.
-            rounds: 15,
-            time: Duration::from_millis(150),
+            rounds: 31,
+            time: Duration::from_millis(60),
             grounds: vec![Ground::PASS, Ground::SEG, Ground::PASS_JUMBO, Ground::SEG_JUMBO],
             cases: Case::ALL.to_vec(),
             modes: ACROSS.into_iter().chain(WITHIN).collect(),

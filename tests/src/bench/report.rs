@@ -37,6 +37,8 @@ pub struct Spread {
 pub struct Judged {
     pub goal: Goal,
     pub value: f64,
+    /// Half of the rounds lie between these: how steady the machine was.
+    pub quartiles: [f64; 2],
     pub outcome: Outcome,
 }
 
@@ -65,6 +67,7 @@ struct GoalDocument {
     case: String,
     goal: f64,
     value: f64,
+    quartiles: [f64; 2],
     outcome: &'static str,
 }
 
@@ -134,8 +137,8 @@ impl Report {
     /// The goals that the run has both sides of.
     pub fn judged(&self) -> Vec<Judged> {
         let judge = |goal: Goal| {
-            let value = self.row(goal.ground, goal.figure)?.ratio(goal.ours, goal.base)?;
-            Some(Judged { goal, value, outcome: Outcome::of(value, goal.at_least) })
+            let [low, value, high] = self.row(goal.ground, goal.figure)?.quartiles(goal.ours, goal.base)?;
+            Some(Judged { goal, value, quartiles: [low, high], outcome: Outcome::of(value, goal.at_least) })
         };
         super::goals::all().into_iter().filter_map(judge).collect()
     }
@@ -155,6 +158,7 @@ impl Report {
             case: judged.goal.case(),
             goal: judged.goal.at_least,
             value: round(judged.value),
+            quartiles: judged.quartiles.map(round),
             outcome: judged.outcome.words(),
         });
         let document = Document {
@@ -179,8 +183,16 @@ impl Row {
 
     /// The median of the ratios of each round: what disturbs a round disturbs both.
     pub fn ratio(&self, ours: &str, base: &str) -> Option<f64> {
+        self.quartiles(ours, base).map(|[_, median, _]| median)
+    }
+
+    /// A quarter, half and three quarters of the rounds' ratios are no larger than these.
+    pub fn quartiles(&self, ours: &str, base: &str) -> Option<[f64; 3]> {
         let (ours, base) = (self.samples(ours)?, self.samples(base)?);
-        median(ours.iter().zip(base).filter(|(_, base)| **base > 0.0).map(|(ours, base)| ours / base).collect())
+        let pairs = ours.iter().zip(base).filter(|(_, base)| **base > 0.0);
+        let mut ratios: Vec<f64> = pairs.map(|(ours, base)| ours / base).collect();
+        ratios.sort_by(f64::total_cmp);
+        (!ratios.is_empty()).then(|| [1, 2, 3].map(|quarter| ratios[ratios.len() * quarter / 4]))
     }
 
     fn name(&self) -> String {
@@ -256,6 +268,7 @@ mod tests {
                 ("ebpf/routed".into(), "tcp_scaling".into(), Outcome::Reached),
             ]
         );
+        assert_eq!((report.judged()[0].value, report.judged()[0].quartiles), (0.8, [0.5, 1.0]), "of 0.5, 0.8 and 1");
     }
 
     #[test]

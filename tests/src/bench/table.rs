@@ -43,12 +43,14 @@ fn case(row: &Row) -> String {
 }
 
 fn goals(judged: &[Judged]) -> String {
-    let mut text = String::from("\nratios of the same run, paired by round, beside their goals\n");
-    for Judged { goal, value, outcome } in judged {
+    let mut text = String::from(
+        "\nratios of the same run, paired by round (half of the rounds lie between), beside their goals\n",
+    );
+    for Judged { goal, value, quartiles: [low, high], outcome } in judged {
         let words = outcome.words();
         let _ = writeln!(
             text,
-            "  {:<20} {:<28} {value:>5.2}  goal {:.2}  {words}",
+            "  {:<20} {:<28} {value:>5.2} ({low:.2}–{high:.2})  goal {:.2}  {words}",
             goal.ratio(),
             goal.case(),
             goal.at_least
