@@ -75,30 +75,8 @@ impl Bell {
 /// What the thread waits for.
 const DEVICE: u64 = 0;
 const SOCKET: u64 = 1;
-const FRAMED: u64 = 2;
-const BELL: u64 = 3;
-
-/// How much is read of a source when the poll names it. One that brought a single packet last time is read once: the read that finds
-/// nothing more costs as much as the packet's. Named twice in a row, it is read until it is empty.
-#[derive(Debug, Default)]
-struct Pace {
-    alone: bool,
-    /// The turn in which it was read last.
-    turn: u64,
-}
-
-impl Pace {
-    fn limit(&self, turn: u64) -> usize {
-        if self.alone && self.turn.wrapping_add(1) != turn { 1 } else { BATCH }
-    }
-
-    fn note(&mut self, turn: u64, limit: usize, count: usize) {
-        self.turn = turn;
-        if limit > 1 {
-            self.alone = count == 1;
-        }
-    }
-}
+const BELL: u64 = 2;
+const FRAMED: u64 = 3;
 
 pub(super) struct Proxy {
     carrier: Carrier<AnyTables>,
@@ -111,8 +89,6 @@ pub(super) struct Proxy {
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
     control: Vec<u8>,
-    /// Of the device, the socket, and the one for framed packets.
-    paces: [Pace; 3],
 }
 
 impl Proxy {
@@ -134,7 +110,6 @@ impl Proxy {
             outgoing: vec![0; BUFFER],
             incoming: vec![0; PACKET],
             control: TunnelSocket::control_buffer(),
-            paces: <[Pace; 3]>::default(),
         })
     }
 
@@ -148,28 +123,23 @@ impl Proxy {
 
     fn carry_all(&mut self) -> Result<(), String> {
         let mut ready = [EpollEvent::empty(); 4];
-        let mut turn = 0_u64;
         loop {
-            turn = turn.wrapping_add(1);
             let deadline = self.carrier.next_deadline();
             let count = match self.poll.wait(&mut ready, until(deadline)) {
                 Err(nix::errno::Errno::EINTR) => 0,
                 other => other.map_err(|error| format!("epoll: {error}"))?,
             };
             for event in &ready[..count] {
-                if event.data() == BELL {
-                    if !self.answer_all() {
-                        return Ok(());
+                match event.data() {
+                    DEVICE => self.drain_device().map_err(|error| format!("TUN device: {error}"))?,
+                    SOCKET => drop(self.drain_socket(false)),
+                    FRAMED => drop(self.drain_socket(true)),
+                    _ => {
+                        if !self.answer_all() {
+                            return Ok(());
+                        }
                     }
-                    continue;
                 }
-                let source = event.data() as usize;
-                let limit = self.paces[source].limit(turn);
-                let count = match event.data() {
-                    DEVICE => self.drain_device(limit).map_err(|error| format!("TUN device: {error}"))?,
-                    which => self.drain_socket(which == FRAMED, limit),
-                };
-                self.paces[source].note(turn, limit, count);
             }
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 self.carrier.expire(Instant::now());
@@ -177,11 +147,10 @@ impl Proxy {
         }
     }
 
-    /// How many reads brought something; fewer than `limit` where nothing is left.
-    fn drain_device(&mut self, limit: usize) -> io::Result<usize> {
+    fn drain_device(&mut self) -> io::Result<()> {
         let mut begin = 0;
-        let mut result = Ok(limit);
-        for count in 0..limit {
+        let mut result = Ok(());
+        for _ in 0..BATCH {
             if self.outgoing.len() - begin < offload::HEADER + PACKET {
                 self.carrier.flush(&self.outgoing);
                 begin = 0;
@@ -197,11 +166,9 @@ impl Proxy {
                     None => self.carrier.counters.add(Count::Garbage, 1),
                 },
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // EIO: the device is down, which may pass. Anything else: it is gone.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(libc::EIO) => {
-                    result = Ok(count);
-                    break;
-                }
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => break,
                 Err(error) => {
                     result = Err(error);
                     break;
@@ -212,22 +179,22 @@ impl Proxy {
         result
     }
 
-    /// As [`Self::drain_device`].
-    fn drain_socket(&mut self, framed: bool, limit: usize) -> usize {
-        for count in 0..limit {
+    /// False where nothing is left.
+    fn drain_socket(&mut self, framed: bool) -> bool {
+        for _ in 0..BATCH {
             let socket = if framed { self.framed.as_ref() } else { Some(&*self.carrier.socket) };
-            let Some(socket) = socket else { return count };
+            let Some(socket) = socket else { return false };
             match socket.try_recv(&mut self.incoming, &mut self.control) {
                 Ok(Received { len: 0, .. }) => self.carrier.counters.add(Count::Garbage, 1),
                 Ok(Received { len, stride, from }) => {
                     self.carrier.receive(&mut self.incoming[..len], stride, from, framed);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
                 // An ICMP error for something sent earlier; the socket is as good as before.
                 Err(_) => {}
             }
         }
-        limit
+        true
     }
 
     /// False where nobody is left to ask.
@@ -300,7 +267,7 @@ impl Proxy {
 
     fn frame(&mut self, socket: Option<TunnelSocket>) {
         // What has come would go with the socket; programs take what comes from now on.
-        (0..BATCH).find(|_| self.drain_socket(true, BATCH) < BATCH);
+        (0..BATCH).find(|_| !self.drain_socket(true));
         if let Some(before) = self.framed.take() {
             // Closing it would do the same; a descriptor that is shared by mistake would not.
             let _ = self.poll.delete(before.as_fd());
@@ -330,23 +297,4 @@ fn readable(data: u64) -> EpollEvent {
 fn until(deadline: Option<Instant>) -> EpollTimeout {
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
     left.and_then(|left| EpollTimeout::try_from(left).ok()).unwrap_or(EpollTimeout::NONE)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lone_packet_is_read_once_and_many_until_none_is_left() {
-        let mut pace = Pace::default();
-        assert_eq!(pace.limit(5), BATCH, "nothing is known yet");
-        pace.note(5, BATCH, 1);
-        assert_eq!(pace.limit(7), 1, "one came alone");
-        pace.note(7, 1, 1);
-        assert_eq!(pace.limit(8), BATCH, "there is more");
-        pace.note(8, BATCH, 3);
-        assert_eq!(pace.limit(10), BATCH, "they come in numbers");
-        pace.note(10, BATCH, 1);
-        assert_eq!(pace.limit(u64::MAX), 1);
-    }
 }
