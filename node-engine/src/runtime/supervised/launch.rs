@@ -1,9 +1,9 @@
-//! What a supervisor is to run, and how it is told: records of `name=value`, each ended by a NUL, since no part of a command can hold one.
+//! What a supervisor is to run, and how it is told: by records, as no part of a command can hold what ends one.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::records::Records;
 use crate::model::Mount;
 
 /// A command and the surroundings it runs in.
@@ -39,13 +39,8 @@ pub(super) struct Order {
 impl Order {
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
         let launch = &self.launch;
-        let mut text = String::new();
-        let mut put = |name: &str, value: &str| {
-            text.push_str(name);
-            text.push('=');
-            text.push_str(value);
-            text.push('\0');
-        };
+        let mut records = Records::default();
+        let mut put = |name: &str, value: &str| records.put(name, value);
         let shown = |path: &Path| path.to_string_lossy().into_owned();
         put("program", &shown(&launch.program));
         launch.arguments.iter().for_each(|argument| put("argument", argument));
@@ -67,37 +62,33 @@ impl Order {
         put("memory_events", &shown(&self.memory_events));
         put("log", &shown(&self.log));
         put("log_limit", &self.log_limit.to_string());
-        // The environment may hold secrets.
-        super::place::write_private(path, text.as_bytes())
+        records.write(path)
     }
 
     pub(super) fn read(path: &Path) -> io::Result<Self> {
-        let text = fs::read_to_string(path)?;
         let mut order = Self::default();
         let launch = &mut order.launch;
         let (mut user, mut group) = (None, None);
-        for record in text.split_terminator('\0') {
-            let wrong = || io::Error::new(io::ErrorKind::InvalidData, format!("{}: {record:?}", path.display()));
-            let (name, value) = record.split_once('=').ok_or_else(wrong)?;
-            let number = || value.parse().map_err(|_| wrong());
+        Records::read(path, |name, value| {
             match name {
                 "program" => launch.program = value.into(),
                 "argument" => launch.arguments.push(value.into()),
                 "environment" => launch.environment.push(value.into()),
                 "directory" => launch.directory = value.into(),
-                "user" => user = Some(number()?),
-                "group" => group = Some(number()?),
+                "user" => user = Some(value.parse().ok()?),
+                "group" => group = Some(value.parse().ok()?),
                 "host_name" => launch.host_name = value.into(),
-                "mount" => launch.mounts.push(mount(value).ok_or_else(wrong)?),
+                "mount" => launch.mounts.push(mount(value)?),
                 "resolver" => launch.resolver = value.into(),
                 "netns" => order.netns = value.into(),
                 "control_group" => order.groups.push(value.into()),
                 "memory_events" => order.memory_events = value.into(),
                 "log" => order.log = value.into(),
-                "log_limit" => order.log_limit = value.parse().map_err(|_| wrong())?,
-                _ => return Err(wrong()),
+                "log_limit" => order.log_limit = value.parse().ok()?,
+                _ => return None,
             }
-        }
+            Some(())
+        })?;
         order.launch.user = user.zip(group);
         Ok(order)
     }
@@ -111,6 +102,8 @@ fn mount(record: &str) -> Option<Mount> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

@@ -9,6 +9,7 @@ mod init;
 mod keeper;
 mod launch;
 mod place;
+mod records;
 mod supervisor;
 mod watch;
 
@@ -17,7 +18,7 @@ pub use supervisor::run;
 
 pub(super) use follow::output as follow;
 pub(super) use keeper::Keeper;
-pub(super) use place::write_private;
+pub(super) use records::Records;
 
 use std::path::PathBuf;
 

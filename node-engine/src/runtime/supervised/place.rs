@@ -146,7 +146,7 @@ fn children_of(parent: u32) -> Vec<u32> {
 }
 
 /// Whoever reads finds all of it or none, and others may not.
-pub(in crate::runtime) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let fresh = path.with_extension("new");
     let mut file = File::options().create(true).truncate(true).write(true).mode(0o600).open(&fresh)?;
     file.write_all(bytes)?;

@@ -1,11 +1,11 @@
-//! What the interpreter is to run, and what it says of the end: files of the instance's directory. An order is records of `name=value`,
-//! each ended by a NUL. The module's environment is in it, and not the interpreter's own: that would decide which libraries it loads.
+//! What the interpreter is to run, and what it says of the end: files of the instance's directory. The module's environment is in the
+//! order, and not the interpreter's own: that would decide which libraries it loads.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::runtime::supervised::write_private;
+use crate::runtime::supervised::Records;
 
 /// Arguments and surroundings of a module.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,13 +41,8 @@ pub(super) fn end(directory: &Path) -> PathBuf {
 
 impl Order {
     pub(super) fn write(&self, directory: &Path) -> io::Result<()> {
-        let mut text = String::new();
-        let mut put = |name: &str, value: &str| {
-            text.push_str(name);
-            text.push('=');
-            text.push_str(value);
-            text.push('\0');
-        };
+        let mut records = Records::default();
+        let mut put = |name: &str, value: &str| records.put(name, value);
         self.arguments.iter().for_each(|argument| put("argument", argument));
         self.environment.iter().for_each(|variable| put("environment", variable));
         self.ports.iter().for_each(|port| put("port", &port.to_string()));
@@ -57,27 +52,24 @@ impl Order {
         }
         put("user", &self.user.0.to_string());
         put("group", &self.user.1.to_string());
-        // The environment may hold secrets.
-        write_private(&directory.join("order"), text.as_bytes())
+        records.write(&directory.join("order"))
     }
 
     pub(super) fn read(directory: &Path) -> io::Result<Self> {
-        let text = fs::read_to_string(directory.join("order"))?;
         let mut order = Self::default();
-        for record in text.split_terminator('\0') {
-            let wrong = || io::Error::new(io::ErrorKind::InvalidData, format!("its order says {record:?}"));
-            let (name, value) = record.split_once('=').ok_or_else(wrong)?;
+        Records::read(&directory.join("order"), |name, value| {
             match name {
                 "argument" => order.arguments.push(value.into()),
                 "environment" => order.environment.push(value.into()),
-                "port" => order.ports.push(value.parse().map_err(|_| wrong())?),
+                "port" => order.ports.push(value.parse().ok()?),
                 "root" => order.root = value.into(),
-                "memory_mib" => order.memory_mib = Some(value.parse().map_err(|_| wrong())?),
-                "user" => order.user.0 = value.parse().map_err(|_| wrong())?,
-                "group" => order.user.1 = value.parse().map_err(|_| wrong())?,
-                _ => return Err(wrong()),
+                "memory_mib" => order.memory_mib = Some(value.parse().ok()?),
+                "user" => order.user.0 = value.parse().ok()?,
+                "group" => order.user.1 = value.parse().ok()?,
+                _ => return None,
             }
-        }
+            Some(())
+        })?;
         Ok(order)
     }
 }
