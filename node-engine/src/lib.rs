@@ -9,6 +9,7 @@ pub mod engine;
 pub mod events;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod heap;
 pub mod metrics;
 pub mod model;
 pub mod names;
