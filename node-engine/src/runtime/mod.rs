@@ -7,6 +7,7 @@ mod cgroup;
 pub mod containerd;
 pub mod docker;
 mod fetch;
+mod fetched;
 pub mod furnished;
 mod interfaces;
 pub mod memory;

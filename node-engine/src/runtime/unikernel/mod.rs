@@ -9,7 +9,6 @@ mod tap;
 mod trial;
 
 use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -17,6 +16,8 @@ use async_trait::async_trait;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::spawn_blocking;
 
+pub use super::fetched::Policy;
+use super::fetched::{Directories, remove};
 use super::supervised::{Home, Keeper, Launch};
 use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
@@ -38,19 +39,11 @@ pub struct UnikernelRuntime {
     policy: Policy,
     /// Archives, and what was unpacked for each instance.
     cache: PathBuf,
-    instances: PathBuf,
+    instances: Directories,
     /// Where it is noted until the next boot which way works.
     noted: PathBuf,
     accelerator: OnceCell<Result<Accelerator, String>>,
     fetches: Semaphore,
-}
-
-/// What the node's configuration allows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    pub allowed: bool,
-    /// Images may be files of this node.
-    pub files: bool,
 }
 
 impl UnikernelRuntime {
@@ -64,7 +57,7 @@ impl UnikernelRuntime {
             keeper: Keeper::new(Technology::Unikernel, home)?,
             policy,
             cache: state_dir.join("unikernel/archives"),
-            instances: state_dir.join("unikernel/instances"),
+            instances: Directories(state_dir.join("unikernel/instances")),
             accelerator: OnceCell::new(),
             fetches: Semaphore::new(FETCHES),
         })
@@ -106,7 +99,7 @@ impl UnikernelRuntime {
     async fn unpack(&self, spec: &InstanceSpec) -> Result<PathBuf, RuntimeError> {
         let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
         let archive = fetch::image(&spec.image, &self.cache, self.policy.files, "tar.gz").await?;
-        let (to, image) = (self.directory(&spec.id), spec.image.clone());
+        let (to, image) = (self.instances.of(&spec.id), spec.image.clone());
         let unpacked = spawn_blocking(move || {
             remove(&to)?;
             fs::create_dir_all(&to)?;
@@ -114,10 +107,6 @@ impl UnikernelRuntime {
         });
         let unpacked = unpacked.await.map_err(|error| step("unpack", &error))?;
         unpacked.map_err(|error| RuntimeError::Image { image, reason: error.to_string() })
-    }
-
-    fn directory(&self, instance: &InstanceId) -> PathBuf {
-        self.instances.join(instance.to_string())
     }
 }
 
@@ -128,10 +117,7 @@ impl Runtime for UnikernelRuntime {
     }
 
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
-        if !self.policy.allowed {
-            let reason = "the configuration of this node does not allow virtual machines (runtime.unikernel)".into();
-            return Err(RuntimeError::Refused { what: "unikernel", reason });
-        }
+        self.policy.permit("unikernel", "virtual machines")?;
         unsupported::refuse(spec)?;
         if !spec.mounts.is_empty() {
             let reason = "a guest shares nothing but `files` of its archive: it has no volumes or added files".into();
@@ -162,7 +148,7 @@ impl Runtime for UnikernelRuntime {
     }
 
     async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError> {
-        let directory = self.directory(instance);
+        let directory = self.instances.of(instance);
         if !grace.is_zero() && directory.exists() {
             match qmp::power_down(&directory).await {
                 Ok(()) => self.keeper.until_ended(instance, grace).await,
@@ -175,13 +161,7 @@ impl Runtime for UnikernelRuntime {
 
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
         let adopted = self.keeper.adopt().await?;
-        for entry in fs::read_dir(&self.instances).into_iter().flatten().flatten() {
-            let known = |one: &Adopted| entry.file_name().to_str() == Some(one.instance.to_string().as_str());
-            if !adopted.iter().any(known) {
-                // Of a run before the last reboot.
-                let _ = remove(&entry.path());
-            }
-        }
+        self.instances.keep_only(&adopted);
         Ok(adopted)
     }
 
@@ -203,13 +183,6 @@ impl Runtime for UnikernelRuntime {
 
     async fn exited(&self) -> Exit {
         self.keeper.exited().await
-    }
-}
-
-fn remove(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
     }
 }
 

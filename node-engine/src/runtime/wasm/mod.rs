@@ -22,6 +22,8 @@ use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
+pub use super::fetched::Policy;
+use super::fetched::{Directories, remove};
 use super::supervised::{Home, Keeper, Launch};
 use super::user::Accounts;
 use super::{Adopted, AdoptedState, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
@@ -47,16 +49,8 @@ pub struct WasmRuntime {
     interpreter: PathBuf,
     /// Modules, and what each instance has of files.
     cache: PathBuf,
-    instances: PathBuf,
+    instances: Directories,
     fetches: Semaphore,
-}
-
-/// What the node's configuration allows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    pub allowed: bool,
-    /// Modules may be files of this node.
-    pub files: bool,
 }
 
 impl WasmRuntime {
@@ -70,7 +64,7 @@ impl WasmRuntime {
             keeper: Keeper::new(Technology::Wasm, home)?,
             policy,
             cache: state_dir.join("wasm/modules"),
-            instances: state_dir.join("wasm/instances"),
+            instances: Directories(state_dir.join("wasm/instances")),
             fetches: Semaphore::new(FETCHES),
         })
     }
@@ -81,7 +75,7 @@ impl WasmRuntime {
             return false;
         }
         let spec = InstanceSpec::new(trial(), Technology::Wasm);
-        let directory = self.directory(&spec.id);
+        let directory = self.instances.of(&spec.id);
         let made = fresh(&directory).and_then(|()| {
             fs::write(order::module(&directory), trial::MODULE)?;
             Order { arguments: vec!["trial".into()], user: run::NOBODY, ..Order::default() }.write(&directory)
@@ -99,7 +93,7 @@ impl WasmRuntime {
     }
 
     fn launch(&self, spec: &InstanceSpec) -> Launch {
-        let directory = self.directory(&spec.id).display().to_string();
+        let directory = self.instances.of(&spec.id).display().to_string();
         Launch {
             program: "/proc/self/exe".into(),
             arguments: vec!["interpret".into(), "run".into(), directory],
@@ -113,7 +107,7 @@ impl WasmRuntime {
     async fn fetch(&self, spec: &InstanceSpec) -> Result<(), RuntimeError> {
         let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
         let found = fetch::image(&spec.image, &self.cache, self.policy.files, "wasm").await?;
-        let directory = self.directory(&spec.id);
+        let directory = self.instances.of(&spec.id);
         let to = directory.clone();
         let copied = spawn_blocking(move || {
             fresh(&to)?;
@@ -141,13 +135,9 @@ impl WasmRuntime {
         }
     }
 
-    fn directory(&self, instance: &InstanceId) -> PathBuf {
-        self.instances.join(instance.to_string())
-    }
-
     /// What there is to say of an end.
     fn explained(&self, exit: Exit) -> Exit {
-        match End::read(&self.directory(&exit.instance)) {
+        match End::read(&self.instances.of(&exit.instance)) {
             None => exit,
             Some(End::OutOfMemory) => Exit { out_of_memory: true, ..exit },
             Some(End::Failed(reason)) => Exit { reason: Some(reason), ..exit },
@@ -162,10 +152,7 @@ impl Runtime for WasmRuntime {
     }
 
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
-        if !self.policy.allowed {
-            let reason = "the configuration of this node does not allow WebAssembly (runtime.wasm)".into();
-            return Err(refused("wasm", reason));
-        }
+        self.policy.permit("wasm", "WebAssembly")?;
         unsupported::refuse(spec)?;
         if let Some(directory) = &spec.directory {
             return Err(refused("working directory", format!("a module has none, and {directory} is asked for")));
@@ -173,7 +160,7 @@ impl Runtime for WasmRuntime {
         let user = spec.user.as_deref().map_or(Ok(run::NOBODY), |user| Accounts::of_node().resolve(user));
         let (ports, user) = (ports(spec)?, user.map_err(|reason| refused("user", reason))?);
         self.fetch(spec).await?;
-        let directory = self.directory(&spec.id);
+        let directory = self.instances.of(&spec.id);
         let (root, mounts) = root(&directory, &spec.mounts)?;
         let arguments = std::iter::once(name(&spec.image)).chain(spec.command.iter().cloned()).collect();
         let environment = surroundings::environment(spec);
@@ -192,18 +179,12 @@ impl Runtime for WasmRuntime {
 
     async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError> {
         self.keeper.stop(instance, grace).await?;
-        remove(&self.directory(instance)).map_err(|error| step("remove its directory", &error))
+        remove(&self.instances.of(instance)).map_err(|error| step("remove its directory", &error))
     }
 
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
         let adopted = self.keeper.adopt().await?;
-        for entry in fs::read_dir(&self.instances).into_iter().flatten().flatten() {
-            let known = |one: &Adopted| entry.file_name().to_str() == Some(one.instance.to_string().as_str());
-            if !adopted.iter().any(known) {
-                // Of a run before the last reboot.
-                let _ = remove(&entry.path());
-            }
-        }
+        self.instances.keep_only(&adopted);
         let explain = |one: Adopted| match one.state {
             AdoptedState::Exited(exit) => Adopted { state: AdoptedState::Exited(self.explained(exit)), ..one },
             AdoptedState::Running(_) | AdoptedState::Incomplete => one,
@@ -222,7 +203,7 @@ impl Runtime for WasmRuntime {
     /// Of the module, and not of what interprets it.
     async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
         let details = self.keeper.inspect(instance).await?;
-        let Ok(order) = Order::read(&self.directory(instance)) else { return Ok(details) };
+        let Ok(order) = Order::read(&self.instances.of(instance)) else { return Ok(details) };
         let names = order.environment.iter().map(|entry| entry.split('=').next().unwrap_or_default().into());
         Ok(InstanceDetails {
             command: order.arguments.clone(),
@@ -291,13 +272,6 @@ fn name(image: &str) -> String {
 fn fresh(directory: &Path) -> io::Result<()> {
     remove(directory)?;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
-}
-
-fn remove(directory: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 fn refused(what: &'static str, reason: String) -> RuntimeError {
