@@ -20,6 +20,7 @@ macro_rules! each_datapath {
     };
 }
 
+mod alike;
 mod bad_input;
 mod balance;
 mod containerd;

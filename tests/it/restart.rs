@@ -3,14 +3,19 @@
 use std::time::Duration;
 
 use lab::cluster::Deploy;
+use lab::image::PROBE;
 use lab::node::Datapath;
 use lab::topology::{Lab, Plan};
 use lab::traffic::Flows;
+use serde_json::json;
+
+use crate::alike::{LIMITED, OUT_OF_MEMORY, limits_hold, logs};
 
 each_datapath!(a_killed_daemon_breaks_nothing, a_stopped_daemon_leaves_everything_running);
 
 fn a_killed_daemon_breaks_nothing(datapath: Datapath) {
-    let mut lab = Lab::start(&Plan::new(2, datapath)).expect("a laboratory");
+    let settings = &[("NODE_ENGINE_RESTART_LIMIT", "0")];
+    let mut lab = Lab::start(&Plan { settings, ..Plan::new(2, datapath) }).expect("a laboratory");
     let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
     let web = lab.deploy(&Deploy { name: "web", on: Some("node-b"), ..Deploy::default() }, 1).expect("it runs");
     let to = web[0].service_address(false).expect("a service address");
@@ -49,6 +54,14 @@ fn a_killed_daemon_breaks_nothing(datapath: Datapath) {
     assert_eq!(gets.failed, 0, "new connections after the restart: {gets:?}");
     let echoes = lab.within(&client[0], |client| client.echo(to, 20, Flows::Many)).expect("echoes");
     assert_eq!(echoes.received, 20, "{echoes:?}");
+    if datapath == Datapath::Ebpf {
+        assert!(logs(&lab.nodes[1], "web#0").starts_with("serving as"));
+        let base = json!({"virtualization": "container", "image": PROBE});
+        limits_hold(&lab, &base, &["shell"], OUT_OF_MEMORY);
+        for service in LIMITED {
+            lab.cluster.delete(service).expect("deleted");
+        }
+    }
     // What was taken over can also be taken down.
     lab.cluster.delete("web").expect("deleted");
     lab.cluster.running("web", 0).expect("gone");

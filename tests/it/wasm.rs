@@ -1,13 +1,15 @@
 //! WebAssembly modules: the same network, logs, limits and restarts as containers.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use lab::cluster::{Deploy, InstanceRow, json as json_of};
+use lab::cluster::Deploy;
 use lab::node::{Datapath, Node};
 use lab::process::output;
 use lab::topology::{Lab, Plan};
 use lab::wait::until_true;
 use serde_json::{Value, json};
+
+use crate::alike::{document, inspected, is_adopted, is_held, logs, nothing_is_left, supervisor};
 
 const SETTINGS: &[(&str, &str)] = &[
     ("NODE_ENGINE_WASM", "true"),
@@ -37,36 +39,26 @@ fn a_module_is_a_workload_like_any_other(datapath: Datapath) {
     let to = web[0].service_address(false).expect("a service address");
     let gets = lab.within(&client[0], |client| client.get(to, 20)).expect("answers");
     assert!(gets.failed == 0 && gets.answers.keys().eq(["wasm"]), "{gets:?}");
-    let log = output(lab.nodes[1].client().expect("built").args(["logs", "web#0"])).expect("logs");
-    assert_eq!(log, "serving\n");
-    let known: Value = json_of(lab.nodes[1].client().expect("built").args(["inspect", "web", "--json"])).expect("JSON");
+    assert_eq!(logs(&lab.nodes[1], "web#0"), "serving\n");
+    let known = inspected(&lab.nodes[1], "web");
     assert_eq!(known["runtime"]["command"], json!(["workload.wasm", "s"]), "{known:#}");
 
-    let before = supervisor(&lab.nodes[1], &web[0]);
-    lab.nodes[1].kill().expect("killed");
-    let gets = lab.within(&client[0], |client| client.get(to, 5)).expect("answers");
-    assert!(datapath == Datapath::Tun || gets.failed == 0, "it runs on without the daemon: {gets:?}");
-    lab.nodes[1].start_and_join().expect("back in the cluster");
-    lab.cluster.running("web", 1).expect("reported again");
-    assert_eq!(supervisor(&lab.nodes[1], &web[0]), before, "the same process");
-    let gets = lab.within(&client[0], |client| client.get(to, 20)).expect("answers");
-    assert_eq!(gets.failed, 0, "{gets:?}");
+    let which = |node: &Node| supervisor(node, "wasm", &web[0]);
+    is_adopted(&mut lab, &client[0], to, datapath, which);
 
     lab.cluster.delete("web").expect("deleted");
-    until_true("nothing is left of it", Duration::from_secs(20), || Ok(left(&lab.nodes[1])?.is_empty()))
-        .unwrap_or_else(|error| panic!("{error:#}: {:?}", left(&lab.nodes[1])));
+    let kept = lab.nodes[1].host.directory().join("state/wasm/instances");
+    nothing_is_left(&lab.nodes[1], "wasm", &format!("ls /run/netns {}", kept.display()));
     if datapath == Datapath::Ebpf {
         limits_hold(&lab, &workload);
     }
 }
 
 fn limits_hold(lab: &Lab, workload: &str) {
+    let base = json!({"virtualization": "wasm", "image": workload});
     let deploy = |name: &str, command: &str, more: Value| {
-        let mut document = json!({
-            "job_name": format!("app.default.{name}.default"), "virtualization": "wasm", "image": workload,
-            "cmd": [command],
-        });
-        document.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        let mut document = document(name, &base, more);
+        document["cmd"] = json!([command]);
         lab.cluster.deploy_document(&document, "node-b").expect("deployed");
     };
     let files = json!({
@@ -99,32 +91,6 @@ fn limits_hold(lab: &Lab, workload: &str) {
     .expect("seen");
 
     deploy("burn", "c", json!({"vcpus": 1}));
-    let burn = lab.cluster.running("burn", 1).expect("it runs");
-    let cpu = |node: &Node| -> f64 {
-        let script = "cat /sys/fs/cgroup/cpuacct/$0/cpuacct.usage || sed -n 's/usage_usec \\(.*\\)/\\1000/p' /sys/fs/cgroup/$0/cpu.stat";
-        let group = format!("{}/wasm/{}", node.host.group(), burn[0].container());
-        let said = output(node.host.command("sh").args(["-c", script, &group])).expect("its control group");
-        said.trim().parse::<f64>().expect("nanoseconds") / 1e9
-    };
-    let (began, used) = (Instant::now(), cpu(&lab.nodes[1]));
-    until_true("it has used a second", Duration::from_secs(60), || Ok(cpu(&lab.nodes[1]) - used > 1.0))
-        .expect("it burns");
-    let share = (cpu(&lab.nodes[1]) - used) / began.elapsed().as_secs_f64();
-    assert!(share < 1.15, "a loop got {share:.2} CPUs where one is allowed");
-}
-
-fn supervisor(node: &Node, instance: &InstanceRow) -> String {
-    node.host.run(&format!("cat /run/node-engine/wasm/{}/alive", instance.container())).expect("a supervisor")
-}
-
-/// Directories, namespaces and control groups of modules on this node.
-fn left(node: &Node) -> anyhow::Result<String> {
-    let kept = node.host.directory().join("state/wasm/instances");
-    node.host
-        .shell(&format!(
-            "ls /run/node-engine/wasm /run/netns {}; find /sys/fs/cgroup -path '*{}/wasm/*' -type d",
-            kept.display(),
-            node.host.group()
-        ))
-        .map(|listed| listed.lines().filter(|line| !line.is_empty() && !line.ends_with(':')).collect())
+    lab.cluster.running("burn", 1).expect("it runs");
+    is_held(&lab.nodes[1], "burn");
 }
