@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-use lab::cluster::{Deploy, InstanceRow};
+use lab::cluster::Deploy;
 use lab::guest;
 use lab::node::Datapath;
 use lab::process::output;
 use lab::topology::{Lab, Plan};
 use lab::wait::{until, until_true};
-use serde_json::json;
+use serde_json::{Value, json};
+
+use crate::alike::{document, logs, nothing_is_left, supervisor};
 
 const SETTINGS: &[(&str, &str)] = &[("NODE_ENGINE_UNIKERNEL", "true"), ("NODE_ENGINE_IMAGE_FILES", "true")];
 /// Without the processor's help a guest boots slowly, on a machine under load more so.
@@ -43,24 +45,23 @@ fn a_guest_answers_on_its_service_address() {
     assert_eq!(page(&lab, "processors").expect("it answers"), "1\n");
     let memory: u32 = page(&lab, "memory").expect("it answers").trim().parse().expect("a number");
     assert!((100_000..192 * 1024).contains(&memory), "{memory} KiB");
-    let log = output(lab.nodes[1].client().expect("built").args(["logs", "web#0"])).expect("logs");
+    let log = logs(&lab.nodes[1], "web#0");
     assert!(log.contains("guest serves"), "{log}");
 
-    let before = supervisor(&lab, &web[0]);
+    let before = supervisor(&lab.nodes[1], "unikernel", &web[0]);
     lab.nodes[1].kill().expect("killed");
     lab.nodes[1].start_and_join().expect("back in the cluster");
     lab.cluster.running("web", 1).expect("reported again");
-    assert_eq!(supervisor(&lab, &web[0]), before, "the same machine");
+    assert_eq!(supervisor(&lab.nodes[1], "unikernel", &web[0]), before, "the same machine");
     until("the guest answers", BOOT, || page(&lab, "words").map(Some)).expect("it still answers");
 
     lab.cluster.delete("web").expect("deleted");
-    until_true("nothing is left of it", Duration::from_secs(30), || Ok(left(&lab)?.is_empty()))
-        .unwrap_or_else(|error| panic!("{error:#}: {:?}", left(&lab)));
+    let unpacked = lab.nodes[1].host.directory().join("state/unikernel/instances");
+    nothing_is_left(&lab.nodes[1], "unikernel", &format!("ls /run/netns {}", unpacked.display()));
 
-    let mut once = json!({
-        "job_name": "app.default.once.default", "virtualization": "unikernel", "memory": 128, "one_shot": true,
-        "image": format!("{archive}#sha256={}", "0".repeat(64)), "cmd": ["end"],
-    });
+    let base = json!({"virtualization": "unikernel", "image": archive, "memory": 128});
+    let end = json!({"one_shot": true, "cmd": ["end"], "image": format!("{archive}#sha256={}", "0".repeat(64))});
+    let mut once = document("once", &base, end);
     lab.cluster.deploy_document(&once, "node-b").expect("deployed");
     // What cannot be had now is tried again later, and says meanwhile why it waits.
     until_true("it is refused", Duration::from_secs(60), || {
@@ -72,17 +73,12 @@ fn a_guest_answers_on_its_service_address() {
     once["image"] = json!(archive);
     lab.cluster.deploy_document(&once, "node-b").expect("deployed");
     lab.cluster.ended("once", "COMPLETED").expect("it switches itself off");
+    memory_is_all_there_is(&lab, &base);
 }
 
-fn supervisor(lab: &Lab, instance: &InstanceRow) -> String {
-    let file = format!("/run/node-engine/unikernel/{}/alive", instance.container());
-    lab.nodes[1].host.run(&format!("cat {file}")).expect("a supervisor")
-}
-
-/// Directories and namespaces of guests on this node.
-fn left(lab: &Lab) -> anyhow::Result<String> {
-    let host = &lab.nodes[1].host;
-    let unpacked = host.directory().join("state/unikernel/instances");
-    let listed = host.shell(&format!("ls /run/node-engine/unikernel /run/netns {}", unpacked.display()))?;
-    Ok(listed.lines().filter(|line| !line.is_empty() && !line.ends_with(':')).collect())
+/// One that takes all memory panics, and its machine starts anew, which is an end.
+fn memory_is_all_there_is(lab: &Lab, base: &Value) {
+    let hog = document("hog", base, json!({"cmd": ["hog"], "vcpus": 1, "one_shot": true}));
+    lab.cluster.deploy_document(&hog, "node-b").expect("deployed");
+    assert_eq!(lab.cluster.ended("hog", "FAILED").expect("its end is told"), "out of memory (limit 128 MiB)");
 }

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::image::newer;
 use crate::process::{output, root};
 
 /// The package that names the newest kernel.
@@ -16,6 +17,7 @@ const NEWEST: &str = "linux-image-amd64";
 const MODULES: [&str; 6] = ["virtio_pci", "virtio_net", "9p", "9pnet_virtio", "button", "evdev"];
 
 /// What the guest does: serves its own name, what the shared directory holds, and the words after `--`; switches off at the power button.
+/// The first of the words may want it to end, or to take all memory, or all processors.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -44,6 +46,8 @@ httpd -p 80 -h /www
 echo "guest serves"
 case "$1" in
   end) poweroff -f ;;
+  hog) exec tail /dev/zero ;;
+  burn) for i in 1 2 3 4; do while :; do :; done & done ;;
 esac
 while :; do sleep 1000; done
 "#;
@@ -53,7 +57,7 @@ pub fn archive() -> Result<PathBuf> {
     let directory = root().join("target/lab/guest");
     fs::create_dir_all(&directory).context("cannot make a place for the guest")?;
     let archive = directory.join("guest.tar.gz");
-    if archive.exists() {
+    if newer(&archive, &root().join("tests/src/guest.rs")) {
         return Ok(archive);
     }
     let kernel = kernel(&directory)?;

@@ -93,7 +93,7 @@ fn fill(system: &Path, source: &Path) -> Result<()> {
     fs::write(system.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n").context("cannot write passwd")
 }
 
-fn newer(file: &Path, than: &Path) -> bool {
+pub(crate) fn newer(file: &Path, than: &Path) -> bool {
     let time = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     matches!((time(file), time(than)), (Some(file), Some(than)) if file > than)
 }

@@ -205,6 +205,11 @@ impl Keeper {
         output::tail(&self.inner.log(instance), tail).map_err(step("logs"))
     }
 
+    /// How long its output is, as far as it is kept.
+    pub(in crate::runtime) fn log_length(&self, instance: &InstanceId) -> u64 {
+        output::length(&self.inner.log(instance))
+    }
+
     pub(in crate::runtime) async fn inspect(&self, instance: &InstanceId) -> Result<InstanceDetails, RuntimeError> {
         let (inner, id) = (self.inner.clone(), instance.clone());
         spawn_blocking(move || inner.inspect(&id)).await.map_err(joined("inspect"))?

@@ -3,6 +3,7 @@
 //! wires any namespace that holds the device [`tap::DEVICE`]), its serial console is the log, and QMP asks it to end.
 
 mod archive;
+mod console;
 mod machine;
 mod qmp;
 mod tap;
@@ -19,7 +20,7 @@ use tokio::task::spawn_blocking;
 pub use super::fetched::Policy;
 use super::fetched::{Directories, remove};
 use super::supervised::{Home, Keeper, Launch};
-use super::{Adopted, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
+use super::{Adopted, AdoptedState, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
 use machine::{Accelerator, Guest};
 
@@ -108,6 +109,16 @@ impl UnikernelRuntime {
         let unpacked = unpacked.await.map_err(|error| step("unpack", &error))?;
         unpacked.map_err(|error| RuntimeError::Image { image, reason: error.to_string() })
     }
+
+    /// What there is to say of an end.
+    async fn explained(&self, exit: Exit) -> Exit {
+        let said = console::ended(&self.instances.of(&exit.instance), self.keeper.log_length(&exit.instance));
+        match self.keeper.logs(&exit.instance, said).await {
+            Ok(console) => console::explained(exit, &console),
+            // Its log has gone with it.
+            Err(_) => exit,
+        }
+    }
 }
 
 #[async_trait]
@@ -144,6 +155,8 @@ impl Runtime for UnikernelRuntime {
     }
 
     async fn start(&self, instance: &InstanceId) -> Result<(), RuntimeError> {
+        let noted = console::begins(&self.instances.of(instance), self.keeper.log_length(instance));
+        noted.map_err(|error| step("note where its console begins", &error))?;
         self.keeper.start(instance).await
     }
 
@@ -162,7 +175,15 @@ impl Runtime for UnikernelRuntime {
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
         let adopted = self.keeper.adopt().await?;
         self.instances.keep_only(&adopted);
-        Ok(adopted)
+        let mut explained = Vec::with_capacity(adopted.len());
+        for one in adopted {
+            let state = match one.state {
+                AdoptedState::Exited(exit) => AdoptedState::Exited(self.explained(exit).await),
+                state @ (AdoptedState::Running(_) | AdoptedState::Incomplete) => state,
+            };
+            explained.push(Adopted { state, ..one });
+        }
+        Ok(explained)
     }
 
     async fn usage(&self) -> Result<Vec<InstanceUsage>, RuntimeError> {
@@ -182,7 +203,8 @@ impl Runtime for UnikernelRuntime {
     }
 
     async fn exited(&self) -> Exit {
-        self.keeper.exited().await
+        // A log is read without waiting: who drops this while an end is explained loses it not.
+        self.explained(self.keeper.exited().await).await
     }
 }
 
