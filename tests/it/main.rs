@@ -37,6 +37,7 @@ mod miss;
 mod names;
 mod overlay;
 mod paths;
+mod podman;
 mod ports;
 mod process;
 mod restart;

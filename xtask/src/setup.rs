@@ -41,6 +41,7 @@ const NEEDS: &[Need] = &[
     Need { program: "ping", package: "iputils-ping", purpose: "checks ICMP" },
     Need { program: "promtool", package: "prometheus", purpose: "judges metrics and alert rules" },
     Need { program: QEMU.0, package: QEMU.1, purpose: "runs guests" },
+    Need { program: "podman", package: "podman", purpose: "runs containers where Docker does not" },
     Need { program: "xz", package: "xz-utils", purpose: "unpacks a guest's modules" },
     Need { program: "ethtool", package: "ethtool", purpose: "makes a veth send as a card does" },
     Need { program: "wireguard-go", package: "wireguard-go", purpose: "is a VPN to compare with" },

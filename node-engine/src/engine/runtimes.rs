@@ -202,8 +202,13 @@ async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
 async fn answers(docker: &DockerRuntime, alone: bool) -> bool {
     let deadline = Instant::now() + STARTING;
     loop {
-        match docker.ping().await {
+        match docker.works().await {
             Ok(()) => return true,
+            // Something answers, and what it says will not change by waiting.
+            Err(error @ RuntimeError::Refused { .. }) => {
+                tracing::warn!(%error, "containers do not run here");
+                return false;
+            }
             Err(error) if !docker.is_installed() || Instant::now() >= deadline => {
                 if alone || docker.is_installed() {
                     tracing::warn!(%error, "containers do not run here");

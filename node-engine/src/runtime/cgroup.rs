@@ -51,6 +51,12 @@ impl Cgroup {
         }
     }
 
+    /// Whether it is of this container alone: every engine names it after the container's id.
+    pub(super) fn is_of(&self, container: &str) -> bool {
+        let (Controller::V1(path) | Controller::V2(path)) = &self.memory;
+        path.to_string_lossy().contains(container)
+    }
+
     pub(super) fn sample(&self) -> io::Result<Sample> {
         Ok(Sample { cpu_nanoseconds: cpu_nanoseconds(&self.cpu)?, memory_bytes: memory_bytes(&self.memory)? })
     }

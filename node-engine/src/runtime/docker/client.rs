@@ -1,24 +1,33 @@
 //! Finding the Docker daemon and speaking a version of its API that both sides know. Nothing is done until the first call, and a
 //! daemon that comes back as another version is asked anew.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use bollard::errors::Error;
 use bollard::{API_DEFAULT_VERSION, Docker};
+use tokio::time::{Instant, sleep};
 
+use super::engine::Engine;
 use crate::runtime::RuntimeError;
 
 /// Docker's own, and that of Podman, which speaks the same.
 const SOCKETS: [&str; 2] = ["/var/run/docker.sock", "/run/podman/podman.sock"];
 /// Until an answer begins; a daemon under load, or one that was stopped for a while, still answers within it.
 const TIMEOUT_SECONDS: u64 = 120;
+/// Podman cleans up after a container in this time.
+const SETTLING: Duration = Duration::from_secs(10);
+const SETTLING_POLL: Duration = Duration::from_millis(50);
 
 /// A connection that is made when it is needed.
 #[derive(Debug)]
 pub(super) struct Client {
     socket: String,
     docker: Mutex<Option<Docker>>,
+    /// As it was when it was last asked.
+    engine: Mutex<Engine>,
 }
 
 impl Client {
@@ -34,7 +43,7 @@ impl Client {
             let reason = format!("{host:?} is not a local socket; give unix:///path/to/docker.sock");
             return Err(RuntimeError::Refused { what: "docker host", reason });
         }
-        Ok(Self { socket: path.to_owned(), docker: Mutex::new(None) })
+        Ok(Self { socket: path.to_owned(), docker: Mutex::new(None), engine: Mutex::default() })
     }
 
     pub(super) fn socket(&self) -> &Path {
@@ -49,8 +58,31 @@ impl Client {
             Docker::connect_with_unix(&self.socket, TIMEOUT_SECONDS, API_DEFAULT_VERSION)?.negotiate_version().await
         };
         let docker = connect.await.map_err(|error| self.failed("connect", error))?;
+        self.look(&docker).await?;
         *self.cached() = Some(docker.clone());
         Ok(docker)
+    }
+
+    pub(super) fn engine(&self) -> Engine {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What answers is told when it is another one than before.
+    async fn look(&self, docker: &Docker) -> Result<(), RuntimeError> {
+        let version = docker.version().await.map_err(|error| self.failed("ask for the version", error))?;
+        // What it says of itself beyond that is nice to know.
+        let info = docker.info().await.unwrap_or_else(|error| {
+            tracing::debug!(%error, "the container engine does not describe itself");
+            bollard::models::SystemInfo::default()
+        });
+        let owner = std::fs::metadata(&self.socket).map_or(0, |socket| socket.uid());
+        let engine = Engine::of(&version, &info, owner);
+        let before =
+            std::mem::replace(&mut *self.engine.lock().unwrap_or_else(PoisonError::into_inner), engine.clone());
+        if before != engine {
+            engine.announce(&self.socket);
+        }
+        Ok(())
     }
 
     /// The daemon may have been replaced: its version is asked again next time.
@@ -91,6 +123,21 @@ fn usual(sockets: &[&str]) -> String {
 /// The answer to a call about something that is not there.
 pub(super) fn not_found(error: &Error) -> bool {
     matches!(error, Error::DockerResponseServerError { status_code: 404, .. })
+}
+
+/// Asks until a container that has just ended is cleaned up: until then Podman calls it `stopped`, a word that Docker does not have.
+pub(super) async fn settled<T, F: Future<Output = Result<T, Error>>>(ask: impl Fn() -> F) -> Result<T, Error> {
+    let deadline = Instant::now() + SETTLING;
+    loop {
+        match ask().await {
+            Err(Error::JsonDataError { message, .. })
+                if message.contains("variant `stopped`") && Instant::now() < deadline =>
+            {
+                sleep(SETTLING_POLL).await;
+            }
+            answer => return answer,
+        }
+    }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {

@@ -7,6 +7,7 @@
 mod client;
 mod container;
 mod details;
+mod engine;
 mod exec;
 mod image;
 mod refresh;
@@ -30,13 +31,13 @@ use tokio::sync::watch::Receiver;
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-use self::client::{Client, not_found};
+use self::client::{Client, not_found, settled};
 use self::container::{LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, sandbox_name, workload_name};
 use self::running::Running;
 use super::cgroup::{self, Cgroup};
 use super::registries::Registries;
 use super::surroundings::{self, Resolvers};
-use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session, pause};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
 /// Ends that may wait to be read.
@@ -44,6 +45,7 @@ const EXITS: usize = 256;
 /// A container that is being removed by someone else is waited for this long.
 const REMOVAL: Duration = Duration::from_secs(10);
 const REMOVAL_POLL: Duration = Duration::from_millis(100);
+const TRIAL: Duration = Duration::from_secs(30);
 
 /// The Docker daemon of this machine.
 #[derive(Debug)]
@@ -103,6 +105,35 @@ impl DockerRuntime {
             self.inner.client.forget();
             self.inner.client.failed("ping", error)
         })
+    }
+
+    /// Whether containers run here: found out by running one, unless it is Docker itself that answers.
+    ///
+    /// # Errors
+    /// What is the matter, and what to do about it.
+    pub async fn works(&self) -> Result<(), RuntimeError> {
+        self.ping().await?;
+        if self.inner.client.engine().is_plain_docker() {
+            return Ok(());
+        }
+        let spec = InstanceSpec {
+            image: image::PAUSE.into(),
+            command: vec![pause::PATH.into()],
+            ..InstanceSpec::new(trial(), Technology::Container)
+        };
+        let run = async {
+            self.inner.make(&spec, self.inner.lock(&spec.id).await).await?;
+            self.start(&spec.id).await
+        };
+        let tried = tokio::time::timeout(TRIAL, run).await;
+        let stopped = self.stop(&spec.id, Duration::ZERO).await;
+        let refused = |reason| RuntimeError::Refused { what: "trial container", reason };
+        match tried {
+            Ok(Ok(())) => stopped,
+            Ok(Err(error @ RuntimeError::Unavailable(_))) => Err(error),
+            Ok(Err(error)) => Err(refused(error.to_string())),
+            Err(_) => Err(refused(format!("it does not run within {TRIAL:?}"))),
+        }
     }
 
     /// There is a socket, whether or not somebody answers at it.
@@ -230,7 +261,11 @@ impl Inner {
             pid.ok_or_else(|| RuntimeError::Step { step: "sandbox", reason: "it ended at once".into() })
         };
         // Docker takes a third of a deployment for either, and they do not need each other yet.
-        let workload = container::workload(spec, &sandbox, cgroup::online_cpus());
+        let mut workload = container::workload(spec, &sandbox, cgroup::online_cpus());
+        if self.client.engine().podman {
+            // Docker takes over the sandbox's, and refuses to be told.
+            workload.hostname = Some(surroundings::host_name(&spec.id));
+        }
         let (name, platform) = (workload_name(&spec.id), spec.platform.as_deref().unwrap_or_default());
         let (pid, created) = tokio::join!(start, self.create(&docker, &name, platform, workload));
         created?;
@@ -319,7 +354,7 @@ impl Inner {
         // Somebody else removes it already.
         let deadline = Instant::now() + REMOVAL;
         while Instant::now() < deadline {
-            match docker.inspect_container(id, None).await {
+            match settled(|| docker.inspect_container(id, None)).await {
                 Err(error) if not_found(&error) => return Ok(()),
                 _ => tokio::time::sleep(REMOVAL_POLL).await,
             }
@@ -334,7 +369,7 @@ impl Inner {
         instance: &InstanceId,
         name: &str,
     ) -> Result<Option<ContainerInspectResponse>, RuntimeError> {
-        let found = match docker.inspect_container(name, None).await {
+        let found = match settled(|| docker.inspect_container(name, None)).await {
             Ok(found) => found,
             Err(error) if not_found(&error) => return Ok(None),
             Err(error) => return Err(self.client.failed("look for the container", error)),
@@ -358,7 +393,8 @@ impl Inner {
             filters: Some(HashMap::from([("label".into(), vec![LABEL_INSTANCE.into()])])),
             ..ListContainersOptions::default()
         };
-        docker.list_containers(Some(options)).await.map_err(|error| self.client.failed("list containers", error))
+        let listed = settled(|| docker.list_containers(Some(options.clone()))).await;
+        listed.map_err(|error| self.client.failed("list containers", error))
     }
 
     async fn adopt(&self, instance: InstanceId, containers: Vec<ContainerSummary>) -> Result<Adopted, RuntimeError> {
@@ -378,7 +414,7 @@ impl Inner {
         let docker = self.client.get().await?;
         // Before looking: an end between the look and the note would be told by nobody.
         self.running.expect(id, instance);
-        let found = match docker.inspect_container(id, None).await {
+        let found = match settled(|| docker.inspect_container(id, None)).await {
             Ok(found) => found,
             Err(error) => {
                 self.running.take(id);
@@ -399,21 +435,30 @@ impl Inner {
         let state = found.state.unwrap_or_default();
         Ok(match (state.started_at.as_deref(), state.exit_code) {
             // Docker writes the year 1 for what was never started.
-            (Some(started), Some(code)) if !started.starts_with("0001-") => AdoptedState::Exited(Exit {
-                instance: instance.clone(),
-                code,
-                out_of_memory: state.oom_killed.unwrap_or(false),
-                reason: None,
-            }),
+            (Some(started), Some(code)) if !started.starts_with("0001-") => {
+                let out_of_memory = state.oom_killed.unwrap_or(false);
+                AdoptedState::Exited(watch::exit(self, instance.clone(), code, out_of_memory))
+            }
             _ => AdoptedState::Incomplete,
         })
     }
 
     fn measure(&self, container: &str, pid: i64, log_path: Option<String>) {
-        match Cgroup::of(pid) {
-            Ok(cgroup) => self.running.measure(container, pid, cgroup, log_path.map(PathBuf::from)),
-            Err(error) => tracing::warn!(container, pid, %error, "its usage cannot be measured"),
-        }
+        let cgroup = match Cgroup::of(pid) {
+            Ok(cgroup) if cgroup.is_of(container) => Some(cgroup),
+            Ok(_) => {
+                tracing::warn!(
+                    container,
+                    "it has no control group of its own: its limits do not hold, its usage is not known"
+                );
+                None
+            }
+            Err(error) => {
+                tracing::warn!(container, pid, %error, "its usage cannot be measured");
+                None
+            }
+        };
+        self.running.measure(container, pid, cgroup, log_path.map(PathBuf::from));
     }
 
     async fn lock(&self, instance: &InstanceId) -> OwnedMutexGuard<()> {
@@ -426,6 +471,11 @@ impl Inner {
         };
         lock.lock_owned().await
     }
+}
+
+/// No cluster names an instance so: it would have to be the name of a service of its own.
+fn trial() -> InstanceId {
+    "node.engine.trial.docker.instance.0".parse().expect("a name of four parts and a number")
 }
 
 fn running_pid(container: &ContainerInspectResponse) -> Option<i64> {

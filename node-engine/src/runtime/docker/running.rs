@@ -60,12 +60,12 @@ impl Running {
     }
 
     /// Its first process runs and can be measured.
-    pub(super) fn measure(&self, container: &str, pid: i64, cgroup: Cgroup, log_path: Option<PathBuf>) {
-        let sample = cgroup.sample().ok().map(|sample| (Instant::now(), sample));
+    pub(super) fn measure(&self, container: &str, pid: i64, cgroup: Option<Cgroup>, log_path: Option<PathBuf>) {
+        let sample = cgroup.as_ref().and_then(|cgroup| cgroup.sample().ok()).map(|sample| (Instant::now(), sample));
         if let Some(workload) = self.lock().get_mut(container) {
             workload.pid = pid;
             workload.sampled = sample;
-            workload.cgroup = Some(cgroup);
+            workload.cgroup = cgroup;
             workload.log_path = log_path;
         }
     }
@@ -108,16 +108,24 @@ impl Running {
         let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
         let mut containers = self.lock();
         let usage = containers.values_mut().filter_map(|workload| {
-            let cgroup = workload.cgroup.as_ref()?;
-            let (now, sample) = (Instant::now(), cgroup.sample().ok()?);
-            let counters = interfaces::count(Some(workload.pid), cgroup.counters());
-            let before = workload.sampled.replace((now, sample));
+            if workload.pid == 0 {
+                return None;
+            }
+            let (now, cgroup) = (Instant::now(), workload.cgroup.as_ref());
+            // Of one that shares its group with others nothing is counted but packets.
+            let sample = match cgroup {
+                Some(cgroup) => Some((now, cgroup.sample().ok()?)),
+                None => None,
+            };
+            let counters = interfaces::count(Some(workload.pid), cgroup.map(Cgroup::counters).unwrap_or_default());
+            let before = std::mem::replace(&mut workload.sampled, sample);
+            let memory_bytes = sample.map_or(0, |(_, sample)| sample.memory_bytes);
             Some(InstanceUsage {
                 instance: workload.instance.clone(),
                 technology: Technology::Container,
-                cpu_percent: before.map_or(0.0, |before| cpu_percent(before, (now, sample), cpus)),
-                memory_bytes: sample.memory_bytes,
-                memory_percent: percent(sample.memory_bytes as f64, memory as f64),
+                cpu_percent: before.zip(sample).map_or(0.0, |(before, now)| cpu_percent(before, now, cpus)),
+                memory_bytes,
+                memory_percent: percent(memory_bytes as f64, memory as f64),
                 disk_bytes: workload.disk_bytes,
                 log_tail: workload.log_tail.clone(),
                 counters,

@@ -12,8 +12,9 @@ use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
 use super::Inner;
-use super::client::not_found;
+use super::client::{not_found, settled};
 use super::container::{LABEL_ROLE, ROLE_WORKLOAD};
+use crate::model::InstanceId;
 use crate::runtime::{Exit, RuntimeError};
 
 const BACK_OFF: Duration = Duration::from_millis(200);
@@ -50,14 +51,15 @@ async fn follow(inner: &Inner, exits: &mpsc::Sender<Exit>, away: &mut bool) -> R
         tracing::info!("Docker answers again");
     }
     let filters = [
-        ("type", "container".to_owned()),
-        ("event", "die".to_owned()),
-        ("label", format!("{LABEL_ROLE}={ROLE_WORKLOAD}")),
+        ("type", vec!["container".to_owned()]),
+        // Podman tells of `die` those who ask for `died`.
+        ("event", vec!["die".to_owned(), "died".to_owned()]),
+        ("label", vec![format!("{LABEL_ROLE}={ROLE_WORKLOAD}")]),
     ];
     let options = EventsOptions {
         since: Some(format!("{}.{:09}", since.as_secs(), since.subsec_nanos())),
         until: None,
-        filters: Some(filters.map(|(name, value)| (name.to_owned(), vec![value])).into()),
+        filters: Some(filters.map(|(name, values)| (name.to_owned(), values)).into()),
     };
     let mut events = Box::pin(docker.events(Some(options)));
     while let Some(event) = events.next().await {
@@ -81,8 +83,8 @@ async fn catch_up(inner: &Inner, exits: &mpsc::Sender<Exit>) -> Result<(), Runti
         filters: Some(HashMap::from([("label".into(), vec![format!("{LABEL_ROLE}={ROLE_WORKLOAD}")])])),
         ..ListContainersOptions::default()
     };
-    let listed =
-        docker.list_containers(Some(options)).await.map_err(|error| inner.client.failed("list containers", error))?;
+    let listed = settled(|| docker.list_containers(Some(options.clone()))).await;
+    let listed = listed.map_err(|error| inner.client.failed("list containers", error))?;
     let ended = |state| matches!(state, Some(ContainerSummaryStateEnum::EXITED | ContainerSummaryStateEnum::DEAD));
     let there: HashSet<_> =
         listed.into_iter().filter(|container| !ended(container.state)).filter_map(|container| container.id).collect();
@@ -96,7 +98,7 @@ async fn catch_up(inner: &Inner, exits: &mpsc::Sender<Exit>) -> Result<(), Runti
 async fn tell(inner: &Inner, exits: &mpsc::Sender<Exit>, container: &str, code: Option<i64>) {
     let Some(instance) = inner.running.take(container) else { return };
     let state = match inner.client.get().await {
-        Ok(docker) => match docker.inspect_container(container, None).await {
+        Ok(docker) => match settled(|| docker.inspect_container(container, None)).await {
             Ok(found) => found.state,
             Err(error) => {
                 if !not_found(&error) {
@@ -110,10 +112,18 @@ async fn tell(inner: &Inner, exits: &mpsc::Sender<Exit>, container: &str, code: 
     let out_of_memory = state.as_ref().and_then(|state| state.oom_killed).unwrap_or(false);
     let code = code.or(state.and_then(|state| state.exit_code)).unwrap_or(KILLED);
     // The receiver lives as long as this task; a full queue makes the events wait in Docker's.
-    let _ = exits.send(Exit { instance, code, out_of_memory, reason: None }).await;
+    let _ = exits.send(exit(inner, instance, code, out_of_memory)).await;
 }
 
-/// Podman does not say the code in its events.
+/// An end, with what is not known of it.
+pub(super) fn exit(inner: &Inner, instance: InstanceId, code: i64, out_of_memory: bool) -> Exit {
+    let unsaid = code == KILLED && !out_of_memory && inner.client.engine().podman;
+    let reason =
+        unsaid.then(|| format!("exit code {code}: killed, maybe for want of memory, which Podman does not tell"));
+    Exit { instance, code, out_of_memory, reason }
+}
+
+/// Not every version of Podman says the code in its events.
 fn died(event: EventMessage) -> Option<(String, Option<i64>)> {
     let actor = event.actor?;
     let code = actor.attributes.as_ref().and_then(|said| said.get("exitCode")?.parse().ok());
