@@ -243,6 +243,9 @@ pub struct TelemetryConfig {
     pub gps: Option<GpsSource>,
     /// Where metrics are served over TCP, besides the local API; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// A collector that is told metrics (OTLP over HTTP).
+    pub otlp: Option<String>,
+    pub otlp_every: Duration,
     pub roots: Roots,
 }
 
@@ -254,6 +257,8 @@ impl Default for TelemetryConfig {
             sensors_every: Duration::from_secs(10),
             gps: None,
             metrics: None,
+            otlp: None,
+            otlp_every: Duration::from_secs(30),
             roots: Roots::default(),
         }
     }

@@ -149,6 +149,9 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         let listener = TcpListener::bind(address).await.with_context(|| format!("serve metrics at {address}"))?;
         tasks.spawn("metrics", metrics(listener, node.clone(), drain.clone()));
     }
+    if let Some(url) = config.telemetry.otlp.clone() {
+        tasks.spawn("collector", collector(node.clone(), url, config.telemetry.otlp_every, drain.clone()));
+    }
     let api = Api { node, cluster: cluster.ok_or_else(|| config.cluster.host.clone()) };
     tasks.spawn("local API", serve(listener, api, drain.clone()));
 
@@ -233,6 +236,10 @@ async fn serve(listener: api::OwnerListener, api: Api, drain: Drain) -> anyhow::
 
 async fn metrics(listener: TcpListener, node: Arc<RunningNode>, drain: Drain) -> anyhow::Result<()> {
     api::metrics::serve(listener, node, drain).await.context("serve metrics")
+}
+
+async fn collector(node: Arc<RunningNode>, url: String, every: Duration, drain: Drain) -> anyhow::Result<()> {
+    api::collector::push(node, url, every, drain).await.context("tell a collector metrics")
 }
 
 #[cfg(test)]

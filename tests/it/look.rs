@@ -39,6 +39,7 @@ fn everything_the_node_knows_can_be_asked() {
     entered(node).expect("exec");
     followed(node, &web).expect("logs -f and events");
     scraped(node).expect("metrics");
+    collected(node).expect("metrics for a collector");
     let hardware = say(node, &["hardware"]).expect("hardware");
     for word in ["cpu ", "memory ", "tmp117", "hwmon", "temp1 21.5 °C"] {
         assert!(hardware.contains(word), "no {word} in {hardware}");
@@ -71,6 +72,8 @@ fn attach_a_thermometer(node: &mut Node) -> Result<()> {
     node.set_variable("NODE_ENGINE_SENSORS", "all");
     node.set_variable("NODE_ENGINE_SENSORS_EVERY", "0.5");
     node.set_variable("NODE_ENGINE_METRICS", "127.0.0.1:9640");
+    node.set_variable("NODE_ENGINE_OTLP", "http://127.0.0.1:4318");
+    node.set_variable("NODE_ENGINE_OTLP_EVERY", "0.5");
     // A killed container is told of at once.
     node.set_variable("NODE_ENGINE_RESTART_LIMIT", "0");
     Ok(())
@@ -178,6 +181,34 @@ fn scraped(node: &Node) -> Result<()> {
     assert_eq!(complaint.trim(), "");
     assert!(node.host.run("busybox wget -q -O - http://127.0.0.1:9640/status").is_err(), "metrics and nothing else");
     assert!(say(node, &["metrics"])?.contains("node_engine_build_info{"), "on the socket too");
+    Ok(())
+}
+
+/// Takes one request over HTTP, and keeps it.
+const COLLECTOR: &str = r#"
+while read -r line; do
+    line=$(printf %s "$line" | tr -d '\r')
+    case "$line" in
+        POST*) echo "$line" > /run/collected ;;
+        [Cc]ontent-[Ll]ength:*) length=${line#*: } ;;
+        '') break ;;
+    esac
+done
+head -c $length >> /run/collected
+printf 'HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}'"#;
+
+fn collected(node: &Node) -> Result<()> {
+    let script = node.host.directory().join("collector.sh");
+    fs::write(&script, COLLECTOR)?;
+    let listen = format!("timeout 20 busybox nc -l -p 4318 -e sh {}; cat /run/collected", script.display());
+    let request = node.host.shell(&listen)?;
+    let (head, body) = request.split_once('\n').with_context(|| request.clone())?;
+    assert!(head.starts_with("POST") && head.contains("/v1/metrics"), "{head}");
+    let told: Value = serde_json::from_str(body).with_context(|| body.to_owned())?;
+    let metrics = &told["resourceMetrics"][0]["scopeMetrics"][0]["metrics"];
+    let sensor =
+        metrics.as_array().context("a list")?.iter().find(|metric| metric["name"] == "node_engine_sensor_value");
+    assert_eq!(sensor.context("no sensor")?["gauge"]["dataPoints"][0]["asDouble"], 21.5, "{told}");
     Ok(())
 }
 

@@ -90,7 +90,7 @@ const CLIENTS: [(&str, &[&str]); 14] = [
 ];
 
 /// The places that may turn values into text and back.
-const SERIALISING: [&str; 16] = [
+const SERIALISING: [&str; 17] = [
     "wire",
     "config",
     "api",
@@ -108,6 +108,8 @@ const SERIALISING: [&str; 16] = [
     "runtime/registries",
     // gpsd speaks JSON
     "telemetry/gps",
+    // collectors of metrics are told in JSON
+    "metrics/otlp",
     // images and OCI runtimes speak JSON
     "runtime/containerd/image",
     "runtime/containerd/spec",

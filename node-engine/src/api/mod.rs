@@ -5,6 +5,7 @@
 //! ([`ClusterApi`]). It decides nothing.
 
 pub mod client;
+pub mod collector;
 pub mod dto;
 mod exec;
 mod look;

@@ -281,6 +281,16 @@ pub(super) const SETTINGS: &[Setting] = &[
         set: |draft, text| telemetry::metrics(text).map(|address| draft.config.telemetry.metrics = address),
     },
     Setting {
+        key: "telemetry.otlp",
+        environment: &["NODE_ENGINE_OTLP"],
+        set: |draft, text| telemetry::otlp(text).map(|url| draft.config.telemetry.otlp = url),
+    },
+    Setting {
+        key: "telemetry.otlp_every",
+        environment: &["NODE_ENGINE_OTLP_EVERY"],
+        set: |draft, text| telemetry::pace(text).map(|every| draft.config.telemetry.otlp_every = every),
+    },
+    Setting {
         key: "telemetry.sys_dir",
         environment: &["NODE_ENGINE_SYS_DIR"],
         set: |draft, text| directory(text).map(|path| draft.config.telemetry.roots.sys = path),

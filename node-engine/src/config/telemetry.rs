@@ -65,6 +65,21 @@ pub(super) fn metrics(text: &str) -> Result<Option<SocketAddr>, String> {
     Ok(Some(address))
 }
 
+/// `off`, or the URL of a collector; one without a path means the usual one.
+pub(super) fn otlp(text: &str) -> Result<Option<String>, String> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let expected = "is not off or the URL of a collector such as http://127.0.0.1:4318";
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).ok_or(expected)?;
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if host.is_empty() || text.contains(|letter: char| letter.is_whitespace() || letter.is_control()) {
+        return Err(expected.into());
+    }
+    let whole = if path.is_empty() { format!("{}/v1/metrics", text.trim_end_matches('/')) } else { text.to_owned() };
+    Ok(Some(whole))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -89,6 +104,13 @@ mod tests {
         assert_eq!(metrics("off"), Ok(None));
         assert_eq!(metrics("[::1]:9640"), Ok(Some("[::1]:9640".parse().unwrap())));
         assert!(metrics("9640").is_err() && metrics("localhost:1").is_err());
+        assert_eq!((otlp("off"), otlp("https://c/x")), (Ok(None), Ok(Some("https://c/x".into()))));
+        for bare in ["http://[::1]:4318", "http://[::1]:4318/"] {
+            assert_eq!(otlp(bare), Ok(Some("http://[::1]:4318/v1/metrics".into())));
+        }
+        for bad in ["", "on", "127.0.0.1:4318", "http://", "http:///x", "http://a b"] {
+            assert!(otlp(bad).is_err(), "{bad:?}");
+        }
         assert_eq!((reports("full"), reports("changes")), (Ok(ReportChoice::Full), Ok(ReportChoice::Changes)));
         assert!(reports("none").is_err());
     }

@@ -1,10 +1,11 @@
-//! What is known of the node as metrics, in the text formats of Prometheus and OpenMetrics. A snapshot comes in, text goes out; nothing
+//! What is known of the node as metrics, in the text formats of Prometheus and OpenMetrics, and in that of OpenTelemetry's collectors. A snapshot comes in, text goes out; nothing
 //! is kept between two scrapes, so nothing can disagree with what `status`, `stats` and `hardware` show.
 //!
 //! Names follow the conventions (prometheus.io/docs/practices/naming): base units, `_total` on counters, one prefix. Labels come from
 //! bounded sets: devices, reasons of the datapath, and at most [`MOST_INSTANCES`] instances.
 
 mod families;
+pub mod otlp;
 
 use std::fmt;
 

@@ -189,6 +189,41 @@ fn a_scraper_gets_the_format_it_asks_for() {
     }
 }
 
+/// What a collector is told is what a scraper reads: each series with the same name, labels and value.
+#[test]
+fn a_collector_is_told_the_same() {
+    let now = UNIX_EPOCH + std::time::Duration::from_millis(1_500);
+    let told: serde_json::Value = serde_json::from_str(&otlp::encode(&everything(), "edge-1", "", now)).unwrap();
+    let resource = &told["resourceMetrics"][0];
+    let attribute = |name: &str, value: &str| serde_json::json!({"key": name, "value": {"stringValue": value}});
+    let about = ["service.name", "service.version", "host.name"].into_iter().zip(["node-engine", "1.2.3", "edge-1"]);
+    let about: Vec<_> = about.map(|(name, value)| attribute(name, value)).collect();
+    assert_eq!(resource["resource"]["attributes"], serde_json::Value::from(about), "what is not known is not said");
+    let mut series = Vec::new();
+    for metric in resource["scopeMetrics"][0]["metrics"].as_array().unwrap() {
+        let (ending, kind) = if metric["sum"].is_object() { ("_total", "sum") } else { ("", "gauge") };
+        if kind == "sum" {
+            assert_eq!(
+                (&metric["sum"]["isMonotonic"], &metric["sum"]["aggregationTemporality"]),
+                (&true.into(), &2.into())
+            );
+        }
+        for point in metric[kind]["dataPoints"].as_array().unwrap() {
+            assert_eq!(point["timeUnixNano"], "1500000000");
+            let labels = point["attributes"].as_array().unwrap().iter();
+            let labels: Vec<_> = labels
+                .map(|label| format!("{}={}", label["key"].as_str().unwrap(), label["value"]["stringValue"]))
+                .collect();
+            let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+            let name = metric["name"].as_str().unwrap();
+            series.push(format!("{name}{ending}{labels} {:?}", point["asDouble"].as_f64().unwrap()));
+        }
+    }
+    let text = encode(&everything(), Format::Prometheus);
+    let scraped: BTreeSet<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+    assert_eq!(series.iter().map(String::as_str).collect::<BTreeSet<_>>(), scraped);
+}
+
 /// The dashboard and the alert rules ask for what there is.
 #[test]
 fn what_is_shipped_asks_for_names_that_are_exported() {

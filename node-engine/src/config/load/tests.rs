@@ -129,6 +129,8 @@ fn every_setting_is_read_from_the_file() {
         sensors_every = "2.5"
         gps = "gpsd"
         metrics = "127.0.0.1:9640"
+        otlp = "http://collector:4318"
+        otlp_every = "60"
         sys_dir = "/t/sys"
         proc_dir = "/t/proc"
         dev_dir = "/t/dev"
@@ -157,6 +159,8 @@ fn every_setting_is_read_from_the_file() {
     assert_eq!((telemetry.reports, telemetry.sensors_every.as_millis()), (crate::config::ReportChoice::Changes, 2500));
     assert_ne!(telemetry.sensors, defaults.telemetry.sensors);
     assert_eq!(telemetry.metrics.map(|address| address.port()), Some(9640));
+    assert_eq!(telemetry.otlp.as_deref(), Some("http://collector:4318/v1/metrics"));
+    assert_ne!(telemetry.otlp_every, defaults.telemetry.otlp_every);
     assert!(telemetry.gps.is_some() && telemetry.roots.sys == Path::new("/t/sys"));
     assert_ne!(
         (&telemetry.roots.proc, &telemetry.roots.dev),
