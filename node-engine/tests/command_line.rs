@@ -154,6 +154,27 @@ fn another_user_is_not_answered() {
     assert!(status().contains("broke off"), "{}", status());
 }
 
+/// As the first generation's README has it: `nohup ./start-up.sh ARCHITECTURE &`, and then whoever typed it logs out.
+#[test]
+fn started_with_nohup_it_goes_on_after_logging_out() {
+    let dir = tempfile::tempdir().unwrap();
+    // Nobody is there to type the superuser's password.
+    let id = dir.path().join("id");
+    std::fs::write(&id, "#!/bin/sh\necho 0\n").unwrap();
+    std::fs::set_permissions(&id, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mut nohup = Command::new("nohup");
+    nohup.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/start-up.sh")).arg("amd64");
+    nohup.args(standalone(dir.path()).get_args()).env_clear().stdin(Stdio::null()).stdout(Stdio::null());
+    nohup.env("PATH", format!("{}:/usr/bin:/bin", dir.path().display()));
+    nohup.env("NODE_ENGINE_BINARY", env!("CARGO_BIN_EXE_node-engine")).env("NODE_ENGINE_CONFIG", "/dev/null");
+    let daemon = Daemon::spawn(nohup, dir.path());
+    daemon.signal(nix::sys::signal::Signal::SIGHUP);
+    let asked = program().arg("--run-dir").arg(dir.path().join("run")).args(["status", "--json"]).output().unwrap();
+    let status: serde_json::Value = serde_json::from_slice(&asked.stdout).unwrap_or_default();
+    assert_eq!(status["pid"].as_u64(), Some(daemon.pid()), "each program has become the next: {asked:?}");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
 fn standalone(dir: &Path) -> Command {
     let mut command = program();
     command.args(["standalone", "--no-node", "--listen", "127.0.0.1"]);
@@ -195,14 +216,18 @@ impl Daemon {
         u64::from(self.child.id())
     }
 
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
     fn said(&self) -> Vec<String> {
         self.lines.try_iter().collect()
     }
 
     /// Asks it to end, and returns its exit code.
     fn stop(mut self) -> Option<i32> {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.signal(nix::sys::signal::Signal::SIGTERM);
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
