@@ -39,7 +39,7 @@ pub const TABLES: &[Table] = &[
     Table { name: "ENDPOINTS", key: ADDRESS, value: ENDPOINT },
     Table { name: "CANDIDATES", key: CANDIDATE, value: NUMBER },
     Table { name: "TRIALS", key: INDEX, value: NUMBER },
-    Table { name: "SERVICES", key: ADDRESS, value: SERVICE },
+    Table { name: SERVICES, key: ADDRESS, value: SERVICE },
     Table { name: "TURNS", key: INDEX, value: NUMBER },
     Table { name: "CHOSEN", key: INDEX, value: LONG },
     Table { name: "ANSWERS", key: INDEX, value: ANSWERS },
@@ -50,6 +50,8 @@ pub const TABLES: &[Table] = &[
 
 /// The map that fills while the others are copied.
 pub const FLOWS: &str = "FLOWS";
+/// The map without which a program opens no flows.
+pub const SERVICES: &str = "SERVICES";
 
 macro_rules! row {
     ($type:ident { $($field:ident),* $(,)? }) => {{

@@ -7,9 +7,9 @@ pub mod control;
 pub mod drain;
 pub mod engine;
 pub mod events;
+mod fault;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
-pub mod heap;
 pub mod metrics;
 pub mod model;
 pub mod names;

@@ -32,6 +32,7 @@ use super::table::Way;
 use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6};
 use crate::config::DatapathChoice;
+use crate::fault;
 use crate::model::{Addresses, Command, InstanceId, Policy, Report, Subnet};
 use crate::netns;
 
@@ -433,7 +434,7 @@ impl Actor {
             Effect::GiveUp(address) => self.lane.push_back(Change::GiveUp(address)),
             Effect::Publish(subnet, ports) => {
                 let work = async move { links.publish(subnet, &ports).await.map_err(|error| error.to_string()) };
-                self.spawn(work, Event::Published);
+                self.spawn(reaching("ports", work), Event::Published);
             }
             Effect::Upkeep(subnet) => self.spawn(upkeep(links, datapath, self.framed_port, subnet), Event::Kept),
             Effect::FindUplink => self.look_for_uplink(),
@@ -601,7 +602,14 @@ impl Actor {
         step: Step,
         work: impl Future<Output = Result<Made, String>> + Send + 'static,
     ) {
-        self.spawn(work, move |result| Event::Stepped { instance, step, result });
+        let point = match step {
+            Step::Veth => "veth",
+            Step::Carry => "carry",
+            // These are no work of their own: a change of tables, and the ports of all instances at once.
+            Step::Endpoint => "endpoint",
+            Step::Ports => "ports",
+        };
+        self.spawn(reaching(point, work), move |result| Event::Stepped { instance, step, result });
     }
 
     fn spawn<T: Send + 'static>(
@@ -643,6 +651,13 @@ fn way(route: &Route, mtu: u32) -> Way {
     let room = route.mtu.saturating_sub(if route.source.is_ipv4() { OVERHEAD_V4 } else { OVERHEAD_V6 });
     let narrow = u16::try_from(room).ok().filter(|room| u32::from(*room) < mtu);
     Way { source: route.source.into(), ifindex: route.ifindex, mtu: narrow.unwrap_or(0) }
+}
+
+/// The work, where no test wants it to fail before it is done, or then.
+async fn reaching<T>(point: &str, work: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    fault::reach(point, false).await?;
+    let made = work.await?;
+    fault::reach(point, true).await.map(|()| made)
 }
 
 fn step(step: &'static str, error: &impl ToString) -> NetError {

@@ -12,6 +12,7 @@ use super::book::{Book, Order, Verdict};
 use super::database::{Database, Fault, Put};
 use super::free_name_aside;
 use super::record::Record;
+use crate::fault;
 use crate::model::{Addresses, InstanceId, ServiceName, Status, TableAnswer};
 
 const FILE: &str = "desired.redb";
@@ -113,7 +114,11 @@ impl Desired {
             before.push(self.book.instances.get(&order.instance).cloned());
             verdicts.push(self.book.order(order, &mut puts));
         }
-        let Err(reason) = self.commit(&puts) else { return verdicts };
+        let Err(reason) = self.commit(&puts) else {
+            // Nobody but a fault that ends the process can take that back.
+            let _ = fault::at("stored");
+            return verdicts;
+        };
         // Backwards, so that the first of several for one instance has the last word.
         for ((order, verdict), before) in orders.iter().zip(&mut verdicts).zip(before).rev() {
             if let (Verdict::New(sequence), Some(_)) = (&*verdict, &order.document) {

@@ -18,6 +18,7 @@ use super::core::{Core, Effect, Event, Failure, Found, FoundState, Hope, Output}
 use super::outbox::Outbox;
 use super::{Note, Request, Setup, WorkloadError};
 use crate::config::OnExit;
+use crate::fault;
 use crate::model::{EventKind, InstanceId, InstanceSpec, InstanceUsage, Report, Status, Technology};
 use crate::netmanager::{Attachment, NetError};
 use crate::runtime::{Adopted, AdoptedState, Exit, Runtime, RuntimeError};
@@ -287,13 +288,13 @@ impl Actor {
                 let net = self.setup.net.clone();
                 let attachment = Attachment { instance: instance.clone(), netns, ports };
                 let step = async move { net.attach(attachment).await.map(|lease| lease.addresses) };
-                self.spawn(step, |result| Event::Attached { instance, result });
+                self.spawn("attach", step, |result| Event::Attached { instance, result });
             }
             Effect::Start { instance, technology } => {
                 *self.starts.entry(instance.clone()).or_default() += 1;
                 let (runtime, id) = (self.runtime(&technology), instance.clone());
                 let step = async move { held(runtime)?.start(&id).await };
-                self.spawn(step, |result| Event::Started { instance, result });
+                self.spawn("start", step, |result| Event::Started { instance, result });
             }
             Effect::Stop { instance, technology, grace, keep_log } => {
                 let (runtime, id) = (self.runtime(&technology), instance.clone());
@@ -303,11 +304,14 @@ impl Actor {
                     let log = if keep_log { runtime.logs(&id, KEPT_LOG).await.unwrap_or_default() } else { Vec::new() };
                     runtime.stop(&id, grace).await.map(|()| log)
                 };
-                self.spawn(step, |result| Event::Stopped { instance, result });
+                self.spawn("stop", step, |result| Event::Stopped { instance, result });
             }
             Effect::Detach(instance) => {
                 let (net, id) = (self.setup.net.clone(), instance.clone());
-                self.spawn(async move { net.detach(id).await }, |result| Event::Detached { instance, result });
+                self.spawn("detach", async move { net.detach(id).await }, |result| Event::Detached {
+                    instance,
+                    result,
+                });
             }
             Effect::Keep(note) => self.notes.push_back(note),
             Effect::Report { instance, status, detail } => {
@@ -349,17 +353,24 @@ impl Actor {
                 () = token.cancelled() => Err(RuntimeError::Step { step: "prepare", reason: "no longer wanted".into() }),
             }
         };
-        self.spawn(step, |result| Event::Prepared { instance, result });
+        self.spawn("prepare", step, |result| Event::Prepared { instance, result });
     }
 
     fn spawn<T: Send + 'static, E: Into<Failure>>(
         &mut self,
+        point: &'static str,
         step: impl Future<Output = Result<T, E>> + Send + 'static,
         event: impl FnOnce(Result<T, Failure>) -> Event + Send + 'static,
     ) {
+        let wanted = |reason| Failure { reason, hope: Hope::None };
+        let step = async move {
+            fault::reach(point, false).await.map_err(wanted)?;
+            let made = step.await.map_err(Into::<Failure>::into)?;
+            fault::reach(point, true).await.map(|()| made).map_err(wanted)
+        };
         self.steps.spawn(async move {
             let result = match contained(step).await {
-                Ok(result) => result.map_err(Into::into),
+                Ok(result) => result,
                 Err(panic) => Err(Failure { reason: format!("internal error: {panic}"), hope: Hope::None }),
             };
             Answer::Event(event(result))

@@ -4,6 +4,7 @@
 mod filter;
 mod gone;
 mod lab;
+mod newcomers;
 mod pings;
 mod upgrade;
 

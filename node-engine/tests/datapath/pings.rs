@@ -63,6 +63,7 @@ impl Pings {
 /// Answers, and returns from which ports it was asked.
 fn echo(server: &UdpSocket, stop: &AtomicBool) -> BTreeSet<u16> {
     let mut buffer = [0; 64];
+    server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
     let mut flows = BTreeSet::new();
     while !stop.load(Relaxed) {
         let Ok((len, from)) = server.recv_from(&mut buffer) else { continue };

@@ -13,6 +13,7 @@ use node_engine::config::DatapathChoice::Ebpf;
 use node_engine::netmanager::datapath::{Capacity, Change, Snapshot, outlook};
 
 use super::lab::Node;
+use super::newcomers::{Newcome, Newcomers};
 use super::pings::Pings;
 use super::{PORT, SERVICES, exchange, ready};
 
@@ -20,13 +21,14 @@ const LARGER: u32 = 2 * MAX_SLOTS;
 const UPGRADES: usize = 6;
 
 /// Each node in turn, six times there and back, between two packets of a flow each millisecond: none is lost, and each flow stays with
-/// its instance, also where a daemon died amid its start.
+/// its instance, also one that begins meanwhile, and where a daemon died amid its start.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs root"]
 async fn a_change_of_tables_costs_no_flow_a_packet() {
     let mut lab = ready(Ebpf).await;
     let to = SocketAddr::new(SERVICES[0].parse().unwrap(), PORT);
     let pings = Pings::begin(&lab, to).await;
+    let newcomers = Newcomers::begin(&lab, to);
     for turn in 0..UPGRADES {
         for index in 0..2 {
             let before = rows(&lab.nodes[index]).await;
@@ -46,14 +48,16 @@ async fn a_change_of_tables_costs_no_flow_a_packet() {
             lab.nodes[index].attach_all().await;
         }
     }
-    let pinged = tokio::task::spawn_blocking(|| pings.finish()).await.unwrap();
+    let (newcome, pinged) = tokio::task::spawn_blocking(|| (newcomers.finish(), pings.finish())).await.unwrap();
     println!(
-        "{} take-overs by other tables, {} datagrams, {} lost, the longest round trip {:?}",
+        "{} take-overs by other tables, {} datagrams, {} lost, the longest round trip {:?}; {newcome:?}",
         2 * UPGRADES,
         pinged.sent,
         pinged.lost,
         pinged.longest
     );
+    assert_eq!(newcome, Newcome { moved: 0, lost: 0, ..newcome }, "flows that began meanwhile");
+    assert!(newcome.flows > 100, "{newcome:?}");
     assert!(pinged.sent > 100 && pinged.lost == 0, "{} of {} were lost", pinged.lost, pinged.sent);
 }
 

@@ -25,7 +25,7 @@ use super::ebpf::{self, Hook, Kernel, KernelFlows, retire};
 use super::sheet;
 use super::socket::TunnelSocket;
 use super::tables::MemoryTables;
-use super::tun::Proxied;
+use super::tun::{Ends, Proxied};
 use super::watch::{self, Gone};
 use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, Standing, TableDelta, Tally, Underlay};
 use crate::config::DatapathChoice;
@@ -106,6 +106,8 @@ impl Ladder {
     pub fn open(choice: DatapathChoice, underlay: &Underlay) -> Result<Self, DatapathError> {
         let (alarm, gone) = mpsc::channel(ALARMS);
         let mut refusals = Vec::new();
+        // First: what programs leave alone while they are exchanged waits there.
+        let mut ends = Some(Ends::open(underlay)?);
         for rung in Rung::of(choice) {
             let (kernel, tables) = match rung {
                 Rung::Redirect | Rung::Plain => match begin(underlay, *rung == Rung::Plain) {
@@ -119,8 +121,8 @@ impl Ladder {
                 },
                 Rung::Tun => (None, AnyTables::memory(remembered(underlay))),
             };
-            // Last: the next rung needs device and port for itself.
-            let proxied = Proxied::open(underlay, tables)?;
+            let Some(ends) = ends.take() else { break };
+            let proxied = Proxied::open(underlay, ends, tables)?;
             match &kernel {
                 Some(kernel) => watch::start(kernel, &alarm)?,
                 // Programs of an earlier run would go on by tables that nobody keeps any more.

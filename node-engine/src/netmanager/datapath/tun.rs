@@ -46,17 +46,35 @@ pub(super) struct Proxied {
     ifindex: u32,
 }
 
-impl Proxied {
-    /// Makes or adopts the TUN device, binds the tunnel's port, and begins to carry.
+/// What the proxy reads. Packets wait in it from the moment that it is open, as many as the kernel's queues take.
+pub(super) struct Ends {
+    device: SyncDevice,
+    socket: TunnelSocket,
+}
+
+impl Ends {
+    /// Makes or adopts the TUN device, and binds the tunnel's port.
     ///
     /// # Errors
     /// `Unsupported` where there is no TUN driver or no permission for it.
-    pub(super) fn open(underlay: &Underlay, tables: AnyTables) -> Result<Self, DatapathError> {
-        // Not where a program at the uplink reads datagrams first.
-        let merged = matches!(tables, AnyTables::Memory { .. });
+    pub(super) fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
         let device = open_device(underlay)?;
+        // Single datagrams as long as nobody knows who reads them first.
+        Ok(Self { device, socket: TunnelSocket::open(underlay.tunnel_port, false)? })
+    }
+}
+
+impl Proxied {
+    /// Begins to carry, by what waits already.
+    ///
+    /// # Errors
+    /// The proxy's own sockets cannot be made.
+    pub(super) fn open(underlay: &Underlay, ends: Ends, tables: AnyTables) -> Result<Self, DatapathError> {
+        let Ends { device, socket } = ends;
+        // Not where a program at the uplink reads datagrams first.
+        socket.merge(matches!(tables, AnyTables::Memory { .. }));
         let ifindex = device.if_index().map_err(|error| step("find TUN device", &error))?;
-        let socket = Arc::new(TunnelSocket::open(underlay.tunnel_port, merged)?);
+        let socket = Arc::new(socket);
         let counters = Arc::new(Counters::default());
         let (requests, inbox) = mpsc::channel(REQUESTS);
         let (events, outbox) = mpsc::channel(EVENTS);

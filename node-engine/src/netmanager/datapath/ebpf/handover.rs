@@ -11,7 +11,7 @@ use super::inherit::{self, Inheritance};
 use super::maps::BpfTables;
 use super::pins::Pins;
 use super::reason::reason;
-use super::{filter, trial};
+use super::{filter, raw, trial};
 use crate::netmanager::datapath::DatapathError;
 
 impl Hooks {
@@ -25,17 +25,16 @@ impl Hooks {
         tables: &mut BpfTables,
     ) -> Result<(), DatapathError> {
         let own = self.pins.clone();
+        let all: Vec<Pins> = std::iter::once(own.clone()).chain(own.others()).collect();
         // Again: loading takes the verifier a while. What is left then is a few milliseconds.
         told(inheritance.map_or(Ok(()), |from| from.copy_flows(&own)));
-        let mut links = self.take_links(&own);
-        for other in own.others() {
-            links += self.take_links(&other);
+        // Only what instances send opens flows.
+        let mut links: usize = all.iter().map(|from| self.take_links(from, true)).sum();
+        if let Some(from) = inheritance {
+            raw::all_have_ended();
+            told(from.copy_flows(&own));
         }
-        if let Some(Inheritance { from, .. }) = inheritance {
-            told(inheritance.map_or(Ok(()), |from| from.copy_flows(&own)));
-            told(from.hand_over());
-            tracing::info!(from = from.name(), to = own.name(), links, "took over the tables of another layout");
-        }
+        links += all.iter().map(|from| self.take_links(from, false)).sum::<usize>();
         let tried = trial::run(&mut self.programs, tables);
         // The same programs over the same rows would be no better: the rows are about to be written anew.
         let same = inheritance.is_none() && Hook::ALL.into_iter().all(|hook| self.same_as_before(hook));
@@ -43,6 +42,16 @@ impl Hooks {
             tracing::warn!(reason, "packets of flows under way are not carried as they should be");
         }
         let Err(reason) = tried.or_else(|reason| if same { Ok(()) } else { Err(reason) }) else {
+            if let Some(inheritance) = inheritance {
+                told(inheritance.copy_services(&own));
+                told(inheritance.from.hand_over());
+                tracing::info!(
+                    from = inheritance.from.name(),
+                    to = own.name(),
+                    links,
+                    "took over the tables of another layout"
+                );
+            }
             self.forget_programs_before();
             inherit::forget_others(&own);
             return Ok(());
@@ -54,10 +63,11 @@ impl Hooks {
         Err(DatapathError::WentBack(reason))
     }
 
-    /// The number of links that lead to our programs now and are pinned as ours.
-    fn take_links(&mut self, from: &Pins) -> usize {
+    /// The number of links that lead to our programs now and are pinned as ours: those of instances, or the others.
+    fn take_links(&mut self, from: &Pins, instances: bool) -> usize {
         let mut taken = 0;
-        for pin in from.links() {
+        let pins = from.links().into_iter().filter(|pin| (Hook::of_pin(pin) == Some(Hook::Veth)) == instances);
+        for pin in pins {
             let path = from.link(&pin);
             let replaced = match Hook::of_pin(&pin) {
                 Some(hook) => classifier(&mut self.programs, hook).is_ok_and(|program| replace_link(program, &path)),
@@ -73,7 +83,6 @@ impl Hooks {
         let own = self.pins.clone();
         let to = inheritance.map_or(&own, |from| &from.from);
         if let Some(from) = inheritance {
-            from.from.take_back();
             told(from.return_flows(&own));
         }
         for pin in own.links() {

@@ -2,28 +2,33 @@
 //!
 //! ```text
 //!   its pins                        ours
-//!   maps, programs, links           maps, filled from its; programs, loaded and tried
+//!   maps, programs, links           maps, filled from its but for services; programs, loaded
 //!                                   flows that came meanwhile
-//!   maps, programs                  links, each updated to our program and then its pin moved
-//!                                   flows that came meanwhile
-//!   maps, programs, HANDED_OVER
+//!   links at uplinks                links of instances, each updated to our program and then its pin moved
+//!                                   flows that came until then: from here on nobody opens any
+//!   maps, programs                  the other links
 //!                                   a packet through our programs: if that fails, all of it in reverse
+//!                                   services: from here on we open flows
+//!   HANDED_OVER
 //!   nothing
 //! ```
 //!
+//! A flow that neither has a row of is decided by nobody in between: over tables without services our programs leave its packets to the
+//! TUN device and the tunnel's socket, which are open by then and keep them until the proxy reads. Those that the other has opened are in
+//! our tables before anything comes back on them: that comes by an uplink, or from an instance, whose packets wait as well.
+//!
 //! Where a daemon dies in between, what there is tells the next one, of whichever version, how far it came: whoever has no links has
 //! nothing that is in use, and begins anew; whoever has some goes on with what the other has left. A packet is at each moment the one
-//! program's or the other's. A flow that opens between the last look at the other's flows and the update of its link is noted in the
-//! other's map, and decided by it once that is looked at again.
+//! program's or the other's.
 
 use std::fs;
 use std::path::Path;
 
 use aya::maps::{Array, Map, MapData};
 use netmanager_common::abi::{FLOW_CACHED, Flow};
-use netmanager_common::layout::{FLOWS, TABLES};
+use netmanager_common::layout::{FLOWS, SERVICES, TABLES};
 
-use super::layout::{self, Layout, translated};
+use super::layout::{self, Layout, Translation};
 use super::pins::Pins;
 use super::raw::{ANY, NEW, RawMap};
 use crate::netmanager::datapath::{DatapathError, pod};
@@ -81,13 +86,18 @@ pub(super) fn find(pins: &Pins) -> Option<Inheritance> {
 }
 
 impl Inheritance {
-    /// Fills our maps.
+    /// Fills our maps, but for services.
     pub(super) fn copy_all(&self, pins: &Pins) -> Result<(), DatapathError> {
         let own = own();
-        for table in TABLES.iter().filter(|table| table.name != FLOWS) {
+        for table in TABLES.iter().filter(|table| ![FLOWS, SERVICES].contains(&table.name)) {
             copy(&self.from, &self.layout, pins, &own, table.name, |_, _| true)?;
         }
         self.copy_flows(pins)
+    }
+
+    /// Copies what our programs need to open flows.
+    pub(super) fn copy_services(&self, pins: &Pins) -> Result<(), DatapathError> {
+        copy(&self.from, &self.layout, pins, &own(), SERVICES, |_, _| false)
     }
 
     /// Copies the flows that we have not, or have decided otherwise: the other has seen them first.
@@ -130,40 +140,29 @@ fn copy(
     if source.sizes() != (from_key.size, from_value.size) || target.sizes() != (to_key.size, to_value.size) {
         return Err(step("take over rows", format!("{name}: rows are not as long as they are described")));
     }
-    let mut key: Option<Vec<u8>> = None;
-    // A walk begins anew where the row it stands on goes; twice as many steps as rows suffice for what there is.
-    let steps = if source.array { u64::from(source.rows) } else { 2 * u64::from(source.rows) };
-    for number in 0..steps {
-        key = match source.array {
-            true => u32::try_from(number).ok().map(|index| index.to_ne_bytes().to_vec()),
-            false => source.next(key.as_deref()),
-        };
-        let Some(key) = &key else { break };
-        let Some(value) = source.get(key) else { continue };
+    let (keys, values) = (Translation::new(from_key, to_key), Translation::new(from_value, to_value));
+    let copied = source.each(|key, value| {
         if source.array && value.iter().all(|byte| *byte == 0) {
-            continue;
+            return Ok(());
         }
-        let (key, value) = (translated(key, from_key, to_key), translated(&value, from_value, to_value));
-        if target.array && index(&key).is_none_or(|index| index >= target.rows) {
-            // Tables that are smaller now.
-            continue;
+        let (key, value) = (keys.of(key), values.of(value));
+        if target.array {
+            // Tables may be smaller now.
+            let there = index(&key).is_some_and(|index| index < target.rows);
+            return if there { target.set(&key, &value, ANY) } else { Ok(()) };
         }
-        let written = match target.array {
-            true => target.set(&key, &value, ANY),
-            false => match target.get(&key) {
-                None => target.set(&key, &value, NEW),
+        match target.set(&key, &value, NEW) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => match target.get(&key) {
                 Some(ours) if wins(&value, &ours) => target.set(&key, &value, ANY),
-                Some(_) => Ok(()),
+                _ => Ok(()),
             },
-        };
-        match written {
-            // The program was faster.
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) if error.raw_os_error() == Some(libc::E2BIG) => break,
-            other => other.map_err(failed)?,
+            other => other,
         }
+    });
+    match copied {
+        Err(error) if error.raw_os_error() == Some(libc::E2BIG) => Ok(()),
+        other => other.map_err(failed),
     }
-    Ok(())
 }
 
 fn open(pin: &Path) -> std::io::Result<RawMap> {

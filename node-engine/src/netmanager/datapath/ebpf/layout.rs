@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::ops::Range;
 
 use netmanager_common::layout::{Row, TABLES};
 
@@ -64,26 +65,35 @@ fn shape(size: &str, fields: &str) -> Option<Shape> {
     Some(Shape { size, fields: fields? })
 }
 
-/// The row as another layout has it: fields go by their names, what is new is zero, what is not known any more is left out.
-pub(super) fn translated(row: &[u8], from: &Shape, to: &Shape) -> Vec<u8> {
-    let mut out = vec![0; to.size];
-    for (name, (target, room)) in &to.fields {
-        let Some((source, len)) = from.fields.get(name) else { continue };
-        let Some(bytes) = row.get(*source..source + len) else { continue };
-        let Some(place) = out.get_mut(*target..target + room) else { continue };
-        fit(bytes, place);
-    }
-    out
+/// How rows become those of another layout: fields go by their names, what is new is zero, what is not known any more is left out.
+#[derive(Debug)]
+pub(super) struct Translation {
+    size: usize,
+    /// Where bytes are taken from, and where they go.
+    moves: Vec<(Range<usize>, Range<usize>)>,
 }
 
-/// A number that has become wider or narrower keeps its low bytes, and so its value where there is room for it.
-fn fit(bytes: &[u8], place: &mut [u8]) {
-    let len = bytes.len().min(place.len());
-    if cfg!(target_endian = "big") {
-        let end = place.len();
-        place[end - len..].copy_from_slice(&bytes[bytes.len() - len..]);
-    } else {
-        place[..len].copy_from_slice(&bytes[..len]);
+impl Translation {
+    pub(super) fn new(from: &Shape, to: &Shape) -> Self {
+        let moves = to.fields.iter().filter_map(|(name, (target, room))| {
+            let (source, len) = from.fields.get(name)?;
+            // A number that has become wider or narrower keeps its low bytes, and so its value where there is room for it.
+            let kept = *len.min(room);
+            let low = |begin: usize, len: usize| if cfg!(target_endian = "big") { begin + len - kept } else { begin };
+            let (source, target) = (low(*source, *len), low(*target, *room));
+            Some((source..source + kept, target..target + kept))
+        });
+        Self { size: to.size, moves: moves.collect() }
+    }
+
+    pub(super) fn of(&self, row: &[u8]) -> Vec<u8> {
+        let mut out = vec![0; self.size];
+        for (source, target) in &self.moves {
+            if let (Some(bytes), Some(place)) = (row.get(source.clone()), out.get_mut(target.clone())) {
+                place.copy_from_slice(bytes);
+            }
+        }
+        out
     }
 }
 
@@ -170,17 +180,21 @@ mod tests {
         let other =
             shape("70", "new:0:10,server:10:4,kind:14:1,source:15:16,generation:31:4,slot:35:8,seen:43:2,state:50:1")
                 .unwrap();
-        let there = translated(pod::bytes(&row), flow, &other);
+        let there = Translation::new(flow, &other).of(pod::bytes(&row));
         assert_eq!((there.len(), &there[..10]), (70, &[0; 10][..]));
         assert_eq!(u32::from_ne_bytes(there[10..14].try_into().unwrap()), 0x1234);
         assert_eq!(u64::from_ne_bytes(there[35..43].try_into().unwrap()), 7);
-        let back: Flow = pod::row(&translated(&there, &other, flow)).unwrap();
+        let back: Flow = pod::row(&Translation::new(&other, flow).of(&there)).unwrap();
         assert_eq!(back, row, "all that the other layout knows too");
-        assert_eq!(translated(&[], flow, flow), vec![0; size_of::<Flow>()], "a row that is too short is no row");
+        assert_eq!(
+            Translation::new(flow, flow).of(&[]),
+            vec![0; size_of::<Flow>()],
+            "a row that is too short is no row"
+        );
 
         let (_, slot) = &own["SLOTS"];
         let live = Slot { generation: 5, peer: 3, instance: Addr::v4([10, 30, 0, 2]), ..Slot::default() };
-        assert_eq!(pod::row::<Slot>(&translated(pod::bytes(&live), slot, slot)), Some(live));
+        assert_eq!(pod::row::<Slot>(&Translation::new(slot, slot).of(pod::bytes(&live))), Some(live));
     }
 
     #[test]

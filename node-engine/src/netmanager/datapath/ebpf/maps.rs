@@ -1,6 +1,7 @@
 //! The tables of the law in the kernel's maps, reached by system calls: the slow path learns flows where the kernel finds them, and
 //! deltas are written where the kernel reads.
 
+use std::convert::Infallible;
 use std::fmt;
 
 use aya::Pod;
@@ -16,12 +17,13 @@ use netmanager_common::verdict::{COUNT_SENT, COUNTERS};
 
 use super::accounts::Accounts;
 use super::pins::Pins;
+use super::raw::RawMap;
 use super::tallies::Tallies;
 use crate::netmanager::datapath::counters::kernel_name;
 use crate::netmanager::datapath::flows::now;
 use crate::netmanager::datapath::projection::{Projection, Write};
 use crate::netmanager::datapath::tables::{Random, Rows};
-use crate::netmanager::datapath::{Capacity, DatapathError, Snapshot, Tally};
+use crate::netmanager::datapath::{Capacity, DatapathError, Snapshot, Tally, pod};
 
 /// The maps that outlive the process, by their names in the object.
 pub(super) const PINNED: [&str; 17] = [
@@ -72,6 +74,8 @@ pub(in crate::netmanager::datapath) struct BpfTables {
     tallies: Tallies,
     accounts: Accounts,
     random: Random,
+    /// Slots and peers again, to be read all at once.
+    all: [RawMap; 2],
 }
 
 impl BpfTables {
@@ -92,6 +96,7 @@ impl BpfTables {
             tallies: Tallies::open(pins)?,
             accounts: Accounts::open(pins)?,
             random: Random::default(),
+            all: [raw(pins, "SLOTS")?, raw(pins, "PEERS")?],
         })
     }
 }
@@ -142,6 +147,10 @@ impl BpfTables {
         }
         rows.tallies.iter().for_each(|(slot, tally)| self.tallies.put(*slot, tally));
         Ok(())
+    }
+
+    pub(super) fn endpoints(&self) -> Result<Vec<(Addr, Endpoint)>, DatapathError> {
+        read("ENDPOINTS", self.endpoints.iter().collect())
     }
 
     /// Flows, in no order; those that cannot be read are left out.
@@ -282,10 +291,10 @@ impl Projection for BpfTables {
     fn snapshot(&self) -> Result<Snapshot, DatapathError> {
         Ok(Snapshot {
             epoch: self.config.get(&0, 0).map_or(0, |config| config.epoch),
-            slots: indexed("SLOTS", &self.slots, |slot| slot.generation != 0)?,
-            peers: indexed("PEERS", &self.peers, |peer| !peer.host.is_none())?,
+            slots: indexed(&self.all[0], |slot: &Slot| slot.generation != 0),
+            peers: indexed(&self.all[1], |peer: &Peer| !peer.host.is_none()),
             services: read("SERVICES", self.services.iter().collect())?,
-            endpoints: read("ENDPOINTS", self.endpoints.iter().collect())?,
+            endpoints: self.endpoints()?,
         })
     }
 
@@ -324,13 +333,26 @@ fn read<T>(map: &'static str, rows: Result<Vec<T>, MapError>) -> Result<Vec<T>, 
 }
 
 /// The rows of an array that are in use.
-fn indexed<T: Pod>(
-    map: &'static str,
-    array: &Array<MapData, T>,
-    used: impl Fn(&T) -> bool,
-) -> Result<Vec<(u32, T)>, DatapathError> {
-    let rows = (0..).zip(array.iter()).map(|(index, row)| row.map(|row| (index, row)));
-    read(map, rows.filter(|row| row.as_ref().map_or(true, |(_, row)| used(row))).collect())
+fn indexed<T: Pod>(array: &RawMap, used: impl Fn(&T) -> bool) -> Vec<(u32, T)> {
+    let mut rows = Vec::new();
+    let Ok(()) = array.each(|index, row| {
+        let index = index.try_into().map(u32::from_ne_bytes);
+        if let (Ok(index), Some(row)) = (index, pod::row(row))
+            && used(&row)
+        {
+            rows.push((index, row));
+        }
+        Ok::<(), Infallible>(())
+    });
+    rows
+}
+
+fn raw(pins: &Pins, name: &'static str) -> Result<RawMap, DatapathError> {
+    let path = pins.map(name);
+    RawMap::open(&path).map_err(|error| DatapathError::Unsupported {
+        what: "adopt map",
+        reason: format!("{}: {error}", path.display()),
+    })
 }
 
 pub(super) fn causes(error: &MapError) -> String {

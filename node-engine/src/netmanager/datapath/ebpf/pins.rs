@@ -98,10 +98,6 @@ impl Pins {
         make_directory(&self.version().join(HANDED_OVER))
     }
 
-    pub(super) fn take_back(&self) {
-        let _ = fs::remove_dir(self.version().join(HANDED_OVER));
-    }
-
     /// Removes all of it, links first: a program must not run over maps that are half gone.
     pub(super) fn clear(&self) {
         let _ = fs::remove_dir_all(self.version().join("links"));

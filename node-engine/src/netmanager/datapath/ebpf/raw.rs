@@ -1,4 +1,5 @@
-//! Maps whose rows are bytes: of a layout that only a description tells. Four commands of bpf(2) that aya has for types alone.
+//! Maps whose rows are bytes: of a layout that only a description tells, or so many that one call for each takes too long. Commands of
+//! bpf(2) that aya has for types alone, or not at all.
 
 use std::ffi::c_int;
 use std::io;
@@ -11,6 +12,9 @@ use aya::maps::{MapData, MapType};
 const LOOKUP: c_int = 1;
 const UPDATE: c_int = 2;
 const NEXT: c_int = 4;
+const LOOKUP_MANY: c_int = 24;
+/// Rows that are read at a time. No bucket of a hash has as many.
+const MANY: u32 = 4_096;
 /// Whatever is there, and only where there is no row.
 pub(super) const ANY: u64 = 0;
 pub(super) const NEW: u64 = 1;
@@ -34,6 +38,19 @@ struct Element {
     flags: u64,
 }
 
+/// The part that is about many.
+#[repr(C)]
+struct Elements {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
 impl RawMap {
     pub(super) fn open(pin: &Path) -> io::Result<Self> {
         let map = MapData::from_pin(pin).map_err(io::Error::other)?;
@@ -52,8 +69,79 @@ impl RawMap {
         (self.key, self.value)
     }
 
+    /// Has each row looked at until one is an error. What comes or goes meanwhile may be seen or not; a row may be seen twice.
+    pub(super) fn each<E>(&self, mut look: impl FnMut(&[u8], &[u8]) -> Result<(), E>) -> Result<(), E> {
+        let many = MANY as usize;
+        let (mut keys, mut values) = (vec![0; many * self.key], vec![0; many * self.value]);
+        // An array's place is an index, a hash's the number of a bucket.
+        let mut places = [[0; 4]; 2];
+        // Whatever a call does not bring it has passed by.
+        for number in 0..=2 * u64::from(self.rows) {
+            let [from, to] = &mut places;
+            let Ok((count, more)) = self.many((number > 0).then_some(&*from), to, &mut keys, &mut values) else {
+                // Kernels before 5.6.
+                return self.walk(look);
+            };
+            let rows = keys.chunks_exact(self.key).zip(values.chunks_exact(self.value));
+            rows.take(count).try_for_each(|(key, value)| look(key, value))?;
+            if !more {
+                break;
+            }
+            *from = *to;
+        }
+        Ok(())
+    }
+
+    /// The same row by row.
+    fn walk<E>(&self, mut look: impl FnMut(&[u8], &[u8]) -> Result<(), E>) -> Result<(), E> {
+        let mut key: Option<Vec<u8>> = None;
+        // A walk begins anew where the row it stands on goes; twice as many steps as rows suffice for what there is.
+        for _ in 0..2 * u64::from(self.rows) {
+            key = self.next(key.as_deref());
+            let Some(key) = &key else { break };
+            if let Some(value) = self.get(key) {
+                look(key, &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads rows on from a place, and where to go on; how many, and whether there may be more.
+    fn many(
+        &self,
+        from: Option<&[u8; 4]>,
+        to: &mut [u8; 4],
+        keys: &mut [u8],
+        values: &mut [u8],
+    ) -> io::Result<(usize, bool)> {
+        // An array goes on by its key, which is an index.
+        let place = if self.array { self.key } else { to.len() };
+        if place != to.len() || keys.len() < MANY as usize * self.key || values.len() < MANY as usize * self.value {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut elements = Elements {
+            from: from.map_or(0, |from| from.as_ptr() as u64),
+            to: to.as_mut_ptr() as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: MANY,
+            map: self.map.fd().as_fd().as_raw_fd().cast_unsigned(),
+            element_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: the kernel reads one place and writes another, each of four bytes, and at most `MANY` keys and values of the map's
+        // sizes, for which there is room (looked at above). It keeps no pointer.
+        let done = unsafe { libc::syscall(libc::SYS_bpf, LOOKUP_MANY, &raw mut elements, size_of::<Elements>()) };
+        match if done < 0 { Some(io::Error::last_os_error()) } else { None } {
+            None => Ok((elements.count as usize, true)),
+            // These are the last.
+            Some(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok((elements.count as usize, false)),
+            Some(error) => Err(error),
+        }
+    }
+
     /// The key after this one, or the first. A key that is gone begins anew.
-    pub(super) fn next(&self, key: Option<&[u8]>) -> Option<Vec<u8>> {
+    fn next(&self, key: Option<&[u8]>) -> Option<Vec<u8>> {
         let mut next = vec![0; self.key];
         self.call(NEXT, key, &mut next, 0).ok().map(|()| next)
     }
@@ -88,5 +176,16 @@ impl RawMap {
         // map says or longer: keys are looked at above, values by the callers. It keeps no pointer.
         let done = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut element, size_of::<Element>()) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+/// Returns when every program that ran when it was called has ended: what has begun since is by the links of now. Without it (a kernel
+/// that cannot say) some microseconds have to do.
+pub(super) fn all_have_ended() {
+    // `linux/membarrier.h`: MEMBARRIER_CMD_GLOBAL is one grace period of RCU, under which programs run.
+    const GLOBAL: c_int = 1;
+    // SAFETY: numbers alone.
+    if unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL, 0, 0) } < 0 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }

@@ -10,7 +10,7 @@ use netmanager_common::verdict::{Miss, Verdict};
 
 use super::hooks::{Hook, classifier, interface};
 use super::maps::BpfTables;
-use crate::netmanager::datapath::projection::Projection;
+use crate::fault;
 
 /// So many instances, and flows of theirs.
 const INSTANCES: usize = 8;
@@ -28,14 +28,12 @@ const ROOM: usize = 512;
 /// # Errors
 /// What a program did with a packet, and what it should have done.
 pub(super) fn run(programs: &mut aya::Ebpf, tables: &mut BpfTables) -> Result<(), String> {
-    if cfg!(debug_assertions) && std::env::var_os("LAB_FAULT").is_some_and(|fault| fault == "self-test") {
-        return Err("a test wants it so".into());
-    }
+    fault::at("self-test")?;
     // Nothing has been carried yet.
     let Some(config) = tables.config() else { return Ok(()) };
     let program = classifier(programs, Hook::Veth).map_err(|error| error.to_string())?;
     let slow = if config.slow_ifindex == 0 { PASSED } else { REDIRECTED };
-    let endpoints = tables.snapshot().map_err(|error| error.to_string())?.endpoints;
+    let endpoints = tables.endpoints().map_err(|error| error.to_string())?;
     let here: Vec<(Addr, u32)> = endpoints
         .into_iter()
         .map(|(address, endpoint)| (address, endpoint.ifindex))
