@@ -65,12 +65,21 @@ pub(super) struct Database(redb::Database);
 impl Database {
     /// Opens the file, or makes an empty one, and reads all of it.
     pub(super) fn open(path: &Path) -> Result<(Self, Contents), Fault> {
+        Self::opened(|builder| builder.create(path))
+    }
+
+    #[cfg(test)]
+    fn on(disk: impl redb::StorageBackend) -> Result<(Self, Contents), Fault> {
+        Self::opened(|builder| builder.create_with_backend(disk))
+    }
+
+    fn opened(
+        open: impl FnOnce(&redb::Builder) -> Result<redb::Database, redb::DatabaseError>,
+    ) -> Result<(Self, Contents), Fault> {
         contained(|| {
-            let database = redb::Database::builder()
-                .set_cache_size(CACHE)
-                .set_check_integrity_on_open(true)
-                .create(path)
-                .map_err(fault)?;
+            let mut builder = redb::Database::builder();
+            builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+            let database = open(&builder).map_err(fault)?;
             let contents = read(&database)?;
             Ok((Self(database), contents))
         })
@@ -151,3 +160,6 @@ fn fault(error: impl Into<redb::Error>) -> Fault {
 fn damaged(kind: io::ErrorKind) -> bool {
     matches!(kind, io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof | io::ErrorKind::IsADirectory)
 }
+
+#[cfg(test)]
+mod tests;
