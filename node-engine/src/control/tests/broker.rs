@@ -1,7 +1,9 @@
 //! An MQTT broker for one client, that can be told to misbehave. It holds every message up to the rules of [`harmless`].
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use rumqttc::QoS;
@@ -12,7 +14,7 @@ use rumqttc::mqttbytes::v4::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{broadcast, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{LONG, harmless};
 
@@ -43,6 +45,8 @@ pub(super) struct Broker {
 pub(super) struct Switches {
     pub(super) refuse: AtomicBool,
     pub(super) keep_acks: AtomicBool,
+    /// Acknowledgements of what is published wait for so many milliseconds.
+    pub(super) late: AtomicU64,
 }
 
 impl Broker {
@@ -149,6 +153,7 @@ async fn serve(
     switches: Arc<Switches>,
 ) {
     let mut buffer = BytesMut::new();
+    let mut late: VecDeque<(Instant, Packet)> = VecDeque::new();
     loop {
         loop {
             let packet = match Packet::read(&mut buffer, 1 << 24) {
@@ -156,13 +161,23 @@ async fn serve(
                 Err(Error::InsufficientBytes(_)) => break,
                 Err(_) => return,
             };
-            if let Some(answer) = answer(packet, &seen, &switches)
-                && send(&mut stream, &answer).await.is_err()
-            {
+            let Some(answer) = answer(packet, &seen, &switches) else { continue };
+            let wait = Duration::from_millis(switches.late.load(Ordering::Relaxed));
+            if matches!(answer, Packet::PubAck(_)) && !wait.is_zero() {
+                late.push_back((Instant::now() + wait, answer));
+            } else if send(&mut stream, &answer).await.is_err() {
                 return;
             }
         }
+        let due = late.front().map(|(due, _)| *due);
         tokio::select! {
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
+                if let Some((_, answer)) = late.pop_front()
+                    && send(&mut stream, &answer).await.is_err()
+                {
+                    return;
+                }
+            }
             read = stream.read_buf(&mut buffer) => if !matches!(read, Ok(1..)) { return },
             act = acts.recv() => match act {
                 Ok(Act::Publish(publish)) => if send(&mut stream, &Packet::Publish(publish)).await.is_err() { return },

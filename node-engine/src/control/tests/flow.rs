@@ -7,9 +7,9 @@ use super::init::{Init, Manner};
 use super::manager::Manager;
 use super::*;
 
-const NODE: &str = "6b034ec446528056c08b89ae";
+pub(super) const NODE: &str = "6b034ec446528056c08b89ae";
 
-async fn online() -> (Broker, Manager, Running) {
+pub(super) async fn online() -> (Broker, Manager, Running) {
     let mut broker = Broker::start().await;
     let manager = Manager::start(broker.port, true).await;
     let mut running = start(config(manager.port));
@@ -20,7 +20,7 @@ async fn online() -> (Broker, Manager, Running) {
     (broker, manager, running)
 }
 
-fn topic(rest: &str) -> String {
+pub(super) fn topic(rest: &str) -> String {
     format!("nodes/{NODE}/{rest}")
 }
 

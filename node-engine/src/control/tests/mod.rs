@@ -3,6 +3,7 @@
 mod broker;
 mod budget;
 mod flow;
+mod ill;
 mod init;
 mod manager;
 mod mosquitto;
@@ -137,6 +138,11 @@ pub(super) fn usage(name: &str) -> InstanceUsage {
         log_tail: "\u{1b}[31mred\u{0}".into(),
         counters: crate::model::InstanceCounters::default(),
     }
+}
+
+/// How much of it, where somebody wants more than usual.
+pub(super) fn size(variable: &str, usual: u64) -> u64 {
+    std::env::var(variable).map_or(usual, |text| text.parse().expect("a number"))
 }
 
 pub(super) fn job(name: &str) -> String {
