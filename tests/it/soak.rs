@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use lab::node::Datapath;
-use lab::soak::{self, Kind, Options};
+use lab::soak::line::{self, Line};
+use lab::soak::{self, Kind, Options, steps};
+use lab::topology::{Lab, Plan};
 
 #[test]
 #[ignore = "needs root"]
@@ -29,4 +31,23 @@ fn upgrades_lose_nothing() {
     let report = soak::run(&options).expect("a laboratory");
     report.verdict().expect("nobody notices");
     assert_eq!(report.faults, 4, "{report:?}");
+}
+
+/// Two of the steps at which a daemon may die or fail; all of them are `cargo xtask soak --only steps`.
+#[test]
+#[ignore = "needs root"]
+fn a_daemon_that_fails_at_a_step_puts_it_right() {
+    let options = Options { length: Duration::from_secs(30), seed: 51, times: Some(2), ..Options::default() };
+    let report = steps::run(&options).expect("a laboratory");
+    report.verdict().expect("what is, is what is wanted");
+    assert!(report.faults >= 1, "{report:?}");
+}
+
+/// One of the lines to a broker that `cargo xtask soak --only line-…` has.
+#[test]
+#[ignore = "needs root"]
+fn commands_get_through_a_bad_line() {
+    let lab = Lab::start(&Plan::new(1, Datapath::Auto)).expect("a laboratory");
+    let said = line::suffer(&lab, 0, Line::Loses5, "amid").expect("they get through");
+    println!("{}: {said}", Line::Loses5.name());
 }

@@ -14,6 +14,7 @@ pub mod image;
 pub mod lan;
 pub mod node;
 pub mod process;
+pub mod relay;
 pub mod scratch;
 pub mod snapshot;
 pub mod soak;

@@ -278,6 +278,16 @@ impl Node {
         Ok(())
     }
 
+    /// Waits until it has ended by itself.
+    pub fn ends(&mut self) -> Result<ExitStatus> {
+        let mut daemon = self.daemon.take().context("the daemon was not started")?;
+        let ended = until("the daemon ends", Duration::from_secs(30), || Ok(daemon.try_wait()?));
+        if ended.is_err() {
+            self.daemon = Some(daemon);
+        }
+        ended.with_context(|| self.log())
+    }
+
     /// As if the plug had been pulled and put back: the daemon and every container die at once, and what the kernel and the run
     /// directory held is gone. dockerd and the disks are there again.
     pub fn power_cut(&mut self) -> Result<()> {
@@ -302,13 +312,8 @@ impl Node {
 
     fn signal(&mut self, signal: &str) -> Result<ExitStatus> {
         let pid = self.status()?.pid;
-        let mut daemon = self.daemon.take().context("the daemon was not started")?;
         self.host.run(&format!("kill -{signal} {pid}"))?;
-        let ended = until("the daemon ends", Duration::from_secs(30), || Ok(daemon.try_wait()?));
-        if ended.is_err() {
-            self.daemon = Some(daemon);
-        }
-        ended.with_context(|| self.log())
+        self.ends()
     }
 
     /// Puts the host back as it was before the daemon first ran.

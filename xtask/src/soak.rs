@@ -19,8 +19,10 @@ pub(crate) struct Options {
     datapath: String,
     /// This fault alone, with nothing deployed meanwhile and datagrams as fast as they are answered: kill, terminate, pause,
     /// docker-stop, docker-kill, cluster, uplink, filter, veth, bridge, datagrams, commands; or upgrade: daemons whose rows
-    /// in the kernel are laid out otherwise take over from each other; or undo: a daemon that dies while it
-    /// sets up or deploys, and what it has made is undone
+    /// in the kernel are laid out otherwise take over from each other; docker-hang (a minute), docker-away (two); descriptors: the
+    /// daemon gets no more; line-loses-5, line-loses-30, line-doubles, line-delays, line-crawls, line-mute, line-deaf, line-half-open:
+    /// between a node and the broker. Or undo: a daemon that dies while it sets up or deploys, and what it has made is undone; or
+    /// steps: it dies, fails, panics and waits at each step of a deployment and of a deletion
     #[arg(long)]
     only: Option<String>,
     /// End after so many faults, if that is sooner

@@ -96,6 +96,12 @@ pub(super) fn look(
     if complaints.is_empty() { Ok(Sight { rows, hosts: all }) } else { Err(complaints) }
 }
 
+/// What of a node alone is not as these rows of the cluster's want it: each instance that runs once and connected, nothing else.
+pub(super) fn alone(node: &Node, rows: &[InstanceRow]) -> Result<Vec<String>> {
+    let running: Vec<InstanceRow> = rows.iter().filter(|row| row.status == "RUNNING").cloned().collect();
+    Ok(judge(node.host.name(), &look_at(node, &running)?, &running, &Known::default()))
+}
+
 fn judge(node: &str, seen: &Seen, rows: &[InstanceRow], known: &Known) -> Vec<String> {
     let mut complaints = seen.complaints.clone();
     let here: BTreeSet<String> = rows.iter().filter(|row| row.node == node).map(InstanceRow::container).collect();

@@ -5,15 +5,22 @@ use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::chance::Chance;
-use crate::cluster::BROKER_PORT;
+use super::line::{self, Line};
+use crate::cluster::{BROKER_PORT, Deploy};
 use crate::process::{built, output};
 use crate::topology::Lab;
+use crate::wait::until_true;
 
 const TABLES: [&str; 3] = ["ip", "ip6", "netdev"];
 const TUNNEL_PORT: u16 = 50103;
+/// What comes and goes amid faults that are asked for.
+const PASSES: &str = "amid";
+const HANGS: Duration = Duration::from_secs(60);
+const AWAY: Duration = Duration::from_secs(120);
+const STARVES: Duration = Duration::from_secs(20);
 /// Beyond what a message may be.
 const LARGE: usize = 1 << 20;
 
@@ -31,11 +38,19 @@ pub enum Kind {
     Bridge,
     Datagrams,
     Commands,
-    /// Not by chance: only where it is asked for.
+    /// From here on not by chance: only where it is asked for.
     Upgrade,
+    /// dockerd stands still for a minute.
+    DockerHang,
+    /// It is away for two.
+    DockerAway,
+    /// The daemon gets no more descriptors.
+    Descriptors,
+    Line(Line),
 }
 
 impl Kind {
+    /// Those that come by chance.
     pub const ALL: [Self; 12] = [
         Self::Kill,
         Self::Terminate,
@@ -66,6 +81,10 @@ impl Kind {
             Self::Datagrams => "datagrams",
             Self::Commands => "commands",
             Self::Upgrade => "upgrade",
+            Self::DockerHang => "docker-hang",
+            Self::DockerAway => "docker-away",
+            Self::Descriptors => "descriptors",
+            Self::Line(line) => line.name(),
         }
     }
 
@@ -73,7 +92,7 @@ impl Kind {
     pub fn bound(self) -> Duration {
         Duration::from_secs(match self {
             // Nodes try to connect again after at most five seconds.
-            Self::Cluster => 10,
+            Self::Cluster | Self::Line(_) | Self::Descriptors => 10,
             _ => 5,
         })
     }
@@ -94,7 +113,8 @@ impl FromStr for Kind {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let all = || Self::ALL.into_iter().chain([Self::Upgrade]);
+        let asked = [Self::Upgrade, Self::DockerHang, Self::DockerAway, Self::Descriptors];
+        let all = || Self::ALL.into_iter().chain(asked).chain(Line::ALL.map(Self::Line));
         let names = || all().map(Self::name).collect::<Vec<_>>().join(", ");
         all().find(|kind| kind.name() == text).with_context(|| format!("no fault {text}: {}", names()))
     }
@@ -157,6 +177,20 @@ pub(super) fn strike(lab: &mut Lab, kind: Kind, node: usize, chance: &mut Chance
             lab.nodes[node].host.start_docker()?;
             detail = format!("away for {:.1} s", begin.elapsed().as_secs_f64());
         }
+        Kind::DockerHang => {
+            lab.nodes[node].host.shell("kill -STOP $(cat /run/docker.pid)")?;
+            thread::sleep(HANGS);
+            lab.nodes[node].host.shell("kill -CONT $(cat /run/docker.pid)")?;
+            detail = format!("{HANGS:?}");
+        }
+        Kind::DockerAway => {
+            lab.nodes[node].host.stop_docker("TERM")?;
+            thread::sleep(AWAY);
+            lab.nodes[node].host.start_docker()?;
+            detail = format!("{AWAY:?}");
+        }
+        Kind::Descriptors => detail = descriptors(lab, node)?,
+        Kind::Line(line) => detail = line::suffer(lab, node, line, PASSES)?,
         Kind::Cluster => {
             lab.cluster.stop();
             thread::sleep(2 * pause);
@@ -196,6 +230,27 @@ pub(super) fn strike(lab: &mut Lab, kind: Kind, node: usize, chance: &mut Chance
         Kind::Commands => commands(lab, node, chance)?,
     }
     Ok(Struck { what: format!("{kind} {name} {detail}").trim_end().to_owned(), over: Instant::now() })
+}
+
+/// As a leak of descriptors, or a limit that is too low: what needs another one fails, what has its own goes on, and the daemon with it.
+fn descriptors(lab: &Lab, node: usize) -> Result<String> {
+    let node = &lab.nodes[node];
+    let pid = node.status()?.pid;
+    let limit = |soft: &str| node.host.run(&format!("prlimit --pid {pid} --nofile={soft}:")).map(drop);
+    let used = node.host.shell(&format!("ls /proc/{pid}/fd | wc -l"))?;
+    let before = node.host.shell(&format!("awk '/Max open files/ {{ print $4 }}' /proc/{pid}/limits"))?;
+    limit(used.trim())?;
+    let name = node.host.name().to_owned();
+    lab.cluster.deploy(&Deploy { name: PASSES, on: Some(&name), replicas: 1, ..Deploy::default() })?;
+    thread::sleep(STARVES);
+    let ran = lab.cluster.instances()?.iter().filter(|row| row.short() == PASSES && row.status == "RUNNING").count();
+    limit(before.trim())?;
+    // Whatever has become of it, it goes.
+    lab.cluster.delete(PASSES)?;
+    until_true("it is gone", STARVES, || Ok(!lab.cluster.instances()?.iter().any(|row| row.short() == PASSES)))?;
+    let now = node.status()?.pid;
+    ensure!(now == pid, "it is process {now} and was {pid}: it has not got over it");
+    Ok(format!("none beyond {} for {STARVES:?}; {ran} of one deployed meanwhile", used.trim()))
 }
 
 /// As anybody who reaches the tunnel ports can.
@@ -264,7 +319,7 @@ mod tests {
 
     #[test]
     fn every_fault_has_a_name_of_its_own() {
-        for kind in Kind::ALL {
+        for kind in Kind::ALL.into_iter().chain(Line::ALL.map(Kind::Line)) {
             assert_eq!(kind.name().parse::<Kind>().unwrap(), kind);
         }
         assert!("none".parse::<Kind>().is_err());

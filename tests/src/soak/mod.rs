@@ -6,9 +6,11 @@
 mod chance;
 mod check;
 mod fault;
+pub mod line;
 mod load;
 mod memory;
 mod model;
+pub mod steps;
 mod tally;
 pub mod undo;
 

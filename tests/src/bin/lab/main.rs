@@ -7,6 +7,7 @@ mod vm;
 use std::net::UdpSocket;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use lab::footprint::{self, Effort};
@@ -50,6 +51,9 @@ fn run(words: &[&str]) -> Result<ExitCode> {
             lab::host_init(name, Path::new(directory), group, docker.contains(&"--docker"))?;
         }
         ["datagrams", to, times, payloads @ ..] => datagrams(to, times.parse()?, payloads)?,
+        ["relay", port, to, delay, rate] => {
+            lab::relay::run(port.parse()?, to.parse()?, Duration::from_millis(delay.parse()?), rate.parse()?)?;
+        }
         _ => bail!("{USAGE}"),
     }
     Ok(ExitCode::SUCCESS)
