@@ -10,6 +10,7 @@ pub mod events;
 mod fault;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+pub mod heap;
 pub mod metrics;
 pub mod model;
 pub mod names;

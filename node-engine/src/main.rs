@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use node_engine::cli::{Cli, LogChoice, Task, shown_upgrade};
 use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
-use node_engine::{drain::Drain, engine};
+use node_engine::{drain::Drain, engine, heap};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -80,6 +80,7 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
 }
 
 fn daemon<F: Future<Output = anyhow::Result<()>>>(run: impl FnOnce(Drain) -> F) -> anyhow::Result<()> {
+    heap::frugal();
     let runtime = multi_thread()?;
     let drain = Drain::new(engine::GRACE);
     let ended = runtime.block_on(async {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::checks::CheckError;
 use super::runtimes;
@@ -24,6 +24,9 @@ use crate::store::Desired;
 
 /// How long an engine that runs workloads may take to say what it holds.
 const ANSWER: Duration = Duration::from_secs(15);
+/// How often the image of sandboxes is tried to be removed, and what is between.
+const LOOKS: u32 = 10;
+const AGAIN: Duration = Duration::from_millis(300);
 /// What workloads get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
 /// Where Docker keeps containers, also while it does not run.
@@ -49,9 +52,13 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
         other => other?,
     };
     let mut left = Vec::new();
-    containers(config, &mut left).await;
+    let docker = containers(config, &mut left).await;
     commands(config, &mut left).await;
     network(config, &mut left).await;
+    if docker {
+        // What a daemon that died had asked Docker for may have been made only after the first look.
+        containers(config, &mut left).await;
+    }
     directory("run directory", &config.run_dir, &mut left);
     drop(lock);
     // Whoever starts it again wants what the cluster says then, not what was taken down here.
@@ -77,25 +84,47 @@ pub(super) async fn network(config: &Config, left: &mut Vec<String>) {
     }
 }
 
-async fn containers(config: &Config, left: &mut Vec<String>) {
+/// Whether there is a Docker that answers, and nothing of ours is left in it.
+async fn containers(config: &Config, left: &mut Vec<String>) -> bool {
     let made = DockerRuntime::new(config.runtime.docker_host.as_deref(), watch::channel(None).1, Registries::default())
         .map(Arc::new);
     let (docker, furniture) = match (made, runtimes::Furniture::of(config)) {
         (Ok(docker), Ok(furniture)) => (docker, furniture),
-        (Err(error), _) | (_, Err(error)) => return left.push(format!("containers ({error})")),
-    };
-    let held = match timeout(ANSWER, docker.adopt()).await {
-        Ok(Ok(held)) => held,
-        Ok(Err(_)) if !Path::new(DOCKER_DATA).exists() => {
-            return println!("there is no Docker on this machine, so there are no containers");
+        (Err(error), _) | (_, Err(error)) => {
+            left.push(format!("containers ({error})"));
+            return false;
         }
-        Ok(Err(error)) => return left.push(format!("containers, if there are any ({error})")),
-        Err(_) => return left.push(format!("containers, if there are any (Docker is silent for {ANSWER:?})")),
     };
-    stop(&*furniture.given_to(docker.clone()), held, left).await;
-    if let Err(error) = docker.remove_sandbox_image().await {
-        left.push(format!("the sandbox image ({error})"));
+    let runtime = furniture.given_to(docker.clone());
+    for look in 1.. {
+        let held = match timeout(ANSWER, docker.adopt()).await {
+            Ok(Ok(held)) => held,
+            Ok(Err(_)) if !Path::new(DOCKER_DATA).exists() => {
+                println!("there is no Docker on this machine, so there are no containers");
+                return false;
+            }
+            Ok(Err(error)) => {
+                left.push(format!("containers, if there are any ({error})"));
+                return false;
+            }
+            Err(_) => {
+                left.push(format!("containers, if there are any (Docker is silent for {ANSWER:?})"));
+                return false;
+            }
+        };
+        let before = left.len();
+        stop(&*runtime, held, left).await;
+        match docker.remove_sandbox_image().await {
+            Ok(()) => return left.len() == before,
+            // A container of it that was being made when the daemon died.
+            Err(_) if look < LOOKS && left.len() == before => sleep(AGAIN).await,
+            Err(error) => {
+                left.push(format!("the sandbox image ({error})"));
+                return false;
+            }
+        }
     }
+    false
 }
 
 /// What this binary looks after itself.

@@ -182,12 +182,19 @@ impl Command {
         }
     }
 
-    /// Docker lets a command go on when its reader has gone.
+    /// Docker lets a command go on when its reader has gone. The streams are there before the command runs, so whoever leaves at once
+    /// may be too early for a process to be known.
     async fn hang_up(&self) {
-        let Ok(found) = self.docker.inspect_exec(&self.id).await else { return };
-        let pid =
-            found.pid.filter(|pid| found.running == Some(true) && *pid > 0).and_then(|pid| i32::try_from(pid).ok());
-        if let Some(pid) = pid
+        let deadline = tokio::time::Instant::now() + CODE;
+        let pid = loop {
+            let Ok(found) = self.docker.inspect_exec(&self.id).await else { return };
+            match (found.running, found.pid, found.exit_code) {
+                (Some(true), Some(pid), _) if pid > 0 => break pid,
+                (_, _, None) if tokio::time::Instant::now() < deadline => tokio::time::sleep(CODE_POLL).await,
+                _ => return,
+            }
+        };
+        if let Ok(pid) = i32::try_from(pid)
             && let Err(error) = kill(Pid::from_raw(pid), Signal::SIGHUP)
         {
             tracing::debug!(pid, %error, "an abandoned command cannot be told");

@@ -284,6 +284,14 @@ async fn a_command_runs_beside_the_workload_with_and_without_a_terminal() {
     eventually("it runs", async || sleeping("777").then_some(())).await;
     drop(left);
     eventually("it is gone", async || (!sleeping("777")).then_some(())).await;
+    // At whatever moment: Docker gives the streams before it has started the command.
+    for milliseconds in [0, 5, 10, 20, 40, 80] {
+        let left = runtime.exec(&spec.id, words("/bin/sleep 777")).await.expect("exec");
+        tokio::time::sleep(Duration::from_millis(milliseconds)).await;
+        drop(left);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    eventually("all are gone", async || (!sleeping("777")).then_some(())).await;
     runtime.stop(&spec.id, Duration::ZERO).await.expect("stop");
 }
 
