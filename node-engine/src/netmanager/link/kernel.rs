@@ -180,7 +180,21 @@ impl Netlink {
             .collect())
     }
 
-    /// Adds the route or makes it what it should be.
+    /// Adds the route or makes it what it should be. One that is there is no change that anybody is told of.
+    pub(super) async fn ensure_route(&self, link: u32, destination: IpAddr, prefix: u8) -> Result<(), LinkError> {
+        let added = self.handle.route().add(route_message(link, destination, prefix, None)).execute().await;
+        match added {
+            Ok(()) => Ok(()),
+            // There is one; is it this one?
+            Err(error) if errno(&error) == Some(Errno::EEXIST) => match self.route_to(destination).await {
+                Ok(route) if route.interface == Some(link) => Ok(()),
+                _ => self.replace_route(link, destination, prefix, None).await,
+            },
+            Err(error) => Err(failed("add route to", format_args!("{destination}/{prefix}"), &error)),
+        }
+    }
+
+    /// The same by way of a gateway; the kernel tells of it even where nothing changes.
     pub(super) async fn replace_route(
         &self,
         link: u32,

@@ -32,7 +32,7 @@ impl Links {
         self.netlink.set_up(&tun).await?;
         for (_, _, network, prefix) in wanted {
             self.journal().note(Undo::DelRoute { link: tun.name.clone(), destination: network, prefix })?;
-            self.netlink.replace_route(tun.index, network, prefix, None).await?;
+            self.netlink.ensure_route(tun.index, network, prefix).await?;
         }
         Ok(())
     }

@@ -1,3 +1,5 @@
+use tokio::time::timeout;
+
 use super::*;
 
 fn other_subnet() -> Subnet {
@@ -86,12 +88,22 @@ fn somebody_elses_interface_is_left_alone() {
 #[ignore = "needs root"]
 fn service_networks_lead_to_the_tun_device() {
     let host = Host::new("tun");
+    let namespace = &host.namespace;
     host.links(|links| async move {
         let early = LinkConfig { tun: "lk-none".into(), ..links.config.clone() };
         let early = Links::open(early).await.expect("links");
         assert!(early.ensure_tun_routes(TUN_V4, TUN_V6).await.is_err(), "there is no such device");
         links.ensure_tun_routes(TUN_V4, TUN_V6).await.expect("routes");
         links.ensure_tun_routes(TUN_V4, TUN_V6).await.expect("routes again");
+        links.ensure_bridge(SUBNET).await.expect("a bridge");
+        while timeout(Duration::from_millis(300), links.changed()).await.is_ok() {}
+        links.ensure_bridge(SUBNET).await.expect("a bridge again");
+        links.ensure_tun_routes(TUN_V4, TUN_V6).await.expect("routes once more");
+        // Or the next look would follow this one at once, and so on for ever.
+        assert!(timeout(Duration::from_millis(300), links.changed()).await.is_err(), "nothing has changed");
+        namespace.exec("ip route replace 10.30.0.0/16 dev lk-up");
+        namespace.exec("ip -6 route replace fdff::/16 dev lk-up");
+        links.ensure_tun_routes(TUN_V4, TUN_V6).await.expect("routes anew");
         for (address, source) in [("10.30.7.9", TUN_V4.into()), ("fdff:2000::1", IpAddr::from(TUN_V6))] {
             let route = links.route_to(address.parse().unwrap()).await.expect("a route");
             assert_eq!((route.interface.as_str(), route.source), (TUN, source));
