@@ -64,11 +64,10 @@ fn temperatures(devices: &[Device]) -> Vec<(String, f64)> {
 /// The CPUs of one package share their heat; each package counts once.
 fn throttle_events(roots: &Roots) -> Option<u64> {
     let mut packages = std::collections::BTreeMap::new();
-    for (name, path) in entries(roots.sys.join("devices/system/cpu")) {
-        let is_cpu = name.strip_prefix("cpu").is_some_and(|rest| rest.parse::<u32>().is_ok());
-        let events = number::<u64>(path.join("thermal_throttle/package_throttle_count"));
-        let package = number::<i64>(path.join("topology/physical_package_id")).unwrap_or(0);
-        if let Some(events) = events.filter(|_| is_cpu) {
+    let is_cpu = |name: &str| name.strip_prefix("cpu").is_some_and(|rest| rest.parse::<u32>().is_ok());
+    for (_, path) in entries(roots.sys.join("devices/system/cpu")).into_iter().filter(|(name, _)| is_cpu(name)) {
+        if let Some(events) = number::<u64>(path.join("thermal_throttle/package_throttle_count")) {
+            let package = number::<i64>(path.join("topology/physical_package_id")).unwrap_or(0);
             packages.insert(package, events);
         }
     }

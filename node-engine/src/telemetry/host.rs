@@ -1,9 +1,13 @@
 //! CPU, memory, disks and networks of the machine.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
 use std::net::IpAddr;
 
-use sysinfo::{CpuRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, Networks, RefreshKind, System};
+use nix::ifaddrs::getifaddrs;
+use sysinfo::{
+    CpuRefreshKind, DiskRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, RefreshKind, System,
+};
 
 use super::SensorError;
 use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeHealth, NodeUsage, Technology};
@@ -19,7 +23,6 @@ const MIB: u64 = 1 << 20;
 pub(super) struct Host {
     system: System,
     disks: Disks,
-    networks: Networks,
 }
 
 impl Host {
@@ -29,11 +32,7 @@ impl Host {
             .with_cpu(CpuRefreshKind::nothing().with_usage())
             .with_memory(MemoryRefreshKind::nothing().with_ram());
         let system = System::new_with_specifics(kinds).map_err(unreadable("cpu and memory"))?;
-        let host = Self {
-            system,
-            disks: Disks::new_with_refreshed_list().map_err(unreadable("disks"))?,
-            networks: Networks::new_with_refreshed_list().map_err(unreadable("networks"))?,
-        };
+        let host = Self { system, disks: Disks::new_with_refreshed_list().map_err(unreadable("disks"))? };
         std::thread::sleep(MINIMUM_CPU_UPDATE_INTERVAL);
         Ok(host)
     }
@@ -41,8 +40,7 @@ impl Host {
     pub(super) fn sample(&mut self) -> NodeUsage {
         self.system.refresh_cpu_usage();
         self.system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
-        self.disks.refresh(true);
-        self.networks.refresh(true);
+        self.disks.refresh_specifics(true, DiskRefreshKind::nothing().with_storage());
         let total = self.system.total_memory();
         let available = self.system.available_memory().min(total);
         NodeUsage {
@@ -53,7 +51,7 @@ impl Host {
             memory_total_mib: total / MIB,
             uptime_seconds: System::uptime().unwrap_or(0),
             disks: self.disks(),
-            networks: self.networks(),
+            networks: networks(),
             gpus: Vec::new(),
             health: NodeHealth::default(),
         }
@@ -75,24 +73,33 @@ impl Host {
             })
             .collect()
     }
+}
 
-    /// Interfaces with an address of their own, which leaves out the host ends of containers' veths.
-    fn networks(&self) -> Vec<NetworkUsage> {
-        let mut networks: Vec<_> = self
-            .networks
-            .iter()
-            .map(|(name, data)| NetworkUsage {
-                interface: name.to_string_lossy().into_owned(),
-                addresses: data.ip_networks().iter().map(|network| network.addr).filter(is_own).collect(),
-                received_bytes: data.total_received(),
-                sent_bytes: data.total_transmitted(),
-            })
-            .filter(|network| !network.addresses.is_empty())
-            .collect();
-        networks.sort_by(|left, right| left.interface.cmp(&right.interface));
-        networks.truncate(MOST_NETWORKS);
-        networks
+/// Interfaces with an address of their own, which leaves out the host ends of containers' veths. What passed is read from the one file
+/// that has it of all: there are many interfaces, and this is done all the time.
+fn networks() -> Vec<NetworkUsage> {
+    let mut networks: BTreeMap<String, NetworkUsage> = BTreeMap::new();
+    for interface in getifaddrs().into_iter().flatten() {
+        let v4 = interface.address.as_ref().and_then(|address| address.as_sockaddr_in());
+        let v6 = interface.address.as_ref().and_then(|address| address.as_sockaddr_in6());
+        let address = v4.map(|v4| v4.ip().into()).or_else(|| v6.map(|v6| v6.ip().into()));
+        if let Some(address) = address.filter(is_own) {
+            networks.entry(interface.interface_name).or_default().addresses.push(address);
+        }
     }
+    let table = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    let found = networks.into_iter().take(MOST_NETWORKS).map(|(interface, network)| {
+        let (received_bytes, sent_bytes) = passed(&table, &interface).unwrap_or_default();
+        NetworkUsage { interface, received_bytes, sent_bytes, ..network }
+    });
+    found.collect()
+}
+
+/// Bytes received and sent: the first and the ninth column of the interface's line in `/proc/net/dev`.
+fn passed(table: &str, interface: &str) -> Option<(u64, u64)> {
+    let columns = table.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
+    let mut columns = columns.split_ascii_whitespace().map(|column| column.parse().ok());
+    Some((columns.next()??, columns.nth(7)??))
 }
 
 fn is_own(address: &IpAddr) -> bool {
@@ -178,6 +185,22 @@ mod tests {
             assert!(network.addresses.iter().all(is_own), "{network:?}");
             assert!(std::path::Path::new("/sys/class/net").join(&network.interface).exists(), "{network:?}");
         }
+    }
+
+    #[test]
+    fn what_passed_is_that_of_the_very_interface() {
+        let table = "\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo: 999 9 0 0 0 0 0 0 998 9 0 0 0 0 0 0
+ eth0.2:100 2 0 1 0 0 0 0 50 3 0 4 0 0 0 0
+  eth0: 101 2 0 1 0 0 0 0 51 3 0 4 0 0 0 0
+";
+        assert_eq!(passed(table, "lo"), Some((999, 998)));
+        assert_eq!(passed(table, "eth0"), Some((101, 51)));
+        assert_eq!(passed(table, "eth0.2"), Some((100, 50)));
+        assert_eq!(passed(table, "eth"), None);
+        assert_eq!(passed("eth0: 1 2", "eth0"), None);
     }
 
     #[test]
