@@ -1,7 +1,8 @@
 //! Looks whether the kernel's programs are where they were put: links go away where somebody detaches them, and packets in framing, which
 //! only a program takes, are lost from then on. A thread of its own, that mostly sleeps.
 
-use std::fs;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::Duration;
@@ -61,7 +62,11 @@ fn watch(kernel: &Weak<Kernel>, alarm: &mpsc::Sender<Gone>) {
 
 /// How many packets have come in, as the interfaces count them: whether a program took them or not.
 #[derive(Debug, Default)]
-struct Arrivals(Option<u64>);
+struct Arrivals {
+    before: Option<u64>,
+    /// Their counters stay open: each look is one system call, and there are forty a second.
+    counters: Vec<(String, File)>,
+}
 
 impl Arrivals {
     /// Whether packets have come since the last time, or may have.
@@ -72,19 +77,38 @@ impl Arrivals {
         for name in interfaces {
             // One with several programs comes several times, one after the other.
             if name != std::mem::replace(&mut last, name) {
-                match received(name) {
+                match self.received(name) {
                     Some(packets) => sum = sum.wrapping_add(packets),
                     None => known = false,
                 }
             }
         }
-        let before = std::mem::replace(&mut self.0, known.then_some(sum));
+        let before = std::mem::replace(&mut self.before, known.then_some(sum));
         !known || before != Some(sum)
+    }
+
+    fn received(&mut self, interface: &str) -> Option<u64> {
+        let at = match self.counters.iter().position(|(name, _)| name == interface) {
+            Some(at) => at,
+            None => {
+                let counter = File::open(format!("/sys/class/net/{interface}/statistics/rx_packets")).ok()?;
+                self.counters.push((interface.to_owned(), counter));
+                self.counters.len() - 1
+            }
+        };
+        let packets = number(&self.counters[at].1);
+        if packets.is_none() {
+            // The interface has gone; there may be another of its name.
+            self.counters.swap_remove(at);
+        }
+        packets
     }
 }
 
-fn received(interface: &str) -> Option<u64> {
-    fs::read_to_string(format!("/sys/class/net/{interface}/statistics/rx_packets")).ok()?.trim().parse().ok()
+fn number(counter: &File) -> Option<u64> {
+    let mut digits = [0; 24];
+    let len = counter.read_at(&mut digits, 0).ok()?;
+    std::str::from_utf8(&digits[..len]).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
