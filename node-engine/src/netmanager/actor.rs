@@ -115,6 +115,8 @@ struct Actor {
     sampling: bool,
     /// How many connections had been asked for when that was last looked at, and the last slot that was.
     sampled: (u32, u32),
+    /// The datapath's bustle when that was last looked at, and whether it had been the same before.
+    bustle: (u64, bool),
     /// How many packets the kernel had sent to peers at the last tick.
     sent: u64,
     counting: bool,
@@ -276,13 +278,17 @@ impl Actor {
 
     /// Where there is a choice, who answers and who does not. Nothing is read while nobody begins a connection.
     fn sample(&mut self) {
+        let ails = self.core.table.ails();
+        if self.sampling || (self.still() && !ails) {
+            return;
+        }
         let (before, last) = self.sampled;
         let slots = self.core.table.watched(last, SAMPLE_SLOTS);
-        if self.sampling || slots.is_empty() {
+        if slots.is_empty() {
             return;
         }
         self.sampling = true;
-        let (datapath, ails) = (Arc::clone(&self.datapath), self.core.table.ails());
+        let datapath = Arc::clone(&self.datapath);
         self.work.spawn(async move {
             let sums = datapath.tallies(vec![0]).await;
             let asked = sums.first().map_or(before, |sum| sum.answers.asked.wrapping_add(sum.answers.refused));
@@ -292,6 +298,14 @@ impl Actor {
             let tallies = datapath.tallies(slots.clone()).await;
             Answer::Sampled(asked, slots.into_iter().zip(tallies).collect())
         });
+    }
+
+    /// Nothing has come of anything since the last look but one: what is counted after it is noted may be missed by one.
+    fn still(&mut self) -> bool {
+        let (before, same) = self.bustle;
+        let bustle = self.datapath.bustle();
+        self.bustle = (bustle, bustle == before);
+        same && bustle == before
     }
 
     fn sampled(&mut self, asked: u32, tallies: Vec<(u32, Tally)>) {

@@ -629,6 +629,7 @@ impl Core {
     /// Packets have been sent to peers since the last tick.
     pub(super) fn travels(&mut self) {
         self.greetings.travels();
+        self.paths.travels();
     }
 
     fn greet_who_is_due(&mut self, out: &mut Vec<Effect>) {

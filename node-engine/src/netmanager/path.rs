@@ -9,7 +9,8 @@
 //!          the two are close ──► Rest
 //! ```
 //!
-//! While nothing at all is answered nothing new is believed.
+//! While nothing at all is answered nothing new is believed. While no packets are sent nothing can be lost, and a rest is long; it ends
+//! with the first packets that are.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -30,8 +31,10 @@ const SILENCE: u8 = 8;
 /// What is believed is tried again so often where it has changed lately,
 const PERIOD: Duration = Duration::from_secs(5);
 const LATELY: Duration = Duration::from_secs(600);
-/// and so often where it has not; a probe is as long as a packet, and somebody may pay for each.
+/// so often where it has not; a probe is as long as a packet, and somebody may pay for each;
 const CALM_PERIOD: Duration = Duration::from_secs(15);
+/// and so often while no packets are sent.
+const IDLE: Duration = Duration::from_secs(3_600);
 /// Less often where there are many peers: so much for each.
 const PERIOD_EACH: Duration = Duration::from_millis(10);
 /// Where there could be more, these parts of what is missing are tried with it.
@@ -74,8 +77,10 @@ struct Path {
     /// What was last told of it.
     told: u16,
     doing: Doing,
-    /// When the next step is due.
+    /// When the next step is due,
     next: Duration,
+    /// and when the last began.
+    began: Duration,
     /// When what is told has changed, or was first asked for.
     changed: Duration,
     /// By how much longer the periods are, as there are other peers.
@@ -129,6 +134,7 @@ impl Paths {
             told: believed,
             doing,
             next: now,
+            began: now,
             changed: now,
             crowd: Duration::ZERO,
             raise: now + RAISE,
@@ -145,6 +151,13 @@ impl Paths {
     /// When something is due.
     pub fn due(&self) -> Option<Duration> {
         self.paths.values().map(|path| path.next).min()
+    }
+
+    /// Packets are sent to peers.
+    pub fn travels(&mut self) {
+        for path in self.paths.values_mut().filter(|path| path.doing == Doing::Rest) {
+            path.next = path.next.min(path.began + path.period());
+        }
     }
 
     /// What is due.
@@ -182,7 +195,7 @@ impl Paths {
 impl Path {
     /// What was under way has had its time. Returns what to send now.
     fn step(&mut self, now: Duration) -> Vec<u16> {
-        self.next = now + self.patience;
+        (self.began, self.next) = (now, now + self.patience);
         match &mut self.doing {
             Doing::Rest => {
                 self.out.clear();
@@ -209,9 +222,14 @@ impl Path {
     }
 
     fn rest(&mut self, now: Duration) -> Vec<u16> {
-        let period = if now.saturating_sub(self.changed) < LATELY { PERIOD } else { CALM_PERIOD };
-        (self.doing, self.next) = (Doing::Rest, now + period + self.crowd);
+        (self.doing, self.began, self.next) = (Doing::Rest, now, now + IDLE);
         Vec::new()
+    }
+
+    /// How long a rest is while packets are sent.
+    fn period(&self) -> Duration {
+        let lately = self.began.saturating_sub(self.changed) < LATELY;
+        self.crowd + if lately { PERIOD } else { CALM_PERIOD }
     }
 
     fn verify(&mut self, sent: u8) -> Vec<u16> {
@@ -297,6 +315,8 @@ mod tests {
         answers: Vec<(Duration, Vec<u8>)>,
         mtu: Option<u16>,
         sent: usize,
+        /// No packets are sent.
+        idle: bool,
     }
 
     impl World {
@@ -304,7 +324,7 @@ mod tests {
             let mut paths = Paths::new(7, MTU);
             paths.learn(1, peer(), None, Duration::ZERO);
             let (now, delay) = (Duration::ZERO, Duration::from_millis(20));
-            Self { paths, now, takes, delay, loss: 0, chance: 1, answers: Vec::new(), mtu: None, sent: 0 }
+            Self { paths, now, takes, delay, loss: 0, chance: 1, answers: Vec::new(), mtu: None, sent: 0, idle: false }
         }
 
         fn run(&mut self, time: Duration) -> &mut Self {
@@ -313,6 +333,10 @@ mod tests {
                 self.now += Duration::from_millis(10);
                 let (due, later) = std::mem::take(&mut self.answers).into_iter().partition(|(at, _)| *at <= self.now);
                 self.answers = later;
+                // As often as it is looked at.
+                if !self.idle && self.now.subsec_millis() == 0 {
+                    self.paths.travels();
+                }
                 let mut outcomes: Vec<Outcome> = Vec::new();
                 for (_, payload) in due {
                     outcomes.extend(self.paths.receive(peer(), &payload, self.now));
@@ -381,6 +405,33 @@ mod tests {
             world.run(s(8));
             let size = world.mtu.unwrap_or(MTU) + 50;
             assert!(size <= takes && size + EXACTLY > takes, "{takes}: {size}");
+        }
+    }
+
+    #[test]
+    fn a_path_rests_while_nothing_is_sent_on_it() {
+        for takes in [1_500, 1_400] {
+            let mut world = World::new(takes);
+            world.run(s(100)).idle = true;
+            world.run(s(60)).sent = 0;
+            world.run(s(24 * 3_600));
+            assert!((20..600).contains(&world.sent), "{takes}: {}", world.sent);
+        }
+    }
+
+    #[test]
+    fn what_has_changed_in_a_rest_is_found_in_three_seconds_of_traffic() {
+        for (before, after) in [(1_500, 1_400), (1_500, 576), (1_400, 700), (1_280, 1_500), (900, 1_300)] {
+            let mut world = World::new(before);
+            world.run(s(100)).idle = true;
+            world.run(s(600)).takes = after;
+            world.run(s(60));
+            let known = world.mtu;
+            // At the worst of moments: it has just been looked whether any is.
+            world.run(Duration::from_millis(10)).idle = false;
+            world.run(s(3));
+            let size = world.mtu.unwrap_or(MTU) + 50;
+            assert!(size <= after && size + EXACTLY > after, "{before}, {after}: {known:?} became {size}");
         }
     }
 

@@ -107,6 +107,7 @@ pub(in crate::netmanager) async fn start(
         lane_runs: false,
         sampling: false,
         sampled: (0, 0),
+        bustle: (0, false),
         sent: 0,
         counting: false,
         lease_file,

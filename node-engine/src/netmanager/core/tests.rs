@@ -292,6 +292,7 @@ fn peer_that_answers_a_hello_is_ours() {
     // And its path is measured: nothing longer than 700 bytes is answered.
     assert_eq!(lab.effects(Event::PathsDue), ["whole 192.0.2.2:50103 1500"]);
     for _ in 0..40 {
+        lab.core.travels();
         lab.now = lab.core.paths_due().expect("it is never done with");
         for effect in lab.core.handle(Event::PathsDue, lab.now) {
             let Effect::SendWhole(_, payload) = effect else { continue };

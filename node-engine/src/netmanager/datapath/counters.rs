@@ -117,6 +117,14 @@ impl Counters {
         self.counts[count as usize].fetch_add(packets, Relaxed);
     }
 
+    pub(super) fn count(&self, count: Count) -> u64 {
+        self.counts[count as usize].load(Relaxed)
+    }
+
+    pub(super) fn sum(&self) -> u64 {
+        self.counts.iter().chain(&self.drops).fold(0, |sum, cell| sum.wrapping_add(cell.load(Relaxed)))
+    }
+
     pub(super) fn read(&self) -> Vec<(String, u64)> {
         let drops = DropReason::ALL.into_iter().map(DropReason::name).zip(&self.drops);
         let counts = Count::ALL.into_iter().map(Count::name).zip(&self.counts);
@@ -137,6 +145,7 @@ mod tests {
         for reason in DropReason::ALL {
             counters.dropped(reason);
         }
+        assert_eq!(counters.sum(), (Count::ALL.len() + DropReason::ALL.len()) as u64);
         let mut read = counters.read();
         assert!(read.iter().all(|(_, value)| *value == 1), "{read:?}");
         read.sort();

@@ -428,8 +428,12 @@ impl Datapath for Ladder {
         blocking("read tallies", read).await.unwrap_or_default()
     }
 
+    fn bustle(&self) -> u64 {
+        self.proxied.bustle().wrapping_add(self.kernel().map_or(0, |kernel| kernel.tallies().asked()))
+    }
+
     fn sent(&self) -> u64 {
-        self.kernel().map_or(0, |kernel| kernel.sent())
+        self.proxied.sent() + self.kernel().map_or(0, |kernel| kernel.sent())
     }
 
     /// The kernel's and the slow path's together: a packet that took both ways is `slow` in one and something else in the other.

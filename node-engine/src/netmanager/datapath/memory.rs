@@ -148,6 +148,10 @@ impl Datapath for Memory {
         slots.into_iter().map(|slot| state.tables.tally(slot)).collect()
     }
 
+    fn bustle(&self) -> u64 {
+        self.state().tables.tally(0).answers.asked.into()
+    }
+
     fn sent(&self) -> u64 {
         0
     }

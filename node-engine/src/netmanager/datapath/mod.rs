@@ -136,7 +136,10 @@ pub trait Datapath: Send + Sync {
     /// What became of the flows for which each of these slots was chosen since its instance came; slot 0 has the sum of what was asked.
     async fn tallies(&self, slots: Vec<u32>) -> Vec<Tally>;
 
-    /// Packets that the kernel's programs have sent to peers.
+    /// Differs from what it was whenever somebody may have begun a connection or got an answer since; cheap to ask for.
+    fn bustle(&self) -> u64;
+
+    /// Packets that were to go to peers; after a change of rung it may be less than before.
     fn sent(&self) -> u64;
 
     /// Counter names and values: verdicts, and drops by reason.

@@ -14,7 +14,7 @@ use tun_rs::{DeviceBuilder, SyncDevice};
 use super::any::AnyTables;
 use super::batch::Batch;
 use super::carry::Carrier;
-use super::counters::Counters;
+use super::counters::{Count, Counters};
 use super::ebpf::BpfTables;
 use super::fragments::Fragments;
 use super::held::Held;
@@ -180,6 +180,16 @@ impl Proxied {
 
     pub(super) async fn send_whole(&self, to: SocketAddr, payload: &[u8]) -> Result<(), DatapathError> {
         self.probes.send(payload, to).map_err(|error| step("send probe", &error))
+    }
+
+    /// Whatever the proxy does with a packet it counts.
+    pub(super) fn bustle(&self) -> u64 {
+        self.counters.sum()
+    }
+
+    pub(super) fn sent(&self) -> u64 {
+        // What was too long has found that the path is narrow, or that it was.
+        self.counters.count(Count::Sent) + self.counters.count(Count::TooLong)
     }
 
     pub(super) fn counters(&self) -> Vec<(String, u64)> {

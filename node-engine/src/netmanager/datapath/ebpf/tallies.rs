@@ -24,6 +24,12 @@ impl Tallies {
         Tally { chosen: self.chosen.get(&slot, 0).unwrap_or(0), answers: self.answers(slot) }
     }
 
+    /// Connections that were asked for, and refused, whoever was chosen.
+    pub(in crate::netmanager::datapath) fn asked(&self) -> u64 {
+        let Answers { asked, refused, .. } = self.answers(0);
+        u64::from(asked.wrapping_add(refused))
+    }
+
     /// The kernel's programs may count at this moment, too: then two count as one.
     pub(super) fn chosen(&mut self, slot: u32, tcp: bool) {
         let chosen = self.chosen.get(&slot, 0).unwrap_or(0);
