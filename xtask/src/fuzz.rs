@@ -28,6 +28,8 @@ pub(crate) struct Plan {
     /// All of them where it is `None`.
     pub(crate) target: Option<String>,
     pub(crate) runs: u64,
+    /// A door is left after so long, also with fewer inputs.
+    pub(crate) minutes: Option<u64>,
     /// Take what was found interesting into the corpora.
     pub(crate) keep: bool,
 }
@@ -49,10 +51,9 @@ pub(crate) fn fuzz(plan: &Plan) -> Result<()> {
         for directory in [&found, &corpus] {
             fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
         }
-        let holds = look(&program, name, plan.runs, &found, &corpus)?;
+        let Outcome { holds, tried } = look(&program, name, plan, &found, &corpus)?;
         println!(
-            "{name}: {} inputs, {:.0} s, {}",
-            plan.runs,
+            "{name}: {tried} inputs, {:.0} s, {}",
             began.elapsed().as_secs_f64(),
             if holds { "every promise held" } else { "BROKEN" }
         );
@@ -64,7 +65,10 @@ pub(crate) fn fuzz(plan: &Plan) -> Result<()> {
         }
     }
     if !broken.is_empty() {
-        bail!("promises were broken at {}: the inputs are in target/fuzz/broken", broken.join(", "));
+        bail!(
+            "promises were broken at {}: the inputs are in target/fuzz/broken, what was said in target/fuzz/said",
+            broken.join(", ")
+        );
     }
     Ok(())
 }
@@ -97,17 +101,32 @@ fn targets() -> Result<Vec<String>> {
     Ok(source.lines().filter_map(name).collect())
 }
 
-/// True where no input has broken a promise.
-fn look(program: &Path, name: &str, runs: u64, found: &Path, corpus: &Path) -> Result<bool> {
-    let broken = root().join("target/fuzz/broken").join(name);
-    fs::create_dir_all(&broken).with_context(|| format!("cannot make {}", broken.display()))?;
+struct Outcome {
+    /// No input has broken a promise.
+    holds: bool,
+    /// How many inputs there were.
+    tried: u64,
+}
+
+fn look(program: &Path, name: &str, plan: &Plan, found: &Path, corpus: &Path) -> Result<Outcome> {
+    let [broken, said] = ["broken", "said"].map(|kind| root().join("target/fuzz").join(kind).join(name));
+    for directory in [&broken, &said] {
+        fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    let said = said.join("log");
+    let log = fs::File::create(&said).with_context(|| format!("cannot make {}", said.display()))?;
     let mut command = fuzzer(program, name, corpus);
     command
-        .arg(format!("-runs={runs}"))
+        .arg(format!("-runs={}", plan.runs))
+        .args(plan.minutes.map(|minutes| format!("-max_total_time={}", minutes * 60)))
         .arg(format!("-artifact_prefix={}/", broken.display()))
         .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
-        .args([found, corpus]);
-    Ok(command.status().with_context(|| format!("cannot start {}", program.display()))?.success())
+        .args([found, corpus])
+        .stderr(log);
+    let ended = command.status().with_context(|| format!("cannot start {}", program.display()))?;
+    let text = fs::read_to_string(&said).with_context(|| format!("cannot read {}", said.display()))?;
+    let tried = text.lines().find_map(|line| line.strip_prefix("stat::number_of_executed_units:")?.trim().parse().ok());
+    Ok(Outcome { holds: ended.success(), tried: tried.unwrap_or_default() })
 }
 
 /// Adds to the corpus the fewest inputs that reach all that was reached.

@@ -94,6 +94,9 @@ enum Task {
         /// Inputs to try at each door
         #[arg(long, default_value_t = 1_000_000)]
         runs: u64,
+        /// Leave each door after so long, also with fewer inputs
+        #[arg(long)]
+        minutes: Option<u64>,
         /// Take interesting inputs into the corpora under tests/fuzz, which `cargo test` replays
         #[arg(long)]
         keep: bool,
@@ -133,7 +136,7 @@ fn main() -> ExitCode {
         Task::Test { scenario, rung, unit, target } => test::run(&test::Selection { scenario, rung, unit, target }),
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
-        Task::Fuzz { target, runs, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, keep }),
+        Task::Fuzz { target, runs, minutes, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, minutes, keep }),
         Task::Footprint { short } => footprint::run(short),
         Task::Soak(options) => soak::run(&options),
         Task::Vm { arch, kernel } => vm::run(arch, &kernel),
