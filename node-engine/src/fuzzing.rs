@@ -2,23 +2,29 @@
 //! whatever is understood. `cargo xtask fuzz` looks for inputs that break a promise; the corpora under `tests/fuzz/corpus`, which begin
 //! with the seeds, are replayed by a plain `cargo test`.
 
+mod seeds;
+
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use netmanager_common::addr::Addr;
 use netmanager_common::frame::SliceFrame;
 use netmanager_common::pipeline::{inbound, outbound};
-use netmanager_common::testing::{Direction, OURS, PORT, UPSTREAM, World, cases, checksums_hold};
+use netmanager_common::testing::{Direction, OURS, PORT, UPSTREAM, World, checksums_hold};
 use netmanager_common::verdict::Verdict;
 
 use crate::api::Selector;
 use crate::model::{Generation, InstanceId, NodeId, ServiceName, Subnet};
-use crate::netmanager::datapath::offload_round_trip;
+use crate::netmanager::datapath::{self, fuzzed, offload_round_trip};
 use crate::netmanager::hello::Hello;
 use crate::netmanager::lease::Leases;
-use crate::netmanager::table::ServiceNets;
+use crate::netmanager::link;
+use crate::netmanager::table::{ServiceNets, ServiceTable};
+use crate::runtime::{self, containerd, registries, supervised, unikernel, wasm};
 use crate::wire::order::{OrderTopic, order};
 use crate::wire::{FromNode, ToNode};
 use crate::wire::{deploy, node, register, status, table};
-use crate::{config, control, names, wire};
+use crate::{api, config, control, names, standalone, store, telemetry, wire};
+use seeds::*;
 
 /// One door.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +36,8 @@ pub struct Target {
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
+const NETS: ServiceNets =
+    ServiceNets { v4: (Ipv4Addr::new(10, 30, 0, 0), 16), v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16) };
 const NODE: &str = "6b034ec446528056c08b89ae";
 
 /// Every door there is.
@@ -46,12 +54,43 @@ pub const TARGETS: &[Target] = &[
     Target { name: "hello", run: hello, seeds: || vec![HELLO.to_vec()] },
     Target { name: "config", run: configuration, seeds: || texts(&[CONFIG]) },
     Target { name: "leases", run: leases, seeds: || texts(&[LEASES]) },
+    Target { name: "interest", run: interest, seeds: || texts(&[TABLE, QUERY]) },
+    Target { name: "records", run: |bytes| text(bytes, store::record_round_trip), seeds: || texts(&RECORDS) },
+    Target { name: "state", run: store::state_round_trip, seeds: || texts(&[STATE]) },
+    Target { name: "journal", run: |bytes| text(bytes, link::journal_round_trip), seeds: || texts(&[JOURNAL]) },
+    Target { name: "rows", run: datapath::sheet_round_trip, seeds: rows },
+    Target { name: "layout", run: |bytes| text(bytes, datapath::layouts), seeds: || texts(&[LAYOUT]) },
+    Target { name: "rules", run: rules_of_others, seeds: rules },
+    Target { name: "launch", run: |bytes| text(bytes, supervised::round_trip), seeds: || texts(&[LAUNCH]) },
+    Target { name: "module-order", run: |bytes| text(bytes, wasm::round_trip), seeds: || texts(&MODULE_ORDER) },
+    Target { name: "module", run: wasm::understand, seeds: modules },
+    Target { name: "archive", run: unikernel::understand, seeds: archives },
+    Target { name: "image", run: containerd::images, seeds: || texts(&IMAGES) },
+    Target { name: "container", run: containerd::documents, seeds: || texts(&IMAGES) },
+    Target { name: "handlers", run: |bytes| text(bytes, containerd::handlers), seeds: || texts(&[HANDLERS]) },
+    Target { name: "accounts", run: |bytes| text(bytes, runtime::accounts), seeds: || texts(&ACCOUNTS) },
+    Target { name: "places", run: places, seeds: || texts(&PLACES) },
+    Target { name: "position", run: |bytes| text(bytes, telemetry::gps::understand), seeds: || texts(&POSITIONS) },
+    Target { name: "api", run: |bytes| text(bytes, api::understand), seeds: || texts(&REQUESTS) },
+    Target { name: "description", run: standalone::documents_round_trip, seeds: || texts(&[DEPLOY, COMMON]) },
+    Target { name: "cluster", run: standalone::saved_round_trip, seeds: || texts(&[CLUSTER]) },
+    Target { name: "messages", run: standalone::messages, seeds: || texts(&[MESSAGES]) },
+    Target { name: "greeting", run: |bytes| text(bytes, standalone::greetings), seeds: || texts(&GREETINGS) },
+    Target { name: "datagram", run: fuzzed::datagrams, seeds: packets },
+    Target { name: "host", run: fuzzed::host, seeds: packets },
+    Target { name: "fragments", run: fuzzed::fragments, seeds: fragments },
     Target { name: "offload", run: offload_round_trip, seeds: packets },
     Target { name: "law", run: law, seeds: packets },
 ];
 
 fn texts(texts: &[&str]) -> Vec<Vec<u8>> {
     texts.iter().map(|text| text.as_bytes().to_vec()).collect()
+}
+
+fn text(bytes: &[u8], understand: fn(&str)) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        understand(text);
+    }
 }
 
 fn this_node() -> NodeId {
@@ -84,6 +123,32 @@ fn tables(bytes: &[u8]) {
     if let Ok(query) = table::read_table_query(bytes) {
         assert_eq!(table::read_table_query(table::table_query(&query).as_bytes()).ok(), Some(query));
     }
+}
+
+/// Answers about services, one after another, as the table of a node takes them in.
+fn interest(bytes: &[u8]) {
+    let mut table = ServiceTable::new(NETS, Addr::v4([192, 0, 2, 11]));
+    for answer in bytes.split(|byte| *byte == b'\x1e').filter_map(|answer| table::read_table(answer).ok()) {
+        let delta = table.update(&answer);
+        let known = table.full();
+        for (address, ..) in &delta.services {
+            assert!(table.serves(*address), "what is told of is there");
+        }
+        assert!(known.services.len() <= 4 * bytes.len(), "services come from bytes");
+        let again = table.update(&answer);
+        assert!(again.services.is_empty() && again.slots.is_empty(), "what is told again changes nothing");
+    }
+}
+
+/// What the kernel has of others' rules.
+fn rules_of_others(bytes: &[u8]) {
+    link::attributes(bytes, 4);
+    link::legacy(bytes);
+}
+
+fn places(bytes: &[u8]) {
+    text(bytes, registries::understand);
+    text(bytes, runtime::places);
 }
 
 fn registrations(bytes: &[u8]) {
@@ -135,12 +200,10 @@ fn socketio(bytes: &[u8]) {
 }
 
 fn dns(bytes: &[u8]) {
-    let nets =
-        ServiceNets { v4: (Ipv4Addr::new(10, 30, 0, 0), 16), v6: (Ipv6Addr::new(0xfdff, 0, 0, 0, 0, 0, 0, 0), 16) };
     let subnet = Subnet { v4: Ipv4Addr::new(10, 18, 0, 0), v6: Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0) };
-    if let Some(answer) = names::answer_of_nobody(bytes, nets, subnet) {
+    if let Some(answer) = names::answer_of_nobody(bytes, NETS, subnet) {
         assert_eq!(answer.get(..2), bytes.get(..2), "an answer carries the question's id");
-        assert!(names::answer_of_nobody(&answer, nets, subnet).is_none(), "answers are not answered");
+        assert!(names::answer_of_nobody(&answer, NETS, subnet).is_none(), "answers are not answered");
     }
 }
 
@@ -187,71 +250,6 @@ fn law(bytes: &[u8]) {
         }
     }
 }
-
-fn packets() -> Vec<Vec<u8>> {
-    let direction = |direction| match direction {
-        Direction::Outbound(_) => 0,
-        Direction::Inbound(outer) => 1 + u8::from(outer == UPSTREAM),
-    };
-    cases().into_iter().map(|case| [&[direction(case.direction)][..], &case.packet].concat()).collect()
-}
-
-fn dns_questions() -> Vec<Vec<u8>> {
-    let question = |labels: &[&str], kind: u8| {
-        let mut bytes = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        for label in labels {
-            bytes.push(label.len() as u8);
-            bytes.extend(label.as_bytes());
-        }
-        bytes.extend([0, 0, kind, 0, 1]);
-        bytes
-    };
-    vec![
-        question(&["web", "test", "default", "app", "edge"], 1),
-        question(&["closest", "web", "test", "default", "app", "edge"], 28),
-        question(&["0", "0", "30", "10", "in-addr", "arpa"], 12),
-        question(&["example", "com"], 1),
-    ]
-}
-
-const DEPLOY: &str = r#"{"app_name":"app","virtualization":"container","memory":100,"vcpus":1,"vgpus":0,"storage":0,
-"image":"docker.io/library/nginx:alpine","port":"8080:80;53:53/udp","cmd":["a","b"],"environment":["A=b"],"one_shot":false,"privileged":false,
-"addresses":{"rr_ip":"10.30.55.55"},"RR_ip":"10.30.55.55","job_name":"app.default.web.test","_id":"64b0000000000000000000aa",
-"vm_images":["http://a/k.tar.gz"],"arch":["amd64"],"volumes":null,"platform":"linux/amd64","instance_list":[{"instance_number":0,"status":null}],"instance_number":0}"#;
-const DEPLOY_FIRST_GENERATION: &str = r#"{"_id":"x","system_job_id":"y","job_name":"app.default.web.test","image":"i","image_runtime":"docker","port":80,
-"commands":["c"],"requirements":{"cpu":1,"memory":100},"instance_list":[{"instance_number":2,"worker_id":"6b034ec446528056c08b89ae","namespace_ip":""}]}"#;
-const DELETE: &str = r#"{"job_name":"app.default.web.test","virtualization":"container","instance_number":0}"#;
-const COMMON: &str = r#"{"command":"deploy","job":{"id":"1","name":"app.default.web.test","image":"i","technology":"docker"},"cluster":["c"],"worker":["w"]}"#;
-const TABLE: &str = r#"{"app_name":"app.default.web.test","instance_list":[{"cluster_id":"c","worker_id":"w","instance_number":0,"instance_ip":"10.30.0.0",
-"instance_ip_v6":"fdff::","namespace_ip":"10.18.0.2","namespace_ip_v6":"fc00::2","host_ip":"10.1.1.1","host_port":50103,"service_ip":[
-{"IpType":"RR","Address":"10.30.55.55","Address_v6":"fdff:2000::"},{"IpType":"instance_ip","Address":"10.30.0.0","Address_v6":"fdff::"}]},{"instance_number":1}],
-"query_key":"app.default.web.test"}"#;
-const SUBNET: &str = r#"{"address":"10.18.0.64","addressv6":"fc00::100"}"#;
-const DEPLOYED: &str = r#"{"appname":"app.default.web.test","status":"DEPLOYED","instance_number":0,"nsip":"10.18.0.2","nsipv6":"fc00::2","host_port":"50103","host_ip":"192.0.2.11"}"#;
-const QUERY: &str = r#"{"sname":"","sip":"10.30.55.55"}"#;
-const ANSWER: &str = r#"{"id":"6b034ec446528056c08b89ae","MQTT_BROKER_PORT":"10003","SUBNETWORK":"172.18.0.0"}"#;
-const REGISTRATION: &str = r#"{"host":"w","ip":"192.0.2.11","port":"3000","node_port":50011,"technology":["docker"],"virtualization":["docker"],"memory":4000,"vcpus":4,"architecture":"amd64"}"#;
-const JOB: &str =
-    r#"{"sname":"app.default.web.test","status":"CREATED","status_detail":"","instance":0,"publicip":"192.0.2.11"}"#;
-const RESOURCES: &str = r#"{"services":[{"cpu_percent":"1.5","memory_percent":"0.2","disk":"1000","logs":"hello","job_name":"app.default.web.test","virtualization":"docker","instance":0}]}"#;
-const INFORMATION: &str = r#"{"cpu_percent":7.5,"vcpus":4,"memory_percent":20.0,"memory":4000,"cpu":1,"free_cores":3.5,"memory_free_in_MB":2310.5,"ip":"192.0.2.11"}"#;
-const TOPICS: [&str; 5] = [
-    "nodes/6b034ec446528056c08b89ae/control/deploy",
-    "nodes/6b034ec446528056c08b89ae/net/tablequery/result",
-    "nodes/6b034ec446528056c08b89ae/net/service/deployed",
-    "nodes/6b034ec446528056c08b89ae/jobs/resources",
-    "jobs/app.default.web.test/updates_available",
-];
-const TYPED: [&str; 6] =
-    ["web", "web#0", "app.default.web.default#12", "app.default.web.test.instance.0", NODE, "8080:80/tcp;53:53/udp;9"];
-const SOCKETIO: [&str; 3] = [
-    "0{\"sid\":\"weeVbizfpwE-68z-AAAB\",\"upgrades\":[\"websocket\"],\"pingInterval\":25000,\"pingTimeout\":20000,\"maxPayload\":1000000}",
-    "42/init,[\"sc1\",{\"hello-edge\":\"please send your node info\"}]\u{1e}40/init,{\"sid\":\"a\"}",
-    "42/init,[\"sc2\",\"{\\\"id\\\":\\\"x\\\"}\"]",
-];
-const HELLO: [u8; 20] = [0x9e, 0x6e, 1, 1, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 0xc3, 0xb8];
-const CONFIG: &str = "name = \"n\"\n[cluster]\nhost = \"h\"\nport = 10100\n[network]\ndatapath = \"tun\"\ntunnel_port = 50103\nframing = false\n";
-const LEASES: &str = "node-engine leases 1\nsubnet 10.18.0.64 fc00::100\nlease app.ns.web.ns.instance.0 10.18.0.66 fc00::102 own=10.30.0.0,fdff:: ports=8080:80/tcp inode=4026532281 netns=/proc/17/ns/net\n";
 
 #[cfg(test)]
 mod tests {

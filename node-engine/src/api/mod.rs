@@ -27,6 +27,11 @@ use crate::model::{Event, InstanceId};
 use crate::runtime::{Exec, Follow, Session};
 use crate::standalone::ClusterApi;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    routes::understand(text);
+}
+
 pub use selector::{InvalidSelector, Selector};
 pub use socket::{OwnerListener, RunLock, SocketError};
 

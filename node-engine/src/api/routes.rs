@@ -323,3 +323,21 @@ impl From<BytesRejection> for Refused {
         Self::new(rejection.status(), rejection.body_text())
     }
 }
+
+/// The parts of a request that somebody writes: its query, its body, and a message to a command; for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn understand(text: &str) {
+    use super::dto::look::{EventsQuery, ToCommand};
+    let body = Bytes::copy_from_slice(text.as_bytes());
+    let _ = json::<Replicate>(&body).and_then(|wanted| parse::<Selector>(&wanted.service));
+    let _ = json::<Move>(&body).and_then(|wanted| parse::<Selector>(&wanted.instance));
+    let _ = serde_json::from_str::<ToCommand>(text);
+    let Ok(uri) = format!("/?{text}").parse::<axum::http::Uri>() else { return };
+    let _ = (Query::<LogsQuery>::try_from_uri(&uri), Query::<DeployQuery>::try_from_uri(&uri));
+    let _ = Query::<EventsQuery>::try_from_uri(&uri);
+    if let Ok(Query(choice)) = Query::<net::Choice>::try_from_uri(&uri)
+        && let Ok(choice) = net_choice(choice)
+    {
+        assert!(choice.limit <= MOST_ROWS);
+    }
+}

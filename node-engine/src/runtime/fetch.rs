@@ -230,6 +230,14 @@ fn chain(error: &reqwest::Error) -> String {
     text
 }
 
+/// Where an image is said to be, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    if let Ok(Source { place: Place::File(path), .. }) = source(text) {
+        assert!(path.is_absolute());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

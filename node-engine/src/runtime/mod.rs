@@ -32,6 +32,8 @@ use async_trait::async_trait;
 
 pub use session::{Exec, Follow, Session};
 pub use surroundings::Resolvers;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {fetch::understand as places, user::understand as accounts};
 
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 

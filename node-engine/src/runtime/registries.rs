@@ -141,8 +141,12 @@ struct Auth {
 }
 
 fn found(path: &Path, reference: &str) -> Result<Option<Credentials>, String> {
-    let text = read(path).map_err(|error| error.to_string())?;
-    let file: AuthFile = serde_json::from_str(&text).map_err(|error| {
+    named(&read(path).map_err(|error| error.to_string())?, reference)
+}
+
+/// Of the text of a file of credentials.
+fn named(text: &str, reference: &str) -> Result<Option<Credentials>, String> {
+    let file: AuthFile = serde_json::from_str(text).map_err(|error| {
         // The error of a parser may quote what it stumbled over.
         format!("is not JSON as `docker login` writes it (line {}, column {})", error.line(), error.column())
     })?;
@@ -188,6 +192,18 @@ impl Auth {
         let (user, password) = pair.ok_or("an entry's `auth` is not USER:PASSWORD in base64")?;
         Ok(Credentials::Password { user: user.into(), password: password.into() })
     }
+}
+
+/// Names of images and of where they come from, and a file of credentials, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    let _ = named(text, "ghcr.io/team/x:1");
+    if check(text).is_ok() {
+        let (registry, path) = parts(text);
+        assert!(!registry.is_empty() && !text.contains(".."));
+        assert_eq!(parts(&format!("{registry}/{path}")), (registry, path), "a whole name is whole");
+    }
+    assert!(!is_place(text) || check(text).is_ok());
 }
 
 #[cfg(test)]

@@ -69,6 +69,18 @@ fn entries(file: &str) -> impl Iterator<Item = (&str, u32, &str)> {
     })
 }
 
+/// Accounts of an image, and who is asked for in the first line, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    let (user, passwd) = text.split_once('\n').unwrap_or((text, ""));
+    for lone_group in [None, Some(0)] {
+        let accounts = Accounts { passwd: passwd.into(), groups: passwd.into(), place: "there", lone_group };
+        if let Ok((user, _)) = accounts.resolve(user) {
+            assert!(accounts.memberships(user).len() <= passwd.lines().count());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

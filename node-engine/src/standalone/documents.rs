@@ -363,3 +363,11 @@ fn row(row: &Row, cluster: &str) -> Value {
     }
     entry
 }
+
+/// A description that is taken is understood again as it is kept, as the same, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(bytes: &[u8]) {
+    let Ok(Order::Deploy { request: taken, .. }) = order(bytes, "c") else { return };
+    let again = request(taken.document.as_bytes()).expect("what is kept is understood");
+    assert_eq!((&again.name, &again.document), (&taken.name, &taken.document));
+}

@@ -55,6 +55,11 @@ use saved::Saved;
 pub use address::AddressPlan;
 pub use broker::BrokerError;
 pub use saved::SaveError;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {
+    documents::round_trip as documents_round_trip, reports::understand as messages,
+    saved::round_trip as saved_round_trip, socketio::understand as greetings,
+};
 
 /// What the embedded cluster listens on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -160,3 +160,24 @@ fn port(members: &Members<'_>) -> Result<u16, Malformed> {
         found: wide.to_string(),
     })
 }
+
+/// Messages of a node, a line of topic before each, to a cluster that has a service; for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    let mut core = Core::new("c".parse().expect("an id"), super::AddressPlan::default());
+    let node: NodeId = "6b034ec446528056c08b89ae".parse().expect("an id");
+    core.add_node(super::inventory::Node {
+        id: node,
+        host: "w".into(),
+        facts: NodeFacts::default(),
+        subnet: None,
+        seen: None,
+    });
+    for (moment, message) in bytes.split(|byte| *byte == b'\x1e').enumerate() {
+        let Some(end) = message.iter().position(|byte| *byte == b'\n') else { return };
+        let (topic, payload) = message.split_at(end);
+        if let Ok(topic) = std::str::from_utf8(topic) {
+            let _ = hear(&mut core, topic, &payload[1..], Moment::from_secs(moment as u64));
+        }
+    }
+}

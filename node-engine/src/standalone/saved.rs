@@ -377,3 +377,16 @@ impl SavedInstance {
         }
     }
 }
+
+/// A cluster that is understood is the same cluster once it is saved and understood again, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(bytes: &[u8]) {
+    let load = |bytes: &[u8]| {
+        let document = serde_json::from_slice::<Document>(bytes).ok()?;
+        Some(document.into_core(AddressPlan::default(), 0, &|text| super::documents::request(text.as_bytes()).ok()))
+    };
+    let Some(core) = load(bytes) else { return };
+    let saved = text(&core);
+    let again = load(saved.as_bytes()).expect("what is saved is understood");
+    assert_eq!(text(&again), saved);
+}

@@ -174,12 +174,7 @@ impl Server {
     /// Takes in one Socket.IO packet: connect, disconnect or event, in the namespace `/init`.
     async fn take_message(&self, session: &Session, message: &str) -> After {
         let Some((kind, rest)) = message.split_at_checked(1) else { return After::GoOn };
-        let (namespace, data) = match rest.split_once(',') {
-            Some((namespace, data)) if namespace.starts_with('/') => (namespace, data),
-            _ if rest.starts_with('/') => (rest, ""),
-            _ => ("/", rest),
-        };
-        let namespace = namespace.split('?').next().unwrap_or_default();
+        let (namespace, data) = addressed(rest);
         match (kind, namespace) {
             ("0", "/init") => {
                 // In this order, as the reference has it.
@@ -199,8 +194,6 @@ impl Server {
     }
 
     async fn take_event(&self, session: &Session, data: &str) {
-        // An event may carry an acknowledgement number before its list.
-        let data = data.trim_start_matches(|letter: char| letter.is_ascii_digit());
         match self.greet(session, data).await {
             Ok(answer) => session.say(&event("sc2", &answer.into())),
             Err(error) => tracing::warn!(peer = %session.peer, %error, "a greeting is passed over"),
@@ -209,16 +202,7 @@ impl Server {
 
     /// `cs1` carries the description as a text of JSON within the JSON; so does the answer.
     async fn greet(&self, session: &Session, data: &str) -> Result<String, GreetingError> {
-        let wrapped = format!("{{\"event\":{data}}}");
-        let members = Members::parse(wrapped.as_bytes(), MAX_DOCUMENT)?;
-        let arguments: Vec<Value> = serde_json::from_str(members.get("event").unwrap_or_default())?;
-        let description = match arguments.as_slice() {
-            [Value::String(name), Value::String(text)] if name == "cs1" => text.clone(),
-            [Value::String(name), object @ Value::Object(_)] if name == "cs1" => object.to_string(),
-            _ => return Err(GreetingError::Unknown),
-        };
-        let members = Members::parse(description.as_bytes(), MAX_DOCUMENT)?;
-        let host = members.said("host")?.ok_or(crate::wire::Malformed::Missing("host"))?;
+        let (host, description) = described(data)?;
         let node = http::take_in(&self.door.manager, &host, description.as_bytes(), session.peer).await?;
         let mut answer = json!({ "id": node.id.as_str(), "MQTT_BROKER_PORT": self.door.broker_port.to_string() });
         if let (Some(subnet), Value::Object(members)) = (node.subnet, &mut answer) {
@@ -226,6 +210,41 @@ impl Server {
         }
         Ok(answer.to_string())
     }
+}
+
+/// The namespace of a packet, and what it carries.
+fn addressed(rest: &str) -> (&str, &str) {
+    let (namespace, data) = match rest.split_once(',') {
+        Some((namespace, data)) if namespace.starts_with('/') => (namespace, data),
+        _ if rest.starts_with('/') => (rest, ""),
+        _ => ("/", rest),
+    };
+    (namespace.split('?').next().unwrap_or_default(), data)
+}
+
+/// The host that an event tells of, and its description.
+fn described(data: &str) -> Result<(String, String), GreetingError> {
+    // There may be an acknowledgement number before the list.
+    let data = data.trim_start_matches(|letter: char| letter.is_ascii_digit());
+    let wrapped = format!("{{\"event\":{data}}}");
+    let members = Members::parse(wrapped.as_bytes(), MAX_DOCUMENT)?;
+    let arguments: Vec<Value> = serde_json::from_str(members.get("event").unwrap_or_default())?;
+    let description = match arguments.as_slice() {
+        [Value::String(name), Value::String(text)] if name == "cs1" => text.clone(),
+        [Value::String(name), object @ Value::Object(_)] if name == "cs1" => object.to_string(),
+        _ => return Err(GreetingError::Unknown),
+    };
+    let members = Members::parse(description.as_bytes(), MAX_DOCUMENT)?;
+    let host = members.said("host")?.ok_or(crate::wire::Malformed::Missing("host"))?;
+    Ok((host, description))
+}
+
+/// A packet of a node that greets, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    let (namespace, data) = addressed(text);
+    assert!(namespace.starts_with('/') && data.len() <= text.len());
+    let _ = described(data);
 }
 
 /// Why a greeting is not answered.

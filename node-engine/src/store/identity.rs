@@ -238,6 +238,15 @@ impl TryFrom<Written> for State {
     }
 }
 
+/// What is understood of a state file is understood again from what is written of it, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(bytes: &[u8]) {
+    if let Content::State(state) = parse(bytes) {
+        let written = serde_json::to_vec(&Written::from(&state)).expect("texts and numbers always serialise");
+        assert!(matches!(parse(&written), Content::State(again) if again == state));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -17,6 +17,9 @@ pub use desired::{Desired, Fact};
 pub use identity::{Identity, State, Store, StoreError};
 pub use record::{Fate, Given, Record};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {identity::round_trip as state_round_trip, record::round_trip as record_round_trip};
+
 /// Corrupt files kept aside.
 const MOST_ASIDE: u32 = 9;
 

@@ -139,3 +139,18 @@ pub(super) fn read_rows(service: ServiceName, text: &str) -> Option<TableAnswer>
 fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).expect("texts, numbers and lists always serialise")
 }
+
+/// What is understood of a row is understood again from what is written of it, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(text: &str) {
+    if let Some(record) = Record::read(text) {
+        assert_eq!(Record::read(&record.text()), Some(record));
+    }
+    if let Some(addresses) = read_addresses(text) {
+        assert_eq!(read_addresses(&addresses_text(addresses)), Some(addresses));
+    }
+    let service: ServiceName = "app.default.web.default".parse().expect("a service name");
+    if let Some(answer) = read_rows(service.clone(), text) {
+        assert_eq!(read_rows(service, &rows_text(&answer)), Some(answer));
+    }
+}

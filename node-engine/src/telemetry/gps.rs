@@ -217,6 +217,18 @@ fn degrees(number: &str, half: &str) -> Option<f64> {
     }
 }
 
+/// What a gpsd or a receiver says, line by line, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    let mut receiver = Nmea::default();
+    for line in text.lines() {
+        let told = gpsd(line).flatten().or_else(|| receiver.take(line).then_some(receiver.fix).flatten());
+        for reading in told.iter().flat_map(Fix::readings) {
+            assert!(reading.value.is_finite());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

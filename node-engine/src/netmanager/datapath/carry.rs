@@ -345,7 +345,7 @@ impl<T: Projection> Carrier<T> {
 }
 
 /// What a datagram carries: itself, or what is in framing. Nothing where the framing is not ours.
-fn inner(datagram: &[u8], framed: bool) -> &[u8] {
+pub(super) fn inner(datagram: &[u8], framed: bool) -> &[u8] {
     if !framed {
         return datagram;
     }
@@ -355,7 +355,7 @@ fn inner(datagram: &[u8], framed: bool) -> &[u8] {
 }
 
 /// The packet as long as its header says; `None` where there is less of it, or no header.
-fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
+pub(super) fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
     let field = |at: usize| Some(usize::from(u16::from_be_bytes([*bytes.get(at)?, *bytes.get(at + 1)?])));
     let len = match bytes.first()? >> 4 {
         4 => field(2)?,
@@ -366,7 +366,7 @@ fn whole(bytes: &mut [u8]) -> Option<&mut [u8]> {
 }
 
 /// The payload of a tunnel datagram from this node, and to whom it goes.
-fn ready<'a>(packet: &'a [u8], config: &Config) -> Option<(Peer, &'a [u8])> {
+pub(super) fn ready<'a>(packet: &'a [u8], config: &Config) -> Option<(Peer, &'a [u8])> {
     let (headers, payload) = packet.split_first_chunk::<OUTER_LEN_V4>()?;
     let tunnelled = headers[0] == 0x45 && headers[9] == UDP && source(packet)? == config.node;
     let peer = Peer { host: destination(packet)?, port: [headers[22], headers[23]], ..Peer::default() };

@@ -123,6 +123,12 @@ impl Fragments {
         late.iter().map(|key| self.forget(key)).sum()
     }
 
+    /// Does nothing wait, and is nobody charged?
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn is_empty(&self) -> bool {
+        self.partials.is_empty() && self.accounts.is_empty() && self.bytes == 0
+    }
+
     /// When [`Self::expire`] has something to do next.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.partials.values().map(|partial| partial.deadline).min()

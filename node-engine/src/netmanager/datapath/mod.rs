@@ -20,6 +20,8 @@ mod ebpf;
 mod errors;
 mod flows;
 mod fragments;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzed;
 mod held;
 mod host;
 mod join;
@@ -53,9 +55,13 @@ pub use choose::{Chosen, choose};
 pub use ebpf::{Change, Outlook, outlook, uninstall};
 pub use ladder::Ladder;
 pub use memory::Memory;
-#[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use offload::round_trip as offload_round_trip;
 pub use words::{Kind, Words, explain};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {
+    ebpf::layouts,
+    offload::round_trip as offload_round_trip,
+    sheet::{round_trip as sheet_round_trip, sample as sheet_sample},
+};
 
 /// A carrier of packets under the law of `netmanager-common`.
 #[async_trait]

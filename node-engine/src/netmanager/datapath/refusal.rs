@@ -52,7 +52,7 @@ impl<T: Projection> Carrier<T> {
 }
 
 /// The answer to this packet; `None` where none may be given: to a reset, an error, a fragment, or what is no packet.
-fn of(packet: &[u8]) -> Option<Vec<u8>> {
+pub(super) fn of(packet: &[u8]) -> Option<Vec<u8>> {
     let called = Called::read(packet)?;
     match called.protocol {
         TCP => called.reset(),

@@ -168,10 +168,7 @@ impl<K: Pod, V: Pod> Records<K, V> {
     fn write(&mut self, at: u32, key: &K, value: &V) -> io::Result<()> {
         let mut record = [0; PAGE];
         let record = &mut record[..Self::SIZE];
-        let (check_bytes, row) = record.split_at_mut(CHECK);
-        row[..size_of::<K>()].copy_from_slice(pod::bytes(key));
-        row[size_of::<K>()..].copy_from_slice(pod::bytes(value));
-        check_bytes.copy_from_slice(&check(row).to_ne_bytes());
+        encode(record, key, value);
         self.file.write_all_at(record, offset::<K, V>(at))
     }
 
@@ -187,6 +184,13 @@ fn offset<K: Pod, V: Pod>(at: u32) -> u64 {
     page as u64 * PAGE as u64 + (place * Records::<K, V>::SIZE) as u64
 }
 
+fn encode<K: Pod, V: Pod>(record: &mut [u8], key: &K, value: &V) {
+    let (check_bytes, row) = record.split_at_mut(CHECK);
+    row[..size_of::<K>()].copy_from_slice(pod::bytes(key));
+    row[size_of::<K>()..].copy_from_slice(pod::bytes(value));
+    check_bytes.copy_from_slice(&check(row).to_ne_bytes());
+}
+
 fn decode<K: Pod, V: Pod>(record: &[u8]) -> Option<(K, V)> {
     let (stored, row) = record.split_first_chunk::<CHECK>()?;
     let (key, value) = row.split_at_checked(size_of::<K>())?;
@@ -197,6 +201,28 @@ fn decode<K: Pod, V: Pod>(record: &[u8]) -> Option<(K, V)> {
 /// Of a row (FNV-1a), never 0.
 fn check(row: &[u8]) -> u32 {
     row.iter().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)) | 1
+}
+
+/// A row that is taken from a file is written as it was there, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(bytes: &[u8]) {
+    use netmanager_common::abi::{Flow, FlowKey};
+    for record in bytes.chunks(Records::<FlowKey, Flow>::SIZE) {
+        if let Some((key, value)) = decode::<FlowKey, Flow>(record) {
+            let mut again = vec![0; record.len()];
+            encode(&mut again, &key, &value);
+            assert_eq!(again, record);
+        }
+    }
+}
+
+/// A record of a file, for a fuzzer to begin with.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn sample() -> Vec<u8> {
+    use netmanager_common::abi::{Flow, FlowKey};
+    let mut record = vec![0; Records::<FlowKey, Flow>::SIZE];
+    encode(&mut record, &FlowKey::default(), &Flow { slot: 3, ..Flow::default() });
+    record
 }
 
 #[cfg(test)]

@@ -333,6 +333,22 @@ fn read_word(word: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
+/// What is understood of a journal is understood again from what is written of it, and names no setting but the network's, for the
+/// fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(text: &str) {
+    let path = Path::new("journal");
+    let notes = parse(text, "boot", path);
+    let written: String = notes.iter().map(|note| format!("+ {note}\n")).collect();
+    assert_eq!(parse(&written, "boot", path), notes);
+    for note in &notes {
+        if let Undo::RestoreSysctl { path, .. } = note {
+            let inside = Path::new(path).components().all(|part| matches!(part, std::path::Component::Normal(_)));
+            assert!(path.starts_with("net/") && inside, "{path:?} is written to below /proc/sys");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

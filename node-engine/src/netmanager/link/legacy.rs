@@ -166,6 +166,16 @@ fn get(socket: &impl AsFd, level: libc::c_int, option: libc::c_int, buffer: &mut
     (result == 0).then_some(())
 }
 
+/// A block of entries of either family, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    for layout in [&IPV4, &IPV6] {
+        for policy_at in [0, 152] {
+            let _ = parse(layout, bytes, policy_at);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -29,6 +29,11 @@ use netlink_packet_route::link::InfoKind;
 
 use crate::model::{Addresses, InstanceId, PortMapping, Subnet};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {
+    journal::round_trip as journal_round_trip, legacy::understand as legacy, nft::understand as attributes,
+};
+
 use changes::Changes;
 use journal::{Journal, Undo};
 use kernel::Netlink;

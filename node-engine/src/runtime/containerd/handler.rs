@@ -81,6 +81,14 @@ fn handler(name: &str, entry: &toml::Value) -> Option<Handler> {
     Some(Handler { name: name.to_owned(), shim: shim.to_owned(), binary })
 }
 
+/// A configuration of containerd, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    if let Ok(table) = text.parse::<toml::Table>() {
+        assert!(listed(&table).iter().all(|one| !one.name.is_empty() && !one.shim.is_empty()));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -285,6 +285,26 @@ fn full_name(reference: &str) -> String {
     format!("{registry}/{path}{}", if tagged { "" } else { ":latest" })
 }
 
+/// What a registry says of an image: a list, a manifest, a configuration; for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    if let Some(manifest) = parsed::<Manifest>(bytes) {
+        for content in manifest.manifests.iter().flatten() {
+            let _ = content.platform.as_ref().is_some_and(|has| has.fits("linux/arm/v7"));
+        }
+    }
+    if let Some(config) = parsed::<Config>(bytes) {
+        let layers = config.rootfs.diff_ids.unwrap_or_default();
+        assert_eq!(chain(&layers).is_empty(), layers.first().is_none_or(|layer| layers.len() == 1 && layer.is_empty()));
+    }
+    if let Ok(reference) = std::str::from_utf8(bytes)
+        && registries::check(reference).is_ok()
+    {
+        let full = full_name(reference);
+        assert_eq!(full_name(&full), full, "a whole name is whole");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -28,6 +28,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 pub use handler::{Handler, configured};
 pub use log::{COMMAND as KEEP_LOG, keep as keep_log};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {handler::understand as handlers, image::understand as images, spec::understand as documents};
 
 use self::holder::Holder;
 use super::registries::Registries;

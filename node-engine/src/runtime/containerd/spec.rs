@@ -183,7 +183,7 @@ impl Order<'_> {
 
 /// Of a document as containerd keeps it, the process for one more command: the same user, environment and rights.
 pub(super) fn beside(document: &[u8], command: &[String], terminal: bool) -> Vec<u8> {
-    let mut process = read(document)["process"].take();
+    let mut process = Some(read(document)["process"].take()).filter(Value::is_object).unwrap_or_else(|| json!({}));
     process["args"] = command.into();
     process["terminal"] = terminal.into();
     process.to_string().into()
@@ -263,6 +263,14 @@ fn device(node: &Path) -> Result<Value, RuntimeError> {
     let (major, minor) = (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
     Ok(json!({"path": inside, "type": kind, "major": major, "minor": minor, "fileMode": found.mode() & 0o7777,
               "uid": found.uid(), "gid": found.gid()}))
+}
+
+/// A document of a container, as containerd gives it back, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    let _ = details(bytes);
+    let process = beside(bytes, &["sh".to_owned()], true);
+    assert_eq!(read(&process)["args"][0], "sh", "it is the command that is asked for");
 }
 
 #[cfg(test)]

@@ -38,6 +38,10 @@ pub(super) struct Order {
 
 impl Order {
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+        self.records().write(path)
+    }
+
+    fn records(&self) -> Records {
         let launch = &self.launch;
         let mut records = Records::default();
         let mut put = |name: &str, value: &str| records.put(name, value);
@@ -62,35 +66,51 @@ impl Order {
         put("memory_events", &shown(&self.memory_events));
         put("log", &shown(&self.log));
         put("log_limit", &self.log_limit.to_string());
-        records.write(path)
+        records
     }
 
     pub(super) fn read(path: &Path) -> io::Result<Self> {
-        let mut order = Self::default();
+        let mut reading = Reading::default();
+        Records::read(path, |name, value| reading.take(name, value))?;
+        Ok(reading.order())
+    }
+}
+
+/// An order of which some records are read.
+#[derive(Default)]
+struct Reading {
+    order: Order,
+    user: Option<u32>,
+    group: Option<u32>,
+}
+
+impl Reading {
+    fn take(&mut self, name: &str, value: &str) -> Option<()> {
+        let order = &mut self.order;
         let launch = &mut order.launch;
-        let (mut user, mut group) = (None, None);
-        Records::read(path, |name, value| {
-            match name {
-                "program" => launch.program = value.into(),
-                "argument" => launch.arguments.push(value.into()),
-                "environment" => launch.environment.push(value.into()),
-                "directory" => launch.directory = value.into(),
-                "user" => user = Some(value.parse().ok()?),
-                "group" => group = Some(value.parse().ok()?),
-                "host_name" => launch.host_name = value.into(),
-                "mount" => launch.mounts.push(mount(value)?),
-                "resolver" => launch.resolver = value.into(),
-                "netns" => order.netns = value.into(),
-                "control_group" => order.groups.push(value.into()),
-                "memory_events" => order.memory_events = value.into(),
-                "log" => order.log = value.into(),
-                "log_limit" => order.log_limit = value.parse().ok()?,
-                _ => return None,
-            }
-            Some(())
-        })?;
-        order.launch.user = user.zip(group);
-        Ok(order)
+        match name {
+            "program" => launch.program = value.into(),
+            "argument" => launch.arguments.push(value.into()),
+            "environment" => launch.environment.push(value.into()),
+            "directory" => launch.directory = value.into(),
+            "user" => self.user = Some(value.parse().ok()?),
+            "group" => self.group = Some(value.parse().ok()?),
+            "host_name" => launch.host_name = value.into(),
+            "mount" => launch.mounts.push(mount(value)?),
+            "resolver" => launch.resolver = value.into(),
+            "netns" => order.netns = value.into(),
+            "control_group" => order.groups.push(value.into()),
+            "memory_events" => order.memory_events = value.into(),
+            "log" => order.log = value.into(),
+            "log_limit" => order.log_limit = value.parse().ok()?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    fn order(mut self) -> Order {
+        self.order.launch.user = self.user.zip(self.group);
+        self.order
     }
 }
 
@@ -98,6 +118,18 @@ fn mount(record: &str) -> Option<Mount> {
     let mut parts = record.splitn(3, '\u{1f}');
     let (kind, target, source) = (parts.next()?, parts.next()?, parts.next()?);
     Some(Mount { source: source.into(), target: target.into(), read_only: kind == "ro" })
+}
+
+/// What is understood of an order is understood again from what is written of it, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(text: &str) {
+    let read = |text: &str| {
+        let mut reading = Reading::default();
+        Records::parse(text, |name, value| reading.take(name, value)).ok().map(|()| reading.order())
+    };
+    if let Some(order) = read(text) {
+        assert_eq!(read(order.records().text()), Some(order));
+    }
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ mod supervisor;
 mod watch;
 
 pub use launch::Launch;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use launch::round_trip;
 pub use supervisor::run;
 
 pub(super) use follow::output as follow;

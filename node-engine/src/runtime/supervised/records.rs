@@ -26,13 +26,22 @@ impl Records {
     ///
     /// # Errors
     /// Where the file cannot be read, or what takes a record does not know it.
-    pub(in crate::runtime) fn read(path: &Path, mut take: impl FnMut(&str, &str) -> Option<()>) -> io::Result<()> {
-        let text = fs::read_to_string(path)?;
+    pub(in crate::runtime) fn read(path: &Path, take: impl FnMut(&str, &str) -> Option<()>) -> io::Result<()> {
+        Self::parse(&fs::read_to_string(path)?, take)
+            .map_err(|record| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {record:?}", path.display())))
+    }
+
+    /// # Errors
+    /// The record that is none, or that is not known.
+    pub(in crate::runtime) fn parse(text: &str, mut take: impl FnMut(&str, &str) -> Option<()>) -> Result<(), &str> {
         for record in text.split_terminator('\0') {
-            let taken = record.split_once('=').and_then(|(name, value)| take(name, value));
-            taken
-                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{}: {record:?}", path.display())))?;
+            record.split_once('=').and_then(|(name, value)| take(name, value)).ok_or(record)?;
         }
         Ok(())
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(in crate::runtime) fn text(&self) -> &str {
+        &self.0
     }
 }

@@ -22,7 +22,11 @@ const LARGEST: u64 = 4 << 30;
 /// If it is no such archive, has no kernel, or is larger than we take.
 pub(super) fn unpack(archive: &Path, to: &Path) -> io::Result<()> {
     let file = BufReader::new(File::open(archive)?);
-    let mut tar = tar::Archive::new(GzDecoder::new(file).take(LARGEST));
+    take_out(GzDecoder::new(file).take(LARGEST), to)
+}
+
+fn take_out(tar: impl Read, to: &Path) -> io::Result<()> {
+    let mut tar = tar::Archive::new(tar);
     let damaged = |error: io::Error| {
         let gzip = "it is not a gzipped tar archive, or it is damaged or larger than 4 GiB unpacked";
         io::Error::new(error.kind(), format!("{gzip}: {error}"))
@@ -48,6 +52,39 @@ fn is_wanted(path: &Path) -> bool {
     let alone = components.next().is_none();
     let file = [KERNEL, INITRAMFS, COMMAND_LINE].iter().any(|name| first == *name) && alone;
     file || SHARED.iter().any(|(name, _)| first == *name)
+}
+
+/// Nothing of an archive leaves the directory, for the fuzzer. Such files are there only where it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    // Where files cost little, and one directory a process.
+    let base = Path::new("/dev/shm").join(format!("node-engine-fuzz-{}", std::process::id()));
+    let (to, beside) = (base.join("to"), base.join("beside"));
+    let made = std::fs::create_dir_all(&to).and_then(|()| std::fs::write(&beside, "b"));
+    made.expect("a directory to unpack into");
+    let _ = take_out(bytes, &to);
+    let kept = std::fs::read(&beside);
+    let names: Vec<_> =
+        std::fs::read_dir(&base).expect("the directory").flatten().map(|entry| entry.file_name()).collect();
+    let _ = std::fs::remove_dir_all(&base);
+    assert!(kept.is_ok_and(|kept| kept == b"b") && names.len() == 2, "{names:?}: something has left the directory");
+}
+
+/// An archive, for a fuzzer to begin with.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn sample() -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (name, text) in [("kernel", "k"), ("files/a", "f")] {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(1);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, text.as_bytes()).expect("it fits into memory");
+    }
+    let mut link = tar::Header::new_ustar();
+    link.set_entry_type(tar::EntryType::Symlink);
+    link.set_size(0);
+    tar.append_link(&mut link, "files/b", "a").expect("it fits into memory");
+    tar.into_inner().expect("it fits into memory")
 }
 
 #[cfg(test)]

@@ -9,6 +9,9 @@ mod qmp;
 mod tap;
 mod trial;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use archive::{sample, understand};
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -8,6 +8,8 @@ mod run;
 mod trial;
 
 pub use run::run;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use {module::understand, order::round_trip};
 
 use std::fs;
 use std::io;

@@ -155,6 +155,14 @@ impl ResourceLimiter for Room {
     }
 }
 
+/// Whatever the bytes are, they are a command or there is a reason why not; for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8]) {
+    if let Err(reason) = check(bytes) {
+        assert!(!reason.is_empty());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -41,6 +41,10 @@ pub(super) fn end(directory: &Path) -> PathBuf {
 
 impl Order {
     pub(super) fn write(&self, directory: &Path) -> io::Result<()> {
+        self.records().write(&directory.join("order"))
+    }
+
+    fn records(&self) -> Records {
         let mut records = Records::default();
         let mut put = |name: &str, value: &str| records.put(name, value);
         self.arguments.iter().for_each(|argument| put("argument", argument));
@@ -52,25 +56,27 @@ impl Order {
         }
         put("user", &self.user.0.to_string());
         put("group", &self.user.1.to_string());
-        records.write(&directory.join("order"))
+        records
     }
 
     pub(super) fn read(directory: &Path) -> io::Result<Self> {
         let mut order = Self::default();
-        Records::read(&directory.join("order"), |name, value| {
-            match name {
-                "argument" => order.arguments.push(value.into()),
-                "environment" => order.environment.push(value.into()),
-                "port" => order.ports.push(value.parse().ok()?),
-                "root" => order.root = value.into(),
-                "memory_mib" => order.memory_mib = Some(value.parse().ok()?),
-                "user" => order.user.0 = value.parse().ok()?,
-                "group" => order.user.1 = value.parse().ok()?,
-                _ => return None,
-            }
-            Some(())
-        })?;
+        Records::read(&directory.join("order"), |name, value| order.take(name, value))?;
         Ok(order)
+    }
+
+    fn take(&mut self, name: &str, value: &str) -> Option<()> {
+        match name {
+            "argument" => self.arguments.push(value.into()),
+            "environment" => self.environment.push(value.into()),
+            "port" => self.ports.push(value.parse().ok()?),
+            "root" => self.root = value.into(),
+            "memory_mib" => self.memory_mib = Some(value.parse().ok()?),
+            "user" => self.user.0 = value.parse().ok()?,
+            "group" => self.user.1 = value.parse().ok()?,
+            _ => return None,
+        }
+        Some(())
     }
 }
 
@@ -83,11 +89,29 @@ impl End {
     }
 
     pub(super) fn read(directory: &Path) -> Option<Self> {
-        let text = fs::read_to_string(end(directory)).ok()?;
+        Self::parse(&fs::read_to_string(end(directory)).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
         match text.split_once(' ') {
             Some(("failed", reason)) => Some(Self::Failed(reason.to_owned())),
             _ => (text == "memory").then_some(Self::OutOfMemory),
         }
+    }
+}
+
+/// What is understood of an order, or of an end, is understood again from what is written of it, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn round_trip(text: &str) {
+    let read = |text: &str| {
+        let mut order = Order::default();
+        Records::parse(text, |name, value| order.take(name, value)).ok().map(|()| order)
+    };
+    if let Some(order) = read(text) {
+        assert_eq!(read(order.records().text()), Some(order));
+    }
+    if let Some(end) = End::parse(text) {
+        assert_eq!(End::parse(&end.text()), Some(end));
     }
 }
 

@@ -127,6 +127,26 @@ pub(super) fn differences(from: &Layout, to: &Layout) -> Vec<String> {
     said
 }
 
+/// Rows go from any described layout to ours and back without a panic, and are as long as they are said to be, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(text: &str) {
+    /// No map of anybody has longer rows.
+    const LONGEST: usize = 1 << 16;
+    let Some(theirs) = read(text) else { return };
+    let ours = read(&own()).expect("our own description");
+    let _ = differences(&theirs, &ours);
+    for (name, (key, value)) in &theirs {
+        let Some((our_key, our_value)) = ours.get(name) else { continue };
+        for (theirs, ours) in
+            [(key, our_key), (value, our_value)].into_iter().filter(|(theirs, _)| theirs.size <= LONGEST)
+        {
+            for (from, to) in [(theirs, ours), (ours, theirs)] {
+                assert_eq!(Translation::new(from, to).of(&vec![0xa5; from.size]).len(), to.size);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use netmanager_common::abi::{Flow, Slot};

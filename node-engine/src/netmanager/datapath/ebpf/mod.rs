@@ -30,6 +30,8 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use self::accounts::Keeper;
 use self::hooks::Hooks;
 pub(super) use self::hooks::{Hook, interface};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use self::layout::understand as layouts;
 pub(super) use self::listing::KernelFlows;
 pub(super) use self::maps::BpfTables;
 use self::maps::KernelCounters;

@@ -82,6 +82,18 @@ pub(super) fn as_be64(value: &[u8]) -> Option<u64> {
     Some(u64::from_be_bytes(value.get(..8)?.try_into().ok()?))
 }
 
+/// Attributes and those in them, for the fuzzer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn understand(bytes: &[u8], depth: u8) {
+    for (_, value) in read(bytes) {
+        assert!(value.len() < bytes.len(), "an attribute is shorter than what holds it");
+        let _ = (as_text(value), as_be32(value), as_be64(value));
+        if depth > 0 {
+            understand(value, depth - 1);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

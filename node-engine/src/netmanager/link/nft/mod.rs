@@ -19,6 +19,9 @@ use socket::{Answer, dump, open, receive};
 pub(super) use expression::{Expression, Header};
 pub(super) use watch::Watch;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use attribute::understand;
+
 /// What a base chain hangs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hook {
