@@ -12,7 +12,6 @@ use anyhow::{Context, Result};
 use super::chance::Chance;
 use super::{Options, Report, check};
 use crate::cluster::Deploy;
-use crate::node::Datapath;
 use crate::topology::{Lab, Plan};
 
 /// Effects in the order of a deployment, as the daemon names them; each before it is done, and done and not known to be.

@@ -142,9 +142,6 @@ fn copy(
     }
     let (keys, values) = (Translation::new(from_key, to_key), Translation::new(from_value, to_value));
     let copied = source.each(|key, value| {
-        if source.array && value.iter().all(|byte| *byte == 0) {
-            return Ok(());
-        }
         let (key, value) = (keys.of(key), values.of(value));
         if target.array {
             // Tables may be smaller now.

@@ -69,10 +69,13 @@ impl RawMap {
         (self.key, self.value)
     }
 
-    /// Has each row looked at until one is an error. What comes or goes meanwhile may be seen or not; a row may be seen twice.
+    /// Has each row looked at until one is an error. Rows of an array that are all zero are in no use and passed by. What comes or goes
+    /// meanwhile may be seen or not; a row may be seen twice.
     pub(super) fn each<E>(&self, mut look: impl FnMut(&[u8], &[u8]) -> Result<(), E>) -> Result<(), E> {
         let many = MANY as usize;
         let (mut keys, mut values) = (vec![0; many * self.key], vec![0; many * self.value]);
+        // Compared all at once: most of a large array is empty.
+        let zero = vec![0; many * self.value];
         // An array's place is an index, a hash's the number of a bucket.
         let mut places = [[0; 4]; 2];
         // Whatever a call does not bring it has passed by.
@@ -82,8 +85,12 @@ impl RawMap {
                 // Kernels before 5.6.
                 return self.walk(look);
             };
-            let rows = keys.chunks_exact(self.key).zip(values.chunks_exact(self.value));
-            rows.take(count).try_for_each(|(key, value)| look(key, value))?;
+            let used = |values: &[u8]| !self.array || values != &zero[..values.len()];
+            let read = values.get(..count * self.value).unwrap_or_default();
+            if used(read) {
+                let mut rows = keys.chunks_exact(self.key).zip(read.chunks_exact(self.value));
+                rows.try_for_each(|(key, value)| if used(value) { look(key, value) } else { Ok(()) })?;
+            }
             if !more {
                 break;
             }
@@ -99,7 +106,8 @@ impl RawMap {
         for _ in 0..2 * u64::from(self.rows) {
             key = self.next(key.as_deref());
             let Some(key) = &key else { break };
-            if let Some(value) = self.get(key) {
+            let value = self.get(key).filter(|value| !self.array || value.iter().any(|byte| *byte != 0));
+            if let Some(value) = value {
                 look(key, &value)?;
             }
         }
