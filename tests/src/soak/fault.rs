@@ -92,7 +92,9 @@ impl Kind {
     pub fn bound(self) -> Duration {
         Duration::from_secs(match self {
             // Nodes try to connect again after at most five seconds.
-            Self::Cluster | Self::Line(_) | Self::Descriptors => 10,
+            Self::Cluster => 10,
+            // A service goes amid it: ten seconds are its own, and ten more Docker's, for a program that does not listen to SIGTERM.
+            Self::Line(_) | Self::Descriptors => 25,
             _ => 5,
         })
     }
