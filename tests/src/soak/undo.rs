@@ -53,7 +53,8 @@ pub fn run(options: &Options) -> Result<Report> {
         let what =
             cut_short(&mut lab, amid, number, &mut chance).with_context(|| format!("number {number}, {amid}"))?;
         let mut left = undo(&lab.nodes[0], &before, &mut chance)?;
-        println!("{:>4.0} s  {what}: {} left", begin.elapsed().as_secs_f64(), left.len());
+        let what_is_left = left.iter().map(|one| format!("\n    {one}")).collect::<String>();
+        println!("{:>4.0} s  {what}: {} left{what_is_left}", begin.elapsed().as_secs_f64(), left.len());
         if !left.is_empty() {
             left.insert(0, format!("number {number}, {what}:"));
             report.broken.push(left.join("\n    "));
