@@ -171,7 +171,8 @@ pub fn suffer(lab: &Lab, node: usize, line: Line, service: &str) -> Result<Strin
     };
     let said = if line.carries() {
         if line.relay().is_some() {
-            // Its connection has been cut, and goes by the relay now.
+            // Its connection is cut as soon as it says something, and goes by the relay then.
+            until("its connection is cut", THROUGH, || Ok((!look()?.cluster.connected).then_some(())))?;
             until("it is connected again", THROUGH, || Ok(look()?.cluster.connected.then_some(())))?;
         }
         let count = |wanted: usize| {
