@@ -10,7 +10,7 @@ use lab::topology::{Lab, Plan};
 use lab::wait::{until, until_true};
 use serde_json::{Value, json};
 
-use crate::alike::{document, logs, nothing_is_left, supervisor};
+use crate::alike::{document, is_held, logs, nothing_is_left, supervisor};
 
 const SETTINGS: &[(&str, &str)] = &[("NODE_ENGINE_UNIKERNEL", "true"), ("NODE_ENGINE_IMAGE_FILES", "true")];
 /// Without the processor's help a guest boots slowly, on a machine under load more so.
@@ -73,12 +73,38 @@ fn a_guest_answers_on_its_service_address() {
     once["image"] = json!(archive);
     lab.cluster.deploy_document(&once, "node-b").expect("deployed");
     lab.cluster.ended("once", "COMPLETED").expect("it switches itself off");
-    memory_is_all_there_is(&lab, &base);
+    limits_hold(&lab, &base);
+    refused_with_a_reason(&lab, &base);
 }
 
-/// One that takes all memory panics, and its machine starts anew, which is an end.
-fn memory_is_all_there_is(lab: &Lab, base: &Value) {
-    let hog = document("hog", base, json!({"cmd": ["hog"], "vcpus": 1, "one_shot": true}));
-    lab.cluster.deploy_document(&hog, "node-b").expect("deployed");
-    assert_eq!(lab.cluster.ended("hog", "FAILED").expect("its end is told"), "out of memory (limit 128 MiB)");
+/// No more memory or processors are had than the machine was given.
+fn limits_hold(lab: &Lab, base: &Value) {
+    let deploy = |name: &str| {
+        let more = json!({"cmd": [name], "vcpus": 1, "one_shot": true});
+        lab.cluster.deploy_document(&document(name, base, more), "node-b").expect("deployed");
+    };
+    // It panics, and its machine starts anew, which is an end.
+    deploy("hog");
+    let ended = until("its end is told", BOOT, || {
+        let rows = lab.cluster.instances()?;
+        Ok(rows.into_iter().find(|row| row.short() == "hog" && row.status == "FAILED").map(|row| row.detail))
+    });
+    assert_eq!(ended.expect("it is told"), "out of memory (limit 128 MiB)");
+    deploy("burn");
+    lab.cluster.running("burn", 1).expect("it runs");
+    until_true("it burns", BOOT, || Ok(logs(&lab.nodes[1], "burn#0").contains("guest serves"))).expect("it has booted");
+    is_held(&lab.nodes[1], "burn");
+    lab.cluster.delete("burn").expect("deleted");
+}
+
+fn refused_with_a_reason(lab: &Lab, base: &Value) {
+    for (name, more, reason) in [
+        ("files", json!({"added_files": [{"path": "/etc/x", "content": "x"}]}), "has no volumes or added files"),
+        ("stored", json!({"storage": 10}), "storage: what unikernel writes is not limited"),
+        ("given", json!({"devices": ["vendor.example/toy=0"]}), "devices: vendor.example/toy=0 cannot be given"),
+    ] {
+        lab.cluster.deploy_document(&document(name, base, more), "node-b").expect("deployed");
+        let detail = lab.cluster.ended(name, "FAILED").expect("it is refused");
+        assert!(detail.contains(reason), "{name}: {detail}");
+    }
 }
