@@ -66,6 +66,6 @@ mod tests {
             let kept = resident_mebibytes().saturating_sub(before);
             assert!(kept < 4, "{kept} MiB of 24 are kept");
         });
-        worker.join().unwrap();
+        worker.join().expect("what it asserts");
     }
 }
