@@ -12,6 +12,7 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod lan;
+pub mod load;
 pub mod node;
 pub mod process;
 pub mod relay;

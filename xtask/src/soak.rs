@@ -22,9 +22,13 @@ pub(crate) struct Options {
     /// in the kernel are laid out otherwise take over from each other; docker-hang (a minute), docker-away (two); descriptors: the
     /// daemon gets no more; line-loses-5, line-loses-30, line-doubles, line-delays, line-crawls, line-mute, line-deaf, line-half-open:
     /// between a node and the broker. Or undo: a daemon that dies while it sets up or deploys, and what it has made is undone; or
-    /// steps: it dies, fails, panics and waits at each step of a deployment and of a deletion
+    /// steps: it dies, fails, panics and waits at each step of a deployment and of a deletion; or load: no
+    /// fault, but as many instances as a node takes
     #[arg(long)]
     only: Option<String>,
+    /// The daemon of `--only load`, where it is not this build's: as it is handed out, say
+    #[arg(long)]
+    daemon: Option<std::path::PathBuf>,
     /// End after so many faults, if that is sooner
     #[arg(long)]
     times: Option<u32>,
@@ -46,6 +50,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     command.args(["--datapath", &options.datapath]);
     if let Some(only) = &options.only {
         command.args(["--only", only]);
+    }
+    if let Some(daemon) = &options.daemon {
+        command.arg("--daemon").arg(daemon);
     }
     if let Some(times) = options.times {
         command.args(["--times", &times.to_string()]);

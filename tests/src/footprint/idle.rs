@@ -24,7 +24,7 @@ pub struct Sample {
 }
 
 impl Sample {
-    pub(super) fn take(node: &Node) -> Result<Self> {
+    pub(crate) fn take(node: &Node) -> Result<Self> {
         let pid = node.status()?.pid;
         let read = |file: &str| node.host.run(&format!("cat /proc/{pid}/{file}"));
         Ok(Self {
@@ -35,7 +35,7 @@ impl Sample {
         })
     }
 
-    pub(super) fn since(self, before: &Self) -> Self {
+    pub(crate) fn since(self, before: &Self) -> Self {
         Self {
             pss: self.pss,
             cpu: self.cpu.saturating_sub(before.cpu),
@@ -61,7 +61,7 @@ fn cpu(stat: &str) -> Result<Duration> {
 }
 
 /// Counts what goes to the broker; each packet of it has an Ethernet header besides.
-pub(super) fn count_what_the_protocol_sends(node: &Node) -> Result<()> {
+pub(crate) fn count_what_the_protocol_sends(node: &Node) -> Result<()> {
     let rules = format!(
         "add table inet footprint
          add counter inet footprint protocol

@@ -14,7 +14,8 @@ use anyhow::{Context, Result, ensure};
 use crate::cluster::{Broker, Deploy};
 use crate::node::Datapath;
 use crate::topology::{Lab, Plan};
-use idle::Sample;
+pub use idle::Sample;
+pub(crate) use idle::count_what_the_protocol_sends;
 
 /// What is promised of a figure; a run that exceeds it fails.
 #[derive(Debug)]
@@ -90,7 +91,7 @@ pub fn measure(program: &Path, datapath: Datapath, effort: Effort) -> Result<Fig
         "the node does not carry by {}",
         datapath.name()
     );
-    idle::count_what_the_protocol_sends(node)?;
+    count_what_the_protocol_sends(node)?;
     thread::sleep(effort.settle);
     let before = Sample::take(node)?;
     thread::sleep(effort.watch);
