@@ -14,6 +14,7 @@ pub mod heap;
 pub mod metrics;
 pub mod model;
 pub mod names;
+mod net_dev;
 pub mod netmanager;
 pub mod netns;
 pub mod runtime;

@@ -3,11 +3,12 @@
 //! the effects.
 
 mod exchange;
+mod peers;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use netmanager_common::abi::{CONFIG_RELAX_SOURCE, Config, Mac, PEER_OURS, Peer};
@@ -15,13 +16,13 @@ use netmanager_common::addr::Addr;
 
 use super::connect::Member;
 use super::datapath::{Capacity, Event as DatapathEvent, Snapshot, TableDelta};
-use super::hello::{Greetings, Known, Outcome as Greeting};
+use super::hello::Greetings;
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
 use super::link::{Bridge, Veth};
 use super::memory::{Learned, Memory};
-use super::path::{Outcome as PathNews, Paths};
+use super::path::Paths;
 use super::table::{Figures, ServiceNets, ServiceTable, Way};
 use super::{Lease, NetStatus};
 use crate::model::{Addresses, Command, FamilyPair, InstanceId, NodeId, Query, Report, Subnet, TableAnswer};
@@ -198,23 +199,6 @@ impl Core {
         self.keep_leases(&mut out);
         self.keep_remembered(&mut out);
         out
-    }
-
-    /// When a path has to be looked at next.
-    pub(super) fn paths_due(&self) -> Option<Duration> {
-        self.paths.due()
-    }
-
-    fn hear_paths(&mut self, news: impl IntoIterator<Item = PathNews>, out: &mut Vec<Effect>) {
-        for news in news {
-            match news {
-                PathNews::Probe { to, payload } => out.push(Effect::SendWhole(to, payload)),
-                PathNews::Mtu { peer, mtu } => {
-                    let delta = self.table.set_path_mtu(peer, Some(mtu.unwrap_or(0)));
-                    self.project(delta, out);
-                }
-            }
-        }
     }
 
     /// What the core knows of the status.
@@ -429,21 +413,6 @@ impl Core {
         self.look_after_host(out);
     }
 
-    /// How far the peers are.
-    fn measure(&mut self, out: &mut Vec<Effect>) {
-        self.greetings.race(&self.table.raced(), self.now);
-        let rtts: HashMap<u32, Duration> = self.greetings.rtts().collect();
-        if rtts != self.figures.rtts {
-            self.figures.rtts = rtts;
-            self.weigh(out);
-        }
-    }
-
-    fn weigh(&mut self, out: &mut Vec<Effect>) {
-        let delta = self.table.weigh(self.figures.clone());
-        self.project(delta, out);
-    }
-
     /// Asks whose the addresses of an earlier run are.
     fn inquire(&mut self, out: &mut Vec<Effect>) {
         self.next_inquiry = self.now + INQUIRY;
@@ -611,58 +580,6 @@ impl Core {
         if went {
             let present: BTreeSet<Addr> = self.table.peers().map(|(_, peer)| peer.host).collect();
             self.ways.retain(|host| present.contains(host));
-        }
-    }
-
-    fn meet(&mut self, number: u32, peer: &Peer, out: &mut Vec<Effect>) {
-        let known = Known {
-            ours: peer.flags & PEER_OURS != 0,
-            framed_port: Some(u16::from_be_bytes(peer.framed_port)).filter(|port| *port != 0),
-        };
-        let to = SocketAddr::new(peer.host.into(), u16::from_be_bytes(peer.port));
-        self.greetings.learn(number, to, known, self.now);
-        if self.ways.insert(peer.host) {
-            out.push(Effect::FindWays(vec![peer.host.into()]));
-        }
-    }
-
-    /// Packets have been sent to peers since the last tick.
-    pub(super) fn travels(&mut self) {
-        self.greetings.travels();
-        self.paths.travels();
-    }
-
-    fn greet_who_is_due(&mut self, out: &mut Vec<Effect>) {
-        let due = self.greetings.tick(self.now);
-        self.greet(due, out);
-    }
-
-    fn greet(&mut self, greetings: Vec<Greeting>, out: &mut Vec<Effect>) {
-        for greeting in greetings {
-            match greeting {
-                Greeting::Send { to, payload } => out.push(Effect::SendControl(to, payload)),
-                Greeting::Ours { peer, ours } => {
-                    let delta = self.table.set_ours(peer, ours);
-                    self.project(delta, out);
-                    if !ours {
-                        self.paths.forget(peer);
-                        let delta = self.table.set_path_mtu(peer, None);
-                        self.project(delta, out);
-                    }
-                }
-                Greeting::Probes { peer, to } => {
-                    let believed = self.table.path_mtu(peer);
-                    self.paths.learn(peer, to, believed, self.now);
-                }
-                Greeting::Framed { peer, port } => {
-                    let delta = self.table.set_framed(peer, port);
-                    self.project(delta, out);
-                }
-                Greeting::Gone { peer, namespaces } => {
-                    let delta = self.table.gone(peer, &namespaces);
-                    self.project(delta, out);
-                }
-            }
         }
     }
 

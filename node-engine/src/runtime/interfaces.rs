@@ -4,6 +4,7 @@
 use std::fs;
 
 use crate::model::InstanceCounters;
+use crate::net_dev::{self, Direction};
 
 /// The counters with those of the interfaces in the network namespace of this process; unchanged where it has gone.
 pub(super) fn count(pid: Option<i64>, counters: InstanceCounters) -> InstanceCounters {
@@ -13,24 +14,21 @@ pub(super) fn count(pid: Option<i64>, counters: InstanceCounters) -> InstanceCou
     }
 }
 
-/// Columns as in `/proc/net/dev`: bytes, packets, errors, drops, four more received, then the same sent.
 fn add(table: &str, counters: InstanceCounters) -> InstanceCounters {
-    let mut sums = [0u64; 16];
-    for line in table.lines() {
-        let Some((name, columns)) = line.split_once(':') else { continue };
-        if name.trim() == "lo" {
-            continue;
-        }
-        for (sum, column) in sums.iter_mut().zip(columns.split_ascii_whitespace()) {
-            *sum = sum.saturating_add(column.parse().unwrap_or(0));
+    let (mut received, mut sent) = (Direction::default(), Direction::default());
+    for (_, passed) in net_dev::interfaces(table).filter(|(name, _)| *name != "lo") {
+        for (sum, one) in [(&mut received, passed.received), (&mut sent, passed.sent)] {
+            sum.bytes = sum.bytes.saturating_add(one.bytes);
+            sum.packets = sum.packets.saturating_add(one.packets);
+            sum.dropped = sum.dropped.saturating_add(one.dropped);
         }
     }
     InstanceCounters {
-        received_bytes: Some(sums[0]),
-        received_packets: Some(sums[1]),
-        sent_bytes: Some(sums[8]),
-        sent_packets: Some(sums[9]),
-        dropped_packets: Some(sums[3].saturating_add(sums[11])),
+        received_bytes: Some(received.bytes),
+        received_packets: Some(received.packets),
+        sent_bytes: Some(sent.bytes),
+        sent_packets: Some(sent.packets),
+        dropped_packets: Some(received.dropped.saturating_add(sent.dropped)),
         ..counters
     }
 }

@@ -1,6 +1,6 @@
 //! CPU, memory, disks and networks of the machine.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::net::IpAddr;
 
@@ -11,6 +11,7 @@ use sysinfo::{
 
 use super::SensorError;
 use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeHealth, NodeUsage, Technology};
+use crate::net_dev::{self, Passed};
 
 /// Disks and interfaces that one report carries at most: it has to fit one wire message.
 const MOST_DISKS: usize = 32;
@@ -88,18 +89,12 @@ fn networks() -> Vec<NetworkUsage> {
         }
     }
     let table = fs::read_to_string("/proc/net/dev").unwrap_or_default();
+    let counted: HashMap<&str, Passed> = net_dev::interfaces(&table).collect();
     let found = networks.into_iter().take(MOST_NETWORKS).map(|(interface, network)| {
-        let (received_bytes, sent_bytes) = passed(&table, &interface).unwrap_or_default();
-        NetworkUsage { interface, received_bytes, sent_bytes, ..network }
+        let Passed { received, sent } = counted.get(interface.as_str()).copied().unwrap_or_default();
+        NetworkUsage { interface, received_bytes: received.bytes, sent_bytes: sent.bytes, ..network }
     });
     found.collect()
-}
-
-/// Bytes received and sent: the first and the ninth column of the interface's line in `/proc/net/dev`.
-fn passed(table: &str, interface: &str) -> Option<(u64, u64)> {
-    let columns = table.lines().find_map(|line| line.trim_start().strip_prefix(interface)?.strip_prefix(':'))?;
-    let mut columns = columns.split_ascii_whitespace().map(|column| column.parse().ok());
-    Some((columns.next()??, columns.nth(7)??))
 }
 
 fn is_own(address: &IpAddr) -> bool {
@@ -185,22 +180,6 @@ mod tests {
             assert!(network.addresses.iter().all(is_own), "{network:?}");
             assert!(std::path::Path::new("/sys/class/net").join(&network.interface).exists(), "{network:?}");
         }
-    }
-
-    #[test]
-    fn what_passed_is_that_of_the_very_interface() {
-        let table = "\
-Inter-|   Receive                                                |  Transmit
- face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
-    lo: 999 9 0 0 0 0 0 0 998 9 0 0 0 0 0 0
- eth0.2:100 2 0 1 0 0 0 0 50 3 0 4 0 0 0 0
-  eth0: 101 2 0 1 0 0 0 0 51 3 0 4 0 0 0 0
-";
-        assert_eq!(passed(table, "lo"), Some((999, 998)));
-        assert_eq!(passed(table, "eth0"), Some((101, 51)));
-        assert_eq!(passed(table, "eth0.2"), Some((100, 50)));
-        assert_eq!(passed(table, "eth"), None);
-        assert_eq!(passed("eth0: 1 2", "eth0"), None);
     }
 
     #[test]
