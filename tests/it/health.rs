@@ -13,6 +13,8 @@ use serde_json::Value;
 each_datapath!(who_does_not_answer_is_passed_over, who_is_gone_is_told_of_at_once, a_service_that_moves_loses_nothing);
 
 const LIMIT: Duration = Duration::from_secs(30);
+/// Long after a client should have been sent elsewhere.
+const GIVES_UP: Duration = Duration::from_secs(3);
 
 /// One of three stops listening, another falls silent; the cluster hears of neither, and both come back by themselves.
 fn who_does_not_answer_is_passed_over(datapath: Datapath) {
@@ -34,17 +36,17 @@ fn who_does_not_answer_is_passed_over(datapath: Datapath) {
         block(&lab, instance, verdict).expect("a filter in front of it");
         let begin = Instant::now();
         until_true("it is passed over", LIMIT, || {
-            lab.within(&client, |client| client.get(to, 3)).map(drop)?;
+            lab.within(&client, |client| client.get_within(to, 3, GIVES_UP)).map(drop)?;
             Ok(state(node, nth)? == "passed over")
         })
         .expect("seen");
         let took = begin.elapsed();
-        let gets = lab.within(&client, |client| client.get(to, 30)).expect("it runs");
+        let gets = lab.within(&client, |client| client.get_within(to, 30, GIVES_UP)).expect("it runs");
         assert!(gets.failed <= 2, "no more than a trial or two: {gets:?} ({took:?})");
         assert!(gets.answers.len() == 2, "the others serve: {gets:?}");
         unblock(&lab, instance).expect("no filter");
         until_true("it is back", LIMIT, || {
-            lab.within(&client, |client| client.get(to, 6)).map(drop)?;
+            lab.within(&client, |client| client.get_within(to, 6, GIVES_UP)).map(drop)?;
             Ok(state(node, nth)? == "well")
         })
         .expect("seen");

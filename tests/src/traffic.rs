@@ -90,6 +90,11 @@ impl Container<'_> {
         self.probe(&["get", &socket(to, HTTP), &count.to_string()])
     }
 
+    /// Who gets no answer within `patience` has failed; it is ten seconds otherwise.
+    pub fn get_within(&self, to: IpAddr, count: u32, patience: Duration) -> Result<Gets> {
+        self.probe(&["get", &socket(to, HTTP), &count.to_string(), &patience.as_secs_f64().to_string()])
+    }
+
     pub fn echo(&self, to: IpAddr, count: u32, flows: Flows) -> Result<Echoes> {
         let flows = if flows == Flows::One { "one" } else { "many" };
         self.probe(&["udp", &socket(to, ECHO), &count.to_string(), flows])

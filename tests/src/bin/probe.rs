@@ -52,7 +52,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
         ["serve", text @ ..] => serve(&text.join(" ")),
-        ["get", to, count] => get(to, count),
+        ["get", to, count] => get(to, count, &PATIENCE.as_secs().to_string()),
+        ["get", to, count, patience] => get(to, count, patience),
         ["udp", to, count] => udp(to, count, "one", "0"),
         ["udp", to, count, flows] => udp(to, count, flows, "0"),
         ["udp", to, count, flows, gap] => udp(to, count, flows, gap),
@@ -197,13 +198,14 @@ fn check_order(mut stream: TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-fn get(to: &str, count: &str) -> Outcome {
+fn get(to: &str, count: &str, patience: &str) -> Outcome {
     let (to, count): (SocketAddr, u64) = (to.parse()?, count.parse()?);
+    let patience = Duration::from_secs_f64(patience.parse()?);
     let mut answers = Answers::default();
     let begin = Instant::now();
     let mut seen_as = BTreeMap::new();
     for _ in 0..count {
-        match request(to, PATIENCE) {
+        match request(to, patience) {
             Ok(body) => {
                 let mut words = body.split_whitespace();
                 answers.add(words.next().unwrap_or_default());
