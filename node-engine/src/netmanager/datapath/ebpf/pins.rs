@@ -140,30 +140,29 @@ pub(in crate::netmanager::datapath) fn populated(pin_dir: &Path, capacity: Capac
 }
 
 /// Takes the datapath out of the kernel: programs off the interfaces, pins away. The bpffs stays.
+///
+/// The directory goes last of all: while it is there, a removal that was cut short is begun again.
 pub(in crate::netmanager::datapath) fn retire(pin_dir: &Path) -> Vec<DatapathError> {
-    let mut errors = Vec::new();
-    let versions = versions(pin_dir);
-    if versions.is_empty() {
-        return errors;
+    if !pin_dir.is_dir() {
+        return Vec::new();
     }
-    for version in versions {
-        let directory = pin_dir.join(version);
-        // Links first: a program must not run over maps that are half gone.
-        for directory in [directory.join("links"), directory] {
-            match fs::remove_dir_all(&directory) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    errors.push(step("remove pins", &directory, &error));
-                }
-                _ => {}
-            }
-        }
-    }
+    let versions: Vec<PathBuf> = versions(pin_dir).into_iter().map(|version| pin_dir.join(version)).collect();
+    // Links first: a program must not run over maps that are half gone.
+    let mut errors: Vec<DatapathError> = versions.iter().filter_map(|version| remove(&version.join("links"))).collect();
     hooks::remove_filters();
+    errors.extend(versions.iter().filter_map(|version| remove(version)));
     if pin_dir != mountpoint(pin_dir) {
         // Not empty: something in it is not ours.
         let _ = fs::remove_dir(pin_dir);
     }
     errors
+}
+
+fn remove(directory: &Path) -> Option<DatapathError> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Some(step("remove pins", directory, &error)),
+        _ => None,
+    }
 }
 
 /// Mounts a bpffs where the pins would not be on one.
@@ -222,4 +221,30 @@ fn make_directory(path: &Path) -> Result<(), DatapathError> {
 
 fn step(step: &'static str, path: &Path, error: &io::Error) -> DatapathError {
     DatapathError::Step { step, reason: format!("{}: {error}", path.display()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netns;
+
+    /// An uninstallation may be killed as well.
+    #[test]
+    #[ignore = "needs root"]
+    fn a_removal_that_was_cut_short_is_begun_again() {
+        let name = format!("dp-pins-{}", std::process::id());
+        let netns = netns::ensure(&name).expect("a namespace");
+        let root = Path::new(SYSTEM).join(&name);
+        ensure_bpffs(&root).expect("a bpffs");
+        for left in ["", "v1", "v1/maps", "v7_1024/links"] {
+            fs::create_dir_all(root.join(left)).expect("directories");
+            let errors = netns::within(&netns, || retire(&root)).expect("in the namespace");
+            assert!(errors.is_empty() && !root.exists(), "{left}: {errors:?}");
+        }
+        fs::create_dir_all(root.join("of_another")).expect("directories");
+        assert!(netns::within(&netns, || retire(&root)).expect("in the namespace").is_empty());
+        assert!(root.join("of_another").is_dir(), "what is not ours stays");
+        fs::remove_dir_all(&root).expect("removed");
+        netns::remove(&name).expect("removed");
+    }
 }
