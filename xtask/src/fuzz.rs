@@ -12,13 +12,12 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::{cargo, root, run};
 
-/// One compiler unit a crate, or the instrumentation's tables come apart.
+/// What `tests/fuzz/rustc.sh` gives the compiler for the crates that take bytes apart.
 const INSTRUMENTATION: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
     -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares \
-    --cfg=fuzzing";
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 /// No input of ours is longer before it is refused as too long.
 const LONGEST: usize = 4_096;
 
@@ -81,9 +80,10 @@ fn build() -> Result<PathBuf> {
         .arg(directory.join("Cargo.toml"))
         .arg("--target-dir")
         .arg(&target)
-        // With a target named, build scripts and macros stay without instrumentation.
         .args(["--target", &host()?])
-        .env("RUSTFLAGS", INSTRUMENTATION))?;
+        .env("RUSTC_WRAPPER", directory.join("rustc.sh"))
+        .env("FUZZ_INSTRUMENTATION", INSTRUMENTATION)
+        .env("RUSTFLAGS", "--cfg=fuzzing"))?;
     Ok(target.join(host()?).join("release/node-engine-fuzz"))
 }
 
