@@ -120,7 +120,7 @@ fn table(values: [f64; GOALS.len()]) -> (String, usize) {
 #[derive(Debug, Deserialize)]
 struct Event {
     time_ms: u64,
-    kind: String,
+    event: String,
     subject: String,
 }
 
@@ -179,11 +179,11 @@ impl Load {
         for line in String::from_utf8_lossy(&text.stdout).lines() {
             let event: Event = serde_json::from_str(line).with_context(|| format!("an event: {line}"))?;
             if event.subject.contains(name) {
-                moments.entry(event.kind).or_insert(event.time_ms);
+                moments.entry(event.event).or_insert(event.time_ms);
             }
         }
         let of = |kind: &str| moments.get(kind).copied().with_context(|| format!("no {kind} of {name}: {moments:?}"));
-        Ok(Duration::from_millis(of("running")? - of("creating")?))
+        Ok(Duration::from_millis(of("created")? - of("creating")?))
     }
 
     /// So many containers are left on the node.
