@@ -188,11 +188,12 @@ impl Load {
 
     /// So many containers are left on the node.
     fn left(&self, count: usize) -> Result<()> {
+        let mut left = String::new();
         until(&format!("{count} containers are left"), PATIENCE, || {
-            let left = self.node().host.run("docker ps --all --quiet")?;
+            left = self.node().host.shell("docker ps --all --format '{{.Names}} {{.Status}}'")?;
             Ok((left.lines().count() == count).then_some(()))
         })
-        .with_context(|| self.node().log())
+        .with_context(|| format!("{}{left}", self.node().log()))
     }
 
     fn fill(&self) -> Result<()> {

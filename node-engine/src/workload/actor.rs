@@ -65,6 +65,8 @@ struct Actor {
     usage: HashMap<Technology, Vec<InstanceUsage>>,
     /// How often each instance was started since the daemon began; what ran before counts as one.
     starts: HashMap<InstanceId, u32>,
+    /// Why an instance cannot be removed yet, as it was last told.
+    stuck: HashMap<InstanceId, String>,
     drained: Option<oneshot::Sender<()>>,
 }
 
@@ -82,6 +84,7 @@ pub(super) async fn run(mut setup: Setup, mut inbox: mpsc::Receiver<Request>) {
         notes: VecDeque::new(),
         steps: JoinSet::new(),
         prepares: HashMap::new(),
+        stuck: HashMap::new(),
         exits,
         silent,
         unheard,
@@ -246,6 +249,15 @@ impl Actor {
                         self.prepares.remove(instance);
                         None
                     }
+                    Event::Stopped { instance, result: Err(failure) }
+                    | Event::Detached { instance, result: Err(failure) } => {
+                        self.stays(instance, &failure.reason);
+                        None
+                    }
+                    Event::Stopped { instance, .. } | Event::Detached { instance, .. } => {
+                        self.stuck.remove(instance);
+                        None
+                    }
                     _ => None,
                 };
                 self.event(event);
@@ -259,6 +271,14 @@ impl Actor {
             }
             Answer::Usage(sampled) => self.sampled(sampled),
             Answer::Served => {}
+        }
+    }
+
+    /// It is tried again until it can be, and told where the reason is another one than before.
+    fn stays(&mut self, instance: &InstanceId, reason: &str) {
+        if self.stuck.get(instance).is_none_or(|told| told != reason) {
+            tracing::warn!(%instance, reason, "this cannot be removed yet, and is tried again");
+            self.stuck.insert(instance.clone(), reason.to_owned());
         }
     }
 

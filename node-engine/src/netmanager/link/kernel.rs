@@ -4,11 +4,12 @@
 use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroI32;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
-use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{ErrorMessage, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourFlags, NeighbourMessage, NeighbourState};
@@ -16,15 +17,22 @@ use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteScope, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use rtnetlink::sys::AsyncSocket;
 use rtnetlink::{AddressMessageBuilder, Error, Handle, LinkUnspec, RouteMessageBuilder};
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 
 use super::LinkError;
 
 /// A list that the kernel cannot give now is asked for again so often, and so much later.
 const LIST_TRIES: usize = 20;
 const LIST_PAUSE: Duration = Duration::from_millis(5);
+/// However busy the machine is.
+const ANSWER: Duration = Duration::from_secs(20);
+/// Of a socket, in bytes; it takes up memory only while answers wait in it.
+const ROOM: usize = 4 << 20;
 
 /// A route socket. The namespace it was opened in is the one it speaks of.
 #[derive(Debug)]
@@ -68,7 +76,8 @@ pub(super) struct RouteState {
 impl Netlink {
     /// Opens a socket in the calling thread's namespace. The thread must be inside a runtime.
     pub(super) fn open() -> io::Result<Self> {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
+        let (mut connection, handle, _) = rtnetlink::new_connection()?;
+        make_room(connection.socket_mut().socket_ref());
         Ok(Self::over(handle, tokio::spawn(connection).abort_handle()))
     }
 
@@ -78,12 +87,12 @@ impl Netlink {
     }
 
     pub(super) async fn link(&self, name: &str) -> Result<Option<LinkState>, LinkError> {
-        let found = self.handle.link().get().match_name(name).execute().try_next().await;
+        let found = answered(self.handle.link().get().match_name(name).execute().try_next()).await;
         absent_is_none(found).map_err(|error| failed("look up", name, &error)).map(|link| link.map(LinkState::from))
     }
 
     pub(super) async fn link_at(&self, index: u32) -> Result<Option<LinkState>, LinkError> {
-        let found = self.handle.link().get().match_index(index).execute().try_next().await;
+        let found = answered(self.handle.link().get().match_index(index).execute().try_next()).await;
         absent_is_none(found).map_err(|error| failed("look up", index, &error)).map(|link| link.map(LinkState::from))
     }
 
@@ -91,7 +100,7 @@ impl Netlink {
     pub(super) async fn link_in(&self, netns: i32, index: u32) -> Result<Option<LinkState>, LinkError> {
         let mut request = self.handle.link().get().match_index(index);
         request.message_mut().attributes.push(LinkAttribute::IfNetnsId(netns));
-        let found = request.execute().try_next().await;
+        let found = answered(request.execute().try_next()).await;
         absent_is_none(found).map_err(|error| failed("look up", index, &error)).map(|link| link.map(LinkState::from))
     }
 
@@ -107,27 +116,27 @@ impl Netlink {
     {
         let _alone = self.listing.lock().await;
         for _ in 0..LIST_TRIES {
-            match request().try_collect().await {
+            match answered(request().try_collect()).await {
                 Err(error) if matches!(errno(&error), Some(Errno::EBUSY | Errno::EINTR)) => {
                     tokio::time::sleep(LIST_PAUSE).await;
                 }
                 result => return result,
             }
         }
-        request().try_collect().await
+        answered(request().try_collect()).await
     }
 
     pub(super) async fn create(&self, name: &str, link: LinkMessage) -> Result<(), LinkError> {
-        self.handle.link().add(link).execute().await.map_err(|error| failed("create", name, &error))
+        answered(self.handle.link().add(link).execute()).await.map_err(|error| failed("create", name, &error))
     }
 
     pub(super) async fn set(&self, name: &str, link: LinkMessage) -> Result<(), LinkError> {
-        self.handle.link().set(link).execute().await.map_err(|error| failed("set up", name, &error))
+        answered(self.handle.link().set(link).execute()).await.map_err(|error| failed("set up", name, &error))
     }
 
     /// Settings of a bridge's port.
     pub(super) async fn set_port(&self, name: &str, port: LinkMessage) -> Result<(), LinkError> {
-        self.handle.link().set_port(port).execute().await.map_err(|error| failed("set up", name, &error))
+        answered(self.handle.link().set_port(port).execute()).await.map_err(|error| failed("set up", name, &error))
     }
 
     pub(super) async fn set_up(&self, link: &LinkState) -> Result<(), LinkError> {
@@ -147,7 +156,7 @@ impl Netlink {
     /// A link that is not there is a success.
     pub(super) async fn delete(&self, name: &str) -> Result<(), LinkError> {
         let message = LinkUnspec::new_with_name(name).build();
-        let deleted = self.handle.link().del_with_message(message).execute().await;
+        let deleted = answered(self.handle.link().del_with_message(message).execute()).await;
         absent_is_none(deleted.map(Some)).map_err(|error| failed("delete", name, &error)).map(drop)
     }
 
@@ -160,12 +169,12 @@ impl Netlink {
         }
         let mut request = self.handle.address().add(link, address, prefix).replace();
         *request.message_mut() = message;
-        request.execute().await.map_err(|error| failed("add address", address, &error))
+        answered(request.execute()).await.map_err(|error| failed("add address", address, &error))
     }
 
     /// An address that is not there is a success.
     pub(super) async fn delete_address(&self, link: u32, address: IpAddr, prefix: u8) -> Result<(), LinkError> {
-        let deleted = self.handle.address().del(address_message(link, address, prefix)).execute().await;
+        let deleted = answered(self.handle.address().del(address_message(link, address, prefix)).execute()).await;
         absent_is_none(deleted.map(Some)).map_err(|error| failed("delete address", address, &error)).map(drop)
     }
 
@@ -182,7 +191,7 @@ impl Netlink {
 
     /// Adds the route or makes it what it should be. One that is there is no change that anybody is told of.
     pub(super) async fn ensure_route(&self, link: u32, destination: IpAddr, prefix: u8) -> Result<(), LinkError> {
-        let added = self.handle.route().add(route_message(link, destination, prefix, None)).execute().await;
+        let added = answered(self.handle.route().add(route_message(link, destination, prefix, None)).execute()).await;
         match added {
             Ok(()) => Ok(()),
             // There is one; is it this one?
@@ -203,13 +212,13 @@ impl Netlink {
         gateway: Option<IpAddr>,
     ) -> Result<(), LinkError> {
         let message = route_message(link, destination, prefix, gateway);
-        let added = self.handle.route().add(message).replace().execute().await;
+        let added = answered(self.handle.route().add(message).replace().execute()).await;
         added.map_err(|error| failed("add route to", format_args!("{destination}/{prefix}"), &error))
     }
 
     /// A route that is not there is a success.
     pub(super) async fn delete_route(&self, link: u32, destination: IpAddr, prefix: u8) -> Result<(), LinkError> {
-        let deleted = self.handle.route().del(route_message(link, destination, prefix, None)).execute().await;
+        let deleted = answered(self.handle.route().del(route_message(link, destination, prefix, None)).execute()).await;
         absent_is_none(deleted.map(Some))
             .map_err(|error| failed("delete route to", format_args!("{destination}/{prefix}"), &error))
             .map(drop)
@@ -220,7 +229,7 @@ impl Netlink {
         let prefix = if address.is_ipv4() { 32 } else { 128 };
         let mut message = route_message(0, address, prefix, None);
         message.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
-        match self.handle.route().get(message).execute().try_next().await {
+        match answered(self.handle.route().get(message).execute().try_next()).await {
             Ok(Some(route)) => Ok(RouteState::from(&route)),
             Ok(None) => Err(LinkError::NoRoute(address)),
             Err(error) => match errno(&error) {
@@ -248,7 +257,7 @@ impl Netlink {
     /// A neighbour that is not there is a success.
     pub(super) async fn forget_neighbour(&self, neighbour: NeighbourMessage) -> Result<(), LinkError> {
         let link = neighbour.header.ifindex;
-        let forgotten = self.handle.neighbours().del(neighbour).execute().await;
+        let forgotten = answered(self.handle.neighbours().del(neighbour).execute()).await;
         absent_is_none(forgotten.map(Some))
             .map_err(|error| failed("forget a neighbour at link", link, &error))
             .map(drop)
@@ -257,7 +266,7 @@ impl Netlink {
     /// Has the kernel ask for the link address, where it does not already.
     pub(super) async fn seek_neighbour(&self, link: u32, address: IpAddr) -> Result<(), LinkError> {
         let request = self.handle.neighbours().add(link, address);
-        let sought = request.state(NeighbourState::None).flags(NeighbourFlags::Use).execute().await;
+        let sought = answered(request.state(NeighbourState::None).flags(NeighbourFlags::Use).execute()).await;
         match sought {
             // A packet to it came in between.
             Err(error) if errno(&error) == Some(Errno::EEXIST) => Ok(()),
@@ -289,7 +298,7 @@ impl Netlink {
             }
             Ok(None)
         };
-        ask.await.map_err(|error| failed("look up", "the namespace's id", &error))
+        answered(ask).await.map_err(|error| failed("look up", "the namespace's id", &error))
     }
 }
 
@@ -297,6 +306,21 @@ impl Drop for Netlink {
     fn drop(&mut self) {
         self.pump.abort();
     }
+}
+
+/// What the kernel says to a request: it says it at once, or never, where its answer did not fit into the socket's buffer.
+async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    timeout(ANSWER, request).await.unwrap_or_else(|_| {
+        let mut silence = ErrorMessage::default();
+        silence.code = NonZeroI32::new(-(Errno::ETIMEDOUT as i32));
+        Err(Error::NetlinkError(silence))
+    })
+}
+
+/// Room for the answers to some thousand requests at once: on a busy machine a socket's task comes late, and sixty instances of a node
+/// that begins were answered all at once. Root may exceed what the system allows otherwise; whoever may not has the usual room.
+fn make_room(socket: &impl AsFd) {
+    let _ = setsockopt(&socket.as_fd(), sockopt::RcvBufForce, &ROOM);
 }
 
 /// What this errno means for something that should be gone, or that we look for.
@@ -440,5 +464,18 @@ impl From<&RouteMessage> for RouteState {
             }
         }
         state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever waits for it would wait for ever, and hold up all that comes after.
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_lost_is_an_error() {
+        let error = answered(std::future::pending::<Result<(), Error>>()).await.expect_err("there is none");
+        assert_eq!(errno(&error), Some(Errno::ETIMEDOUT));
+        assert!(failed("look up", "eth0", &error).to_string().contains("timed out"), "{error}");
     }
 }

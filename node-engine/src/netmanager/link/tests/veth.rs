@@ -233,3 +233,18 @@ fn sixty_instances_fit_on_the_bridge() {
     }
     assert!(host.links(|links| async move { links.uninstall().await }).is_empty());
 }
+
+/// As when a node with many instances begins: what the kernel says waits until all is asked.
+#[test]
+#[ignore = "needs root"]
+fn a_crowd_of_requests_is_answered() {
+    let host = Host::new("crowd");
+    let answers = host.namespace.within(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let netlink = Netlink::open().expect("a socket");
+            futures_util::future::join_all((0..1_000).map(|_| netlink.link("lo"))).await
+        })
+    });
+    assert!(answers.iter().all(|answer| answer.as_ref().is_ok_and(Option::is_some)), "{:?}", answers.last());
+}
