@@ -19,10 +19,10 @@ pub(crate) use idle::count_what_the_protocol_sends;
 
 /// What is promised of a figure; a run that exceeds it fails.
 #[derive(Debug)]
-struct Limit {
-    name: &'static str,
-    unit: &'static str,
-    most: f64,
+pub(crate) struct Limit {
+    pub(crate) name: &'static str,
+    pub(crate) unit: &'static str,
+    pub(crate) most: f64,
 }
 
 /// The one table of limits, in the order of [`Figures::values`].
@@ -127,16 +127,20 @@ impl Figures {
 
     /// A line for each figure with its limit, and how many exceed theirs.
     pub fn report(&self) -> (String, usize) {
-        let mut text = String::new();
-        let mut exceeded = 0;
-        for (limit, value) in LIMITS.iter().zip(self.values()) {
-            let verdict = if value <= limit.most { "" } else { "  TOO MUCH" };
-            exceeded += usize::from(value > limit.most);
-            let Limit { name, unit, most } = limit;
-            let _ = writeln!(text, "{name:32} {value:8.2} {unit:3} of {most:5.1}{verdict}");
-        }
-        (text, exceeded)
+        report(&LIMITS, self.values())
     }
+}
+
+/// A line for each value with its limit, and how many exceed theirs.
+pub(crate) fn report<const N: usize>(limits: &[Limit; N], values: [f64; N]) -> (String, usize) {
+    let mut text = String::new();
+    let mut exceeded = 0;
+    for (Limit { name, unit, most }, value) in limits.iter().zip(values) {
+        let verdict = if value <= *most { "" } else { "  TOO MUCH" };
+        exceeded += usize::from(value > *most);
+        let _ = writeln!(text, "{name:32} {value:8.2} {unit:3} of {most:5.1}{verdict}");
+    }
+    (text, exceeded)
 }
 
 #[cfg(test)]
