@@ -22,7 +22,7 @@ use tracing::warn;
 use crate::model::{Addresses, InstanceId};
 
 use super::journal::{Family, Undo};
-use super::nft::{self, Batch, Expression, Header, Place, Refused};
+use super::nft::{self, Batch, Expression, Header, Place, Refused, RuleState};
 use super::ports::{self, TABLE, blocking, refused_by_kernel};
 use super::{LinkError, Links, Veth, veth};
 
@@ -72,6 +72,24 @@ impl Links {
         delete_chain(name).await
     }
 
+    /// Like [`Self::ensure_guards`], for one that has just come: of the others nothing is read, however many they are.
+    pub(super) async fn ensure_guard(&self, name: &str) -> Result<(), LinkError> {
+        let row = self.guard().watched.get(name).copied();
+        // The first one makes the table, too.
+        if let Some(row) = row.filter(|_| self.journal().holds(&Undo::DelTable { family: Family::Device })) {
+            let name = name.to_owned();
+            let guarded = blocking("guard", move || {
+                let rules = rules_for(row);
+                let present = nft::rules_in(Family::Device, TABLE, &name)?;
+                Ok(are_there(present.iter(), &rules) || device(&name, &rules).commit().is_ok())
+            });
+            if guarded.await? {
+                return Ok(());
+            }
+        }
+        self.ensure_guards().await
+    }
+
     /// Makes what is missing, and removes what is left of veths that went while nobody looked; cheap where nothing is.
     pub(super) async fn ensure_guards(&self) -> Result<(), LinkError> {
         let made = Undo::DelTable { family: Family::Device };
@@ -88,10 +106,8 @@ impl Links {
             let present = nft::rules(Family::Device, TABLE)?;
             let chains = present.iter().map(|rule| &rule.chain).filter(|chain| chain.starts_with(veth::PREFIX));
             let chains: BTreeSet<String> = chains.cloned().collect();
-            let is_there = |chain: &str, rules: &Rules| {
-                let present = present.iter().filter(|rule| rule.chain == chain).map(|rule| rule.comment.as_deref());
-                present.eq(rules.iter().map(|(comment, _)| Some(comment.as_str())))
-            };
+            let is_there =
+                |chain: &str, rules: &Rules| are_there(present.iter().filter(|rule| rule.chain == chain), rules);
             let mut refused = Vec::new();
             let reasons = REASONS.iter().map(|reason| ((*reason).to_owned(), dropped(reason)));
             if !reasons.clone().all(|(chain, rules)| is_there(&chain, &rules)) {
@@ -137,6 +153,11 @@ impl Links {
     fn guard(&self) -> MutexGuard<'_, Guard> {
         self.guard.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a chain's rules are these: their comments tell them apart.
+fn are_there<'a>(present: impl Iterator<Item = &'a RuleState>, rules: &Rules) -> bool {
+    present.map(|rule| rule.comment.as_deref()).eq(rules.iter().map(|(comment, _)| Some(comment.as_str())))
 }
 
 async fn delete_chain(name: String) -> Result<(), LinkError> {

@@ -179,7 +179,7 @@ impl Links {
     ) -> Result<Veth, LinkError> {
         let veth = self.attach_veth(instance, netns, subnet, addresses).await?;
         self.watch(&[(veth.clone(), addresses)]);
-        self.ensure_guards().await?;
+        self.ensure_guard(&veth.name).await?;
         Ok(veth)
     }
 

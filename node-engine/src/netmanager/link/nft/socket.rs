@@ -12,6 +12,9 @@ const DONE: u16 = 3;
 const DUMP_INTERRUPTED: u16 = 0x10;
 const RETRIES: u32 = 8;
 
+/// The kernel puts as many rows into one datagram as the reader has had room for, up to this.
+const MOST: usize = 32 << 10;
+
 /// `nlmsghdr` and `nfgenmsg`.
 const NETLINK_HEADER: usize = 16;
 const HEADERS: usize = 20;
@@ -82,9 +85,11 @@ pub(super) fn open(bytes: usize) -> io::Result<Socket> {
 /// All that the kernel has to say now.
 pub(super) fn receive(socket: &Socket) -> io::Result<Vec<Answer>> {
     let mut answers = Vec::new();
+    let mut bytes = Vec::with_capacity(MOST);
     loop {
-        let (bytes, _) = match socket.recv_from_full() {
-            Ok(received) => received,
+        bytes.clear();
+        match socket.recv_from(&mut bytes, 0) {
+            Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(answers),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(error),
