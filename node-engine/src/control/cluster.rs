@@ -35,7 +35,7 @@ use super::tls::client_config;
 use crate::config::{ClusterConfig, ReportChoice};
 use crate::drain::Drain;
 use crate::model::{
-    Command, Generation, NodeFacts, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, TableAnswer,
+    Command, Generation, InstanceId, NodeFacts, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, TableAnswer,
 };
 use crate::wire::ToNode;
 use crate::wire::json::excerpt;
@@ -72,6 +72,8 @@ pub struct Node {
     /// This node's address as its peers see it; `None`: the one packets to the cluster leave from.
     pub address: Option<IpAddr>,
     pub tunnel_port: u16,
+    /// The jobs of the instances that are here from an earlier run.
+    pub jobs: Vec<(InstanceId, String)>,
 }
 
 /// The control plane of a reference cluster of any generation.
@@ -115,6 +117,9 @@ impl ControlPlane for Cluster {
         let mut session = Session::new(registrar, self.node.usage, tls, self.silence);
         session.exception = Exception::new(self.reports);
         session.encoder.compact = self.reports == ReportChoice::Changes;
+        for (instance, job) in &self.node.jobs {
+            session.encoder.deploying(instance, job);
+        }
         session.sent = self.sent;
         session.run(commands, reports, stop).await;
         Ok(())
@@ -354,7 +359,9 @@ impl Session {
     /// When something has to be looked at again by the clock.
     fn wake_at(&self) -> Instant {
         let silent = (!self.operations.is_empty()).then(|| self.heard_at + self.silence);
-        let due = [self.register_at, self.connect_at, silent, self.deadline];
+        // Whoever stops begins nothing any more.
+        let begins = [self.register_at, self.connect_at].map(|due| due.filter(|_| self.deadline.is_none()));
+        let due = [begins[0], begins[1], silent, self.deadline];
         due.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
     }
 
@@ -618,4 +625,51 @@ fn watches(generation: Generation) -> bool {
 
 fn updates_topic(service: &ServiceName) -> String {
     format!("jobs/{service}/updates_available")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let cluster = ClusterConfig { host: "h".into(), port: None, tls: false, generation: None, mqtt_tls: None };
+        let (facts, public_address) = (NodeFacts::default(), None);
+        let http = http_client(false).expect("a client");
+        let registrar = Registrar { http, cluster, facts, public_address, tunnel_port: 50103 };
+        Session { up_since: Some(Instant::now()), ..Session::new(registrar, NodeUsage::default(), None, SILENCE) }
+    }
+
+    /// What is still to be sent is sent in the order subscriptions, ends of subscriptions.
+    #[tokio::test]
+    async fn an_interest_that_goes_and_comes_back_stays_subscribed() {
+        let service: ServiceName = "app.default.web.test".parse().expect("a name");
+        let topic = updates_topic(&service);
+        let mut session = session();
+        let say = |session: &mut Session, report: fn(ServiceName) -> Report| session.report(report(service.clone()));
+        say(&mut session, Report::InterestAdd);
+        assert_eq!(session.subscribe, [vec![topic.clone()]]);
+        session.subscribe.clear();
+        say(&mut session, Report::InterestRemove);
+        assert_eq!(session.unsubscribe, [topic.clone()]);
+        say(&mut session, Report::InterestAdd);
+        assert!(session.subscribe.is_empty() && session.unsubscribe.is_empty(), "the broker has it still");
+        say(&mut session, Report::InterestRemove);
+        session.unsubscribe.clear();
+
+        say(&mut session, Report::InterestAdd);
+        say(&mut session, Report::InterestRemove);
+        assert!(session.subscribe.is_empty() && session.unsubscribe.is_empty(), "the broker never had it");
+        say(&mut session, Report::InterestAdd);
+        assert_eq!(session.subscribe, [vec![topic]]);
+    }
+
+    #[tokio::test]
+    async fn whoever_stops_waits_for_nothing_that_is_not_begun_any_more() {
+        let mut session = session();
+        let now = Instant::now();
+        (session.register_at, session.connect_at) = (Some(now), Some(now));
+        assert_eq!(session.wake_at(), now);
+        session.deadline = Some(now + Duration::from_secs(20));
+        assert_eq!(session.wake_at(), now + Duration::from_secs(20));
+    }
 }

@@ -14,6 +14,7 @@ pub(crate) mod socketio;
 pub mod tls;
 
 pub use cluster::{Cluster, Node};
+pub(crate) use register::preferred;
 
 use async_trait::async_trait;
 use tokio::sync::mpsc::{Receiver, Sender};

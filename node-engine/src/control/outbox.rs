@@ -7,7 +7,7 @@
 //! The bound is in bytes. Beyond it whatever is no status goes first, then a status that a later one of the same instance follows, then
 //! the answer to a delete, which the cluster does not wait for. The last status of an instance goes only where nothing else is left.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use crate::model::{InstanceId, Report, Status};
 
@@ -17,6 +17,9 @@ const MAX_BYTES: usize = 4 << 20;
 const BASE: usize = 512;
 /// The wire tells no more of a reason.
 const MAX_DETAIL: usize = 1024;
+
+/// More than a node has instances.
+const MAX_GIVEN_UP: usize = 4096;
 
 /// Sensors whose newest sample may wait.
 const MAX_SENSORS: usize = 512;
@@ -39,6 +42,8 @@ pub(super) struct Outbox {
     instances: Option<Report>,
     /// By the name of the device.
     sensors: BTreeMap<String, Report>,
+    /// Instances that the cluster has given up, and that have not ended yet.
+    given_up: BTreeSet<InstanceId>,
     next: u64,
     /// Telemetry that a newer sample or a lost connection made void, and what did not fit.
     pub(super) dropped: u64,
@@ -60,13 +65,25 @@ impl Outbox {
                     self.dropped += 1;
                 }
             }
+            Report::Status { ref instance, status: Status::Failed | Status::Dead, .. }
+                if self.given_up.contains(instance) => {}
             report => self.enqueue(report),
         }
     }
 
     fn enqueue(&mut self, mut report: Report) {
+        if let Report::Status { instance, status: Status::Undeployed, .. } = &report {
+            self.given_up.remove(instance);
+        }
         if let Report::Status { detail, .. } = &mut report {
             detail.truncate(detail.floor_char_boundary(MAX_DETAIL));
+        }
+        // A list from before its end, sent after it, would make the cluster think that it runs again.
+        if let (Report::Status { instance, status, .. }, Some(Report::Instances(usages))) =
+            (&report, &mut self.instances)
+            && !is_passing(*status)
+        {
+            usages.retain(|usage| usage.instance != *instance);
         }
         // Most reports are the only one of their instance: then nothing has to be looked through.
         if about(&report).is_none_or(|instance| self.instances_waiting.contains_key(instance)) {
@@ -177,6 +194,25 @@ impl Outbox {
         self.dropped += std::mem::take(&mut self.sensors).len() as u64;
     }
 
+    /// The cluster wants this instance, anew perhaps: what becomes of it from here on is told.
+    pub(super) fn deploying(&mut self, instance: &InstanceId) {
+        self.given_up.remove(instance);
+    }
+
+    /// The cluster has given up this instance. That it has failed would be taken for a word about the next of its name, which may be on
+    /// another node by now.
+    pub(super) fn deleting(&mut self, instance: &InstanceId) {
+        let failed = |report: &Report| {
+            let status = matches!(report, Report::Status { status: Status::Failed | Status::Dead, .. });
+            status && about(report) == Some(instance)
+        };
+        self.keep_those(|_, report| !failed(report));
+        self.in_flight.retain(|(_, report)| !failed(report));
+        if self.given_up.len() < MAX_GIVEN_UP {
+            self.given_up.insert(instance.clone());
+        }
+    }
+
     /// Nothing waits and nothing is on its way.
     pub(super) fn is_empty(&self) -> bool {
         let telemetry = self.node.is_some() || self.instances.is_some() || !self.sensors.is_empty();
@@ -254,7 +290,7 @@ fn is_passing(status: Status) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Addresses, NodeUsage, Query};
+    use crate::model::{Addresses, InstanceCounters, InstanceUsage, NodeUsage, Query, Technology};
 
     fn status(name: &str, status: Status) -> Report {
         let instance = format!("app.default.{name}.test.instance.0").parse().unwrap();
@@ -347,6 +383,51 @@ mod tests {
         outbox.push(query("a"), false);
         assert!(outbox.is_empty());
         assert_eq!(outbox.dropped, 2);
+    }
+
+    #[test]
+    fn what_has_ended_is_in_no_list_that_is_told_later() {
+        let usage = |name: &str| InstanceUsage {
+            instance: format!("app.default.{name}.test.instance.0").parse().unwrap(),
+            technology: Technology::Container,
+            cpu_percent: 0.0,
+            memory_bytes: 0,
+            memory_percent: 0.0,
+            disk_bytes: 0,
+            log_tail: String::new(),
+            counters: InstanceCounters::default(),
+        };
+        let mut outbox = Outbox::default();
+        outbox.push(Report::Instances(vec![usage("a"), usage("b"), usage("c")]), true);
+        outbox.push(status("a", Status::Completed), true);
+        outbox.push(status("b", Status::Created), true);
+        let told: Vec<Report> = std::iter::from_fn(|| outbox.take(true)).map(|(_, report)| report).collect();
+        let Some(Report::Instances(left)) = told.last() else { panic!("{told:?}") };
+        assert_eq!(left.iter().map(|usage| usage.instance.service.short()).collect::<Vec<_>>(), ["b", "c"]);
+    }
+
+    #[test]
+    fn after_a_delete_nothing_is_said_of_a_failure_before_it() {
+        let mut outbox = Outbox::default();
+        for report in [status("a", Status::Failed), status("b", Status::Failed), status("a", Status::Completed)] {
+            outbox.push(report, true);
+        }
+        outbox.take(true);
+        let a = "app.default.a.test.instance.0".parse().unwrap();
+        outbox.push(status("a", Status::Dead), true);
+        outbox.deleting(&a);
+        outbox.lost();
+        // On its way here when the delete came.
+        outbox.push(status("a", Status::Dead), false);
+        outbox.push(status("a", Status::Undeployed), false);
+        outbox.push(status("a", Status::Failed), false);
+        let said: Vec<String> = taken(&mut outbox).into_iter().map(|(_, text)| text).collect();
+        assert_eq!(said, ["b:FAILED", "a:COMPLETED", "a:UNDEPLOYED", "a:FAILED"], "the last is about the next one");
+
+        outbox.deleting(&a);
+        outbox.deploying(&a);
+        outbox.push(status("a", Status::Failed), false);
+        assert_eq!(outbox.take(true).map(|(_, report)| say(&report)), Some("a:FAILED".into()), "so is this");
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Becoming a node of the cluster: finding out what kind of cluster it is, and being taken in.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use tokio::net::UdpSocket;
+use tokio::net::{UdpSocket, lookup_host};
 use tracing::debug;
 
 use super::http::{self, HttpError, ask, authority};
@@ -118,16 +118,20 @@ impl Registrar {
         }
     }
 
-    /// Only clusters of the newest generation tell their status.
+    /// Only clusters of the newest generation tell their status; one that its root has not taken in yet has no id to tell.
     async fn generation(&self, base: &str) -> Result<Generation, RegisterError> {
         let url = format!("{base}/api/cluster/status");
         let answer = match ask(self.http.get(&url), MAX_MESSAGE).await {
             Ok(answer) => answer,
             Err(source) => return Err(RegisterError::Unreachable { url, source }),
         };
-        let tells = answer.status == 200
-            && Members::parse(&answer.body, MAX_MESSAGE).is_ok_and(|members| members.has("cluster_id"));
-        Ok(if tells { Generation::G4 } else { Generation::G2 })
+        let tells = |members: Members<'_>| members.has("cluster_id") || members.has("connected_to_root");
+        match answer.status {
+            200 if Members::parse(&answer.body, MAX_MESSAGE).is_ok_and(tells) => Ok(Generation::G4),
+            // Of no generation is known that it cannot say: whoever guesses here guesses for as long as it is connected.
+            status @ 500.. => Err(RegisterError::Refused { url, status, body: excerpt(&answer.body) }),
+            _ => Ok(Generation::G2),
+        }
     }
 
     async fn by_socketio(&self, usage: &NodeUsage, address: Option<IpAddr>) -> Result<NodeIdentity, RegisterError> {
@@ -162,15 +166,31 @@ impl Registrar {
         if let Some(address) = self.public_address {
             return Some(address);
         }
-        let port = self.cluster.port.unwrap_or(HTTP_PORT);
-        for unspecified in ["0.0.0.0:0", "[::]:0"] {
-            let Ok(socket) = UdpSocket::bind(unspecified).await else { continue };
-            if socket.connect((self.cluster.host.as_str(), port)).await.is_ok() {
-                return socket.local_addr().ok().map(|address| address.ip());
-            }
-        }
-        None
+        let found = lookup_host((self.cluster.host.as_str(), 0)).await.ok()?;
+        way_out(found.map(|address| address.ip())).await.map(|(_, own)| own)
     }
+}
+
+/// Of the cluster's addresses the one that a node speaks to: IPv4 before IPv6, and one that there is a way to before others.
+pub(crate) async fn preferred(addresses: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
+    let addresses: Vec<IpAddr> = addresses.collect();
+    let (first, way) = (addresses.first().copied(), way_out(addresses.into_iter()).await);
+    way.map(|(cluster, _)| cluster).or(first)
+}
+
+/// The preferred address and the one that packets to it leave from. Nothing is sent to find out.
+async fn way_out(addresses: impl Iterator<Item = IpAddr>) -> Option<(IpAddr, IpAddr)> {
+    let mut addresses: Vec<IpAddr> = addresses.collect();
+    addresses.sort_by_key(IpAddr::is_ipv6);
+    for cluster in addresses {
+        let unspecified: IpAddr =
+            if cluster.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let Ok(socket) = UdpSocket::bind((unspecified, 0)).await else { continue };
+        if socket.connect((cluster, HTTP_PORT)).await.is_ok() {
+            return socket.local_addr().ok().map(|own| (cluster, own.ip()));
+        }
+    }
+    None
 }
 
 impl RegisterError {
@@ -198,4 +218,22 @@ impl RegisterError {
 /// A client for the cluster manager.
 pub(super) fn http_client(tls: bool) -> Result<reqwest::Client, HttpError> {
     http::client(tls)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_cluster_with_two_families_is_spoken_to_over_ipv4() {
+        let of = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
+        let both = of(&["::1", "127.0.0.1"]);
+        assert_eq!(preferred(both.clone().into_iter()).await, Some(both[1]));
+        assert_eq!(way_out(both.clone().into_iter()).await, Some((both[1], both[1])));
+        assert_eq!(preferred(both[..1].iter().copied()).await, Some(both[0]));
+        // No way leads there, from anywhere.
+        let lost = of(&["255.255.255.255"]);
+        assert_eq!(preferred(lost.clone().into_iter()).await, Some(lost[0]));
+        assert_eq!(preferred(std::iter::empty()).await, None);
+    }
 }

@@ -12,11 +12,11 @@ use super::node::NoNode;
 use super::notify::Notify;
 use super::runtimes::{self, Runtimes};
 use super::tasks::Tasks;
-use super::{GRACE, LAST_MOMENT, Parts, checks, operate, remove, serve, supervise};
+use super::{GRACE, LAST_MOMENT, Parts, checks, operate, plan, remove, serve, supervise};
 use crate::api::{Api, RunLock};
 use crate::cli::StandaloneChoice;
 use crate::config::{ClusterConfig, Config, Generation, OnExit};
-use crate::control::{Cluster, Node};
+use crate::control::{self, Cluster, Node};
 use crate::drain::Drain;
 use crate::events::Events;
 use crate::model::{NodeFacts, Sent};
@@ -158,8 +158,13 @@ async fn node(
     // Towards a cluster elsewhere the way there decides, anew at each registration; the way to one in this process leads nowhere.
     let fixed = standalone.is_some() || config.network.uplink.is_some() || config.network.public_ip.is_some();
     let address = if fixed { net.status().await?.address } else { None };
-    let told =
-        Node { facts: facts.clone(), usage: usage.borrow().clone(), address, tunnel_port: config.network.tunnel_port };
+    let told = Node {
+        facts: facts.clone(),
+        usage: usage.borrow().clone(),
+        address,
+        tunnel_port: config.network.tunnel_port,
+        jobs: plan(&desired).wanted.into_iter().map(|wanted| (wanted.spec.id, wanted.spec.job)).collect(),
+    };
     let (sending, sent) = watch::channel(Sent::default());
     let control = Box::new(Cluster::new(config.cluster.clone(), told).telling(config.telemetry.reports, sending));
 
@@ -205,10 +210,11 @@ async fn node(
     ended
 }
 
-/// Only a hint to which interface leads to the peers: a name that cannot be looked up now is no reason not to start.
+/// Only a hint to which interface leads to the peers: a name that cannot be looked up now is no reason not to start. Of several
+/// addresses the one that the registration takes, too: what peers hear of this node and what it thinks itself have to be the same.
 async fn address_of(cluster: &ClusterConfig) -> Option<IpAddr> {
     match tokio::time::timeout(LOOK_UP, lookup_host((cluster.host.as_str(), 0))).await {
-        Ok(Ok(mut addresses)) => addresses.next().map(|address| address.ip()),
+        Ok(Ok(addresses)) => control::preferred(addresses.map(|address| address.ip())).await,
         Ok(Err(error)) => {
             tracing::warn!(host = cluster.host, %error, "the cluster's address is not known yet");
             None

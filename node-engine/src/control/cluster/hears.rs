@@ -5,7 +5,7 @@ use tracing::{debug, info, warn};
 
 use super::{Received, Session};
 use crate::control::mqtt::Unacknowledged;
-use crate::model::{Command, NodeId, Query, Receipt, Report, Status, TableAnswer};
+use crate::model::{Command, InstanceId, NodeId, Query, Receipt, Report, Status, TableAnswer};
 use crate::wire::json::{Malformed, excerpt};
 use crate::wire::order::OrderTopic;
 use crate::wire::{Order, OrderError, ToNode, generation, order, table};
@@ -85,6 +85,7 @@ impl Session {
         match order(topic, payload, Some(node)) {
             Ok(Order::Deploy(spec)) => {
                 self.encoder.deploying(&spec.id, &spec.job);
+                self.outbox.deploying(&spec.id);
                 let ticket = self.ticket(receipt);
                 self.tell(Command::Deploy(spec, Receipt { ticket, generation }));
                 return Unacknowledged::default();
@@ -92,10 +93,10 @@ impl Session {
             Ok(Order::Delete(mut instances)) => {
                 let Some(last) = instances.pop() else { return receipt };
                 for instance in instances {
-                    self.encoder.deleting(&instance);
+                    self.deleting(&instance);
                     self.tell(Command::Delete(instance, Receipt { ticket: None, generation }));
                 }
-                self.encoder.deleting(&last);
+                self.deleting(&last);
                 let ticket = self.ticket(receipt);
                 self.tell(Command::Delete(last, Receipt { ticket, generation }));
                 return Unacknowledged::default();
@@ -111,6 +112,11 @@ impl Session {
             }
         }
         receipt
+    }
+
+    fn deleting(&mut self, instance: &InstanceId) {
+        self.encoder.deleting(instance);
+        self.outbox.deleting(instance);
     }
 
     fn ticket(&mut self, receipt: Unacknowledged) -> Option<u64> {

@@ -43,15 +43,25 @@ impl Session {
             return;
         }
         if self.up_since.is_some() && watches(self.encoder.generation) {
-            self.subscribe.push_back(vec![updates_topic(service)]);
+            let topic = updates_topic(service);
+            // Sent after the subscription, it would end it.
+            let before = self.unsubscribe.len();
+            self.unsubscribe.retain(|waiting| *waiting != topic);
+            if self.unsubscribe.len() == before {
+                self.subscribe.push_back(vec![topic]);
+            }
         }
     }
 
     fn unwatch(&mut self, service: &ServiceName) {
         if self.interests.remove(service) && self.up_since.is_some() {
             let topic = updates_topic(service);
+            let before = self.subscribe.len();
             self.subscribe.retain(|topics| topics.as_slice() != [topic.as_str()]);
-            self.unsubscribe.push_back(topic);
+            // What the broker never had it need not be told to end.
+            if self.subscribe.len() == before {
+                self.unsubscribe.push_back(topic);
+            }
         }
     }
 

@@ -29,6 +29,8 @@ pub(super) struct Book {
     pub(super) bodies: Mutex<Vec<String>>,
     /// Answers 500 to that many registrations first.
     pub(super) refusals: AtomicUsize,
+    /// Answers 502 to that many questions for its status first.
+    pub(super) outages: AtomicUsize,
 }
 
 impl Manager {
@@ -42,6 +44,7 @@ impl Manager {
             registrations: AtomicUsize::new(0),
             bodies: Mutex::new(Vec::new()),
             refusals: AtomicUsize::new(0),
+            outages: AtomicUsize::new(0),
         });
         let routes = Router::new()
             .route("/api/cluster/status", get(status))
@@ -56,16 +59,23 @@ impl Manager {
     }
 }
 
+fn is_due(count: &AtomicUsize) -> bool {
+    count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+}
+
 async fn status(State(book): State<Arc<Book>>) -> Response {
-    if book.tells_status {
-        r#"{"cluster_name":"c","cluster_id":"64b0","connected_to_root":true}"#.into_response()
+    if is_due(&book.outages) {
+        StatusCode::BAD_GATEWAY.into_response()
+    } else if book.tells_status {
+        // Its root is not there yet.
+        r#"{"cluster_name":"c","cluster_id":null,"connected_to_root":false}"#.into_response()
     } else {
         StatusCode::NOT_FOUND.into_response()
     }
 }
 
 async fn register(State(book): State<Arc<Book>>, body: Bytes) -> Response {
-    let refused = book.refusals.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+    let refused = is_due(&book.refusals);
     book.bodies.lock().unwrap().push(String::from_utf8_lossy(&body).into_owned());
     if refused || read_registration(&body).is_err() {
         let text = r#"{"code":500,"status":"Internal Server Error"}"#;

@@ -40,6 +40,7 @@ pub(super) fn node() -> Node {
         usage: NodeUsage { cpus_logical: 4, memory_available_mib: 4000, ..NodeUsage::default() },
         address: None,
         tunnel_port: 50103,
+        jobs: Vec::new(),
     }
 }
 
@@ -164,6 +165,10 @@ pub(super) fn harmless(topic: &str, payload: &[u8]) -> Result<(), String> {
     let members = document.as_object().ok_or_else(|| format!("{topic}: not an object"))?;
     let check = |right: bool, what: &str| if right { Ok(()) } else { Err(format!("{topic}: {what}: {document}")) };
     match kind {
+        // As the first generation hears it.
+        FromNode::Job if members.contains_key("job_id") => {
+            check(members["status"] == "DEPLOYED" || members["status"] == "FAILED", "status")
+        }
         FromNode::Job => {
             for member in ["sname", "status", "status_detail", "instance", "publicip"] {
                 check(members.contains_key(member), member)?;

@@ -21,6 +21,16 @@ async fn the_newest_generation_is_told_by_its_status() {
 }
 
 #[tokio::test]
+async fn a_status_that_cannot_be_told_now_is_asked_for_again() {
+    let broker = Broker::start().await;
+    let manager = Manager::start(broker.port, true).await;
+    manager.book.outages.store(2, std::sync::atomic::Ordering::Relaxed);
+    let mut running = start(config(manager.port));
+    assert_eq!(running.registered().await.generation, Generation::G4, "and not one that nobody has named");
+    running.end().await;
+}
+
+#[tokio::test]
 async fn an_older_generation_hears_memory_as_a_percentage() {
     let broker = Broker::start().await;
     let manager = Manager::start(broker.port, false).await;
@@ -73,6 +83,22 @@ async fn first_generation(manner: Manner) -> (Init, NodeIdentity) {
     running.connected().await;
     running.end().await;
     (init, identity)
+}
+
+/// An instance that was there before this start has its job from then.
+#[tokio::test]
+async fn a_first_generation_cluster_hears_of_instances_of_an_earlier_run() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::WebSocket, broker.port).await;
+    let node = Node { jobs: vec![(instance("web"), "60c0aa".into())], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    running.connected().await;
+    for name in ["unknown", "web"] {
+        running.say(status(name, Status::Dead)).await;
+    }
+    let text = broker.message("nodes/node1/job").await;
+    assert!(text.contains(r#""job_id":"60c0aa","status":"FAILED""#), "{text}");
+    running.end().await;
 }
 
 fn the_conversation_was_right(heard: &[String]) {

@@ -34,7 +34,8 @@ impl OurNode {
             technologies: vec![Technology::Container],
             ..NodeFacts::default()
         };
-        let node = Node { facts, usage: usage(), address: Some("192.0.2.7".parse().unwrap()), tunnel_port: 50103 };
+        let address = Some("192.0.2.7".parse().unwrap());
+        let node = Node { facts, usage: usage(), address, tunnel_port: 50103, jobs: Vec::new() };
         let (commands, mut received) = channel(64);
         let (reports, queue) = channel(64);
         let stop = Drain::new(Duration::from_secs(5));
