@@ -33,6 +33,9 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Conversations at a time. Each takes seconds; who comes beyond that is asked to come again.
 const MAX_SESSIONS: usize = 1024;
 
+/// What may wait for whoever polls; a conversation needs half a dozen.
+const MOST_WAITING: usize = 64;
+
 /// Packets of one polling payload are separated by this.
 const RECORD_SEPARATOR: char = '\u{1e}';
 
@@ -103,6 +106,12 @@ async fn take_payload(State(server): State<Server>, Query(parameters): Query<Par
     for packet in payload.split(RECORD_SEPARATOR) {
         if server.take(&session, packet).await == After::Close {
             server.close(&sid);
+            break;
+        }
+        // Each packet may have an answer, and who says much may listen to none.
+        if session.waiting() > MOST_WAITING {
+            server.close(&sid);
+            return bad_request("too much is said without listening");
         }
     }
     "ok".into_response()
@@ -268,6 +277,10 @@ impl Session {
     fn say(&self, packet: &str) {
         lock(&self.packets).push_back(packet.to_owned());
         self.more.notify_one();
+    }
+
+    fn waiting(&self) -> usize {
+        lock(&self.packets).len()
     }
 
     fn take_packets(&self) -> Vec<String> {

@@ -62,6 +62,22 @@ fn check_answer(packet: &str, port: u16) -> Value {
     answer
 }
 
+/// Each ping has an answer that waits for whoever polls.
+#[tokio::test]
+async fn who_says_much_and_listens_to_nothing_is_sent_away() {
+    let state = tempfile::tempdir().unwrap();
+    let cluster = start(config(state.path())).await;
+    let address = cluster.standalone.socketio;
+    let (_, open) = http(address, "GET", "/socket.io/?transport=polling&EIO=4", "").await;
+    let handshake: Value = serde_json::from_str(open.strip_prefix('0').expect("an open packet")).unwrap();
+    let session = format!("/socket.io/?transport=polling&EIO=4&sid={}", handshake["sid"].as_str().unwrap());
+    assert_eq!(http(address, "POST", &session, "2\u{1e}2").await.0, 200);
+    assert_eq!(http(address, "POST", &session, &vec!["2"; 10_000].join("\u{1e}")).await.0, 400);
+    let (status, answer) = http(address, "POST", &session, "2").await;
+    assert_eq!((status, answer.as_str()), (400, "unknown session"));
+    cluster.stop().await;
+}
+
 #[tokio::test]
 async fn the_first_generation_registers_by_polling() {
     let state = tempfile::tempdir().unwrap();
