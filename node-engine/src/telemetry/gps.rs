@@ -1,12 +1,16 @@
 //! Where the node is: from a gpsd (its JSON protocol, gpsd_json(5)) or from a receiver that speaks NMEA 0183 on a serial line.
 
+use std::fs::OpenOptions;
 use std::io;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use serde::Deserialize;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
+use tokio::net::unix::pipe;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -100,14 +104,25 @@ async fn follow_gpsd(address: &str, fixes: &watch::Sender<Option<Fix>>) -> io::R
 }
 
 async fn follow_nmea(path: PathBuf, fixes: &watch::Sender<Option<Fix>>) -> io::Result<()> {
-    let file = tokio::fs::File::open(path).await?;
     let mut receiver = Nmea::default();
-    lines(file, |line| {
+    lines(open(&path)?, |line| {
         if receiver.take(line) {
             fixes.send_replace(receiver.fix);
         }
     })
     .await
+}
+
+/// A serial line that is waited for without a thread: whoever sits in read(2) sits there for as long as the receiver is silent.
+fn open(path: &Path) -> io::Result<pipe::Receiver> {
+    // Nor does it become this daemon's terminal, whose hang-up would be the daemon's end.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let line = OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)?;
+    // It is read like a pipe.
+    pipe::Receiver::from_file_unchecked(line).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied => io::Error::new(error.kind(), "it is a file and no device"),
+        _ => error,
+    })
 }
 
 async fn lines(from: impl AsyncRead + Unpin, mut take: impl FnMut(&str)) -> io::Result<()> {
@@ -270,6 +285,57 @@ mod tests {
         assert_eq!(gpsd(r#"{"class":"TPV","mode":1}"#), Some(None));
         assert_eq!(gpsd(r#"{"class":"VERSION","release":"3.22"}"#), None);
         assert_eq!(gpsd("nonsense"), None);
+    }
+
+    /// The other end of a serial line, and where this one is.
+    fn receiver() -> (std::fs::File, PathBuf) {
+        let line = nix::pty::openpty(None, None).unwrap();
+        let path = nix::unistd::ttyname(&line.slave).unwrap();
+        // The line hangs up when nobody has it open.
+        std::mem::forget(line.slave);
+        (line.master.into(), path)
+    }
+
+    #[tokio::test]
+    async fn a_receiver_on_a_serial_line_is_heard() {
+        use std::io::Write;
+        let (mut master, path) = receiver();
+        let (fixes, mut fix) = watch::channel(None);
+        let drain = Drain::new(Duration::from_secs(1));
+        let task = tokio::spawn(run(GpsSource::Nmea(path), fixes, drain.clone()));
+        master.write_all(format!("{GGA}\r\n").as_bytes()).unwrap();
+        let known = timeout(Duration::from_secs(30), fix.wait_for(Option::is_some)).await.unwrap().unwrap().unwrap();
+        assert!(near(known.latitude, 48.1173), "{known:?}");
+        drain.begin();
+        task.await.unwrap();
+    }
+
+    /// Each try would sit in a thread for ever, until none is left for anything else.
+    #[test]
+    fn a_silent_receiver_holds_no_thread() {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().start_paused(true).max_blocking_threads(1).build().unwrap();
+        let (_master, path) = receiver();
+        let free = runtime.block_on(async {
+            let drain = Drain::new(Duration::from_secs(1));
+            let task = tokio::spawn(run(GpsSource::Nmea(path), watch::channel(None).0, drain.clone()));
+            tokio::time::sleep(20 * SILENCE).await;
+            let (tell, told) = std::sync::mpsc::channel();
+            tokio::task::spawn_blocking(move || tell.send(()));
+            let free = told.recv_timeout(Duration::from_secs(5));
+            drain.begin();
+            task.await.unwrap();
+            free
+        });
+        runtime.shutdown_background();
+        assert_eq!(free, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_file_is_no_receiver() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let error = open(file.path()).map(drop).unwrap_err();
+        assert!(error.to_string().contains("no device"), "{error}");
     }
 
     #[tokio::test]

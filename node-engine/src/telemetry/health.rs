@@ -4,10 +4,13 @@
 use super::clock;
 use super::devices;
 use super::roots::{Roots, entries, number, text};
-use crate::model::{Device, NodeHealth, Pressure, Unit, Wear};
+use crate::model::{Device, DeviceKind, NodeHealth, Pressure, Unit, Wear};
 
 /// Temperatures and storage devices that are told of at most.
 const MOST: usize = 64;
+
+/// The kernel's name for each of them (w1_therm).
+const W1_MONITOR: &str = "w1_slave_temp";
 
 /// Bits of the firmware's word about throttling (Raspberry Pi, `vcgencmd get_throttled`).
 const UNDER_VOLTAGE: u64 = 1 << 0;
@@ -15,18 +18,27 @@ const CAPPED: u64 = 1 << 1;
 const THROTTLED: u64 = 1 << 2;
 const SOFT_LIMIT: u64 = 1 << 3;
 
-pub(super) fn sample(roots: &Roots, devices: &[Device]) -> NodeHealth {
+/// What devices have to be asked for.
+pub(super) fn of_hardware(roots: &Roots, devices: &[Device]) -> NodeHealth {
     let firmware = firmware_word(roots);
     let bits = |bits: u64| firmware.map(|word| word & bits != 0);
     NodeHealth {
-        load: load(roots),
-        pressures: ["cpu", "memory", "io"].into_iter().filter_map(|resource| pressure(roots, resource)).collect(),
         temperatures: temperatures(devices),
         throttle_events: throttle_events(roots),
         throttled: bits(CAPPED | THROTTLED | SOFT_LIMIT),
         under_voltage: bits(UNDER_VOLTAGE).or_else(|| voltage_alarm(roots)),
         wear: wear(roots),
+        ..NodeHealth::default()
+    }
+}
+
+/// With what the kernel knows by itself.
+pub(super) fn of_kernel(roots: &Roots, hardware: NodeHealth) -> NodeHealth {
+    NodeHealth {
+        load: load(roots),
+        pressures: ["cpu", "memory", "io"].into_iter().filter_map(|resource| pressure(roots, resource)).collect(),
         clock: clock::read(),
+        ..hardware
     }
 }
 
@@ -50,10 +62,14 @@ fn pressure(roots: &Roots, resource: &'static str) -> Option<Pressure> {
     Some(Pressure { resource, some_percent, full_percent, some_microseconds, full_microseconds })
 }
 
+/// Of the machine itself. Thermometers on a wire (where the kernel has them among the hardware monitors, too) measure something else, and
+/// take the better part of a second each.
 fn temperatures(devices: &[Device]) -> Vec<(String, f64)> {
-    let told = devices.iter().flat_map(|device| {
-        let readings = devices::read(device).into_iter().filter(|reading| reading.unit == Unit::Celsius);
-        readings.map(|reading| match reading.channel.as_str() {
+    let own =
+        devices.iter().filter(|device| device.kind != DeviceKind::OneWire && !device.name.starts_with(W1_MONITOR));
+    let told = own.flat_map(|device| {
+        let readings = devices::read_those(device, |channel| channel.unit == Unit::Celsius);
+        readings.into_iter().map(|reading| match reading.channel.as_str() {
             "temperature" => (device.name.clone(), reading.value),
             channel => (format!("{} {channel}", device.name), reading.value),
         })
@@ -110,7 +126,7 @@ mod tests {
 
     #[test]
     fn pressure_and_load_are_those_of_this_machine() {
-        let health = sample(&Roots::default(), &devices::scan(&Roots::default()));
+        let health = of_kernel(&Roots::default(), NodeHealth::default());
         let load = health.load.expect("every Linux tells its load");
         assert!(load.iter().all(|load| (0.0..100_000.0).contains(load)), "{load:?}");
         let told =
@@ -126,7 +142,9 @@ mod tests {
     #[test]
     fn heat_voltage_and_wear_are_read_from_a_board_that_tells_them() {
         let roots = devices::fixture();
-        let health = sample(&roots, &devices::scan(&roots));
+        let health = of_kernel(&roots, of_hardware(&roots, &devices::scan(&roots)));
+        let wire = health.temperatures.iter().find(|(name, _)| name.starts_with("w1"));
+        assert_eq!(wire, None, "what hangs on a wire is not the machine's heat");
         assert_eq!((health.throttled, health.under_voltage), (Some(true), Some(true)));
         assert_eq!(health.throttle_events, Some(7), "once a package");
         assert_eq!(health.wear, [Wear { device: "mmcblk0".into(), used_percent: 30.0, urgent: false }]);

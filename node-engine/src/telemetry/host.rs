@@ -5,12 +5,10 @@ use std::fs;
 use std::net::IpAddr;
 
 use nix::ifaddrs::getifaddrs;
-use sysinfo::{
-    CpuRefreshKind, DiskRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, RefreshKind, System,
-};
+use sysinfo::{CpuRefreshKind, Disks, MINIMUM_CPU_UPDATE_INTERVAL, MemoryRefreshKind, RefreshKind, System};
 
 use super::SensorError;
-use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeHealth, NodeUsage, Technology};
+use crate::model::{DiskUsage, NetworkUsage, NodeFacts, NodeUsage, Technology};
 use crate::net_dev::{self, Passed};
 
 /// Disks and interfaces that one report carries at most: it has to fit one wire message.
@@ -23,7 +21,6 @@ const MIB: u64 = 1 << 20;
 #[derive(Debug)]
 pub(super) struct Host {
     system: System,
-    disks: Disks,
 }
 
 impl Host {
@@ -33,15 +30,13 @@ impl Host {
             .with_cpu(CpuRefreshKind::nothing().with_usage())
             .with_memory(MemoryRefreshKind::nothing().with_ram());
         let system = System::new_with_specifics(kinds).map_err(unreadable("cpu and memory"))?;
-        let host = Self { system, disks: Disks::new_with_refreshed_list().map_err(unreadable("disks"))? };
         std::thread::sleep(MINIMUM_CPU_UPDATE_INTERVAL);
-        Ok(host)
+        Ok(Self { system })
     }
 
     pub(super) fn sample(&mut self) -> NodeUsage {
         self.system.refresh_cpu_usage();
         self.system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
-        self.disks.refresh_specifics(true, DiskRefreshKind::nothing().with_storage());
         let total = self.system.total_memory();
         let available = self.system.available_memory().min(total);
         NodeUsage {
@@ -51,29 +46,27 @@ impl Host {
             memory_available_mib: available / MIB,
             memory_total_mib: total / MIB,
             uptime_seconds: System::uptime().unwrap_or(0),
-            disks: self.disks(),
             networks: networks(),
-            gpus: Vec::new(),
-            health: NodeHealth::default(),
+            ..NodeUsage::default()
         }
     }
+}
 
-    /// One entry a device: a device that is mounted many times (bind mounts) is reported at its first mount point.
-    fn disks(&self) -> Vec<DiskUsage> {
-        let mut seen = HashSet::new();
-        self.disks
-            .iter()
-            .filter(|disk| disk.total_space() > 0 && seen.insert(disk.name().to_owned()))
-            .take(MOST_DISKS)
-            .map(|disk| DiskUsage {
-                device: disk.name().to_string_lossy().into_owned(),
-                mount_point: disk.mount_point().to_string_lossy().into_owned(),
-                file_system: disk.file_system().to_string_lossy().into_owned(),
-                total_bytes: disk.total_space(),
-                available_bytes: disk.available_space(),
-            })
-            .collect()
-    }
+/// One entry a device: a device that is mounted many times (bind mounts) is reported at its first mount point.
+pub(super) fn disks(disks: &Disks) -> Vec<DiskUsage> {
+    let mut seen = HashSet::new();
+    disks
+        .iter()
+        .filter(|disk| disk.total_space() > 0 && seen.insert(disk.name().to_owned()))
+        .take(MOST_DISKS)
+        .map(|disk| DiskUsage {
+            device: disk.name().to_string_lossy().into_owned(),
+            mount_point: disk.mount_point().to_string_lossy().into_owned(),
+            file_system: disk.file_system().to_string_lossy().into_owned(),
+            total_bytes: disk.total_space(),
+            available_bytes: disk.available_space(),
+        })
+        .collect()
 }
 
 /// Interfaces with an address of their own, which leaves out the host ends of containers' veths. What passed is read from the one file
@@ -166,10 +159,11 @@ mod tests {
 
     #[test]
     fn disks_are_reported_once_a_device_and_hold_what_they_can() {
-        let usage = Host::open().unwrap().sample();
-        let devices: HashSet<_> = usage.disks.iter().map(|disk| &disk.device).collect();
-        assert_eq!(devices.len(), usage.disks.len(), "{:?}", usage.disks);
-        for disk in &usage.disks {
+        let told = disks(&Disks::new_with_refreshed_list().unwrap());
+        assert!(!told.is_empty());
+        let devices: HashSet<_> = told.iter().map(|disk| &disk.device).collect();
+        assert_eq!(devices.len(), told.len(), "{told:?}");
+        for disk in &told {
             assert!(disk.available_bytes <= disk.total_bytes, "{disk:?}");
         }
     }

@@ -11,6 +11,7 @@ mod health;
 mod host;
 mod roots;
 mod sensors;
+mod slow;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,9 +26,9 @@ use crate::events::Events;
 use crate::model::{NodeFacts, NodeUsage, Report, Technology};
 
 use devices::watch::Inventory;
-use gpu::Gpus;
 use host::Host;
 use roots::Roots;
+use slow::{Known, Slow};
 
 /// How often the machine is looked at.
 const SAMPLE: Duration = Duration::from_secs(2);
@@ -91,12 +92,9 @@ pub async fn start(setup: Setup) -> Result<Telemetry, SensorError> {
     let mut tasks = vec![("device watch", tokio::spawn(watched.run(drain.clone())))];
 
     let inventory = attached.clone();
-    let opened = task::spawn_blocking(move || {
-        let mut sampler = Sampler::open(roots, inventory)?;
-        let first = sampler.sample();
-        Ok((sampler, first))
-    });
-    let (sampler, first) = opened.await.map_err(failed)??;
+    let host = task::spawn_blocking(Host::open).await.map_err(failed)??;
+    let mut sampler = Sampler { host: Some(host), slow: Slow::new(roots.clone(), inventory), roots };
+    let first = sampler.sample().await.map_err(failed)?;
     let (latest, usage) = watch::channel(first);
     tasks.push(("telemetry", tokio::spawn(run(sampler, latest, reports.clone(), pace, drain.clone()))));
 
@@ -127,16 +125,12 @@ async fn run(
             _ = drain.wait() => return,
             _ = ticks.tick() => {}
         }
-        // Reading /proc and asking a GPU driver block, at times for long; the sampler travels to a thread that may.
-        let sampled = task::spawn_blocking(move || {
-            let usage = sampler.sample();
-            (sampler, usage)
-        });
-        let usage = match sampled.await {
-            Ok((back, usage)) => {
-                sampler = back;
-                usage
-            }
+        let sampled = tokio::select! {
+            _ = drain.wait() => return,
+            sampled = sampler.sample() => sampled,
+        };
+        let usage = match sampled {
+            Ok(usage) => usage,
             Err(error) => {
                 tracing::error!(%error, "the sampler of this machine's usage has failed");
                 return;
@@ -156,21 +150,25 @@ async fn run(
 
 #[derive(Debug)]
 struct Sampler {
-    host: Host,
-    gpus: Gpus,
+    /// Away only while it is read.
+    host: Option<Host>,
+    slow: Slow,
     roots: Roots,
-    devices: watch::Receiver<Inventory>,
 }
 
 impl Sampler {
-    fn open(roots: Roots, devices: watch::Receiver<Inventory>) -> Result<Self, SensorError> {
-        Ok(Self { host: Host::open()?, gpus: Gpus::open(roots.clone()), roots, devices })
-    }
-
-    fn sample(&mut self) -> NodeUsage {
-        let devices = self.devices.borrow().clone();
-        let health = health::sample(&self.roots, &devices);
-        NodeUsage { gpus: self.gpus.sample(), health, ..self.host.sample() }
+    async fn sample(&mut self) -> Result<NodeUsage, task::JoinError> {
+        let Known { disks, gpus, health } = self.slow.ask().await?.clone();
+        let (host, roots) = (self.host.take(), self.roots.clone());
+        // Reading /proc may block; the sampler travels to a thread that may.
+        let read = task::spawn_blocking(move || {
+            let mut host = host?;
+            let usage = host.sample();
+            Some((host, NodeUsage { disks, gpus, health: health::of_kernel(&roots, health), ..usage }))
+        });
+        let Some((host, usage)) = read.await? else { return Ok(NodeUsage::default()) };
+        self.host = Some(host);
+        Ok(usage)
     }
 }
 
@@ -215,6 +213,34 @@ mod tests {
         }
         assert!(matches!(inbox.try_recv(), Ok(Report::Node(_))));
         assert!(inbox.try_recv().is_err(), "a second report before its time, or a sensor that nobody asked for");
+        ended(telemetry, &drain).await;
+    }
+
+    /// As a probe on a bad wire: whoever reads it waits.
+    #[tokio::test]
+    async fn what_does_not_answer_holds_up_nothing_else() {
+        let board = devices::fixture();
+        let zone = board.sys.join("class/thermal/thermal_zone0");
+        let (file, kept) = (zone.join("temp"), zone.join("kept"));
+        std::fs::rename(&file, &kept).unwrap();
+        nix::unistd::mkfifo(&file, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let config = TelemetryConfig { roots: (*board).clone(), ..TelemetryConfig::default() };
+        let (setup, mut inbox) = setup(config, Duration::from_secs(2));
+        let drain = setup.drain.clone();
+        let began = Instant::now();
+        let mut telemetry = start(setup).await.unwrap();
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        for _ in 0..2 {
+            let report = tokio::time::timeout(Duration::from_secs(10), inbox.recv()).await.unwrap();
+            let Some(Report::Node(usage)) = report else { panic!("expected usage, got {report:?}") };
+            assert!(usage.memory_total_mib > 0 && usage.health.temperatures.is_empty(), "{usage:?}");
+        }
+        // The reader has the pipe open; the next one finds a file again.
+        let pipe = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+        std::fs::rename(&kept, &file).unwrap();
+        drop(pipe);
+        let answered = telemetry.usage.wait_for(|usage| !usage.health.temperatures.is_empty());
+        tokio::time::timeout(Duration::from_secs(10), answered).await.expect("in time").unwrap();
         ended(telemetry, &drain).await;
     }
 

@@ -44,7 +44,12 @@ pub(super) fn with(extra: Option<&Device>, mut devices: Vec<Device>) -> Vec<Devi
 
 /// The values of a device; those that cannot be read now are left out.
 pub fn read(device: &Device) -> Vec<Reading> {
-    let readings = device.channels.iter().filter_map(|channel| {
+    read_those(device, |_| true)
+}
+
+/// The values of some channels; nobody asks the device for the others.
+pub(super) fn read_those(device: &Device, wanted: impl Fn(&Channel) -> bool) -> Vec<Reading> {
+    let readings = device.channels.iter().filter(|channel| wanted(channel)).filter_map(|channel| {
         let raw: f64 = number(&channel.path)?;
         let value = (raw + channel.offset) * channel.scale;
         value.is_finite().then(|| Reading { channel: channel.name.clone(), unit: channel.unit, value })
