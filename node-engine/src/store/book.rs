@@ -1,6 +1,6 @@
 //! What is wanted, in memory: which command is news, which is a repetition, and which is older than what is known. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use super::database::{Contents, Put, Table};
@@ -205,6 +205,33 @@ impl Book {
         if self.instances.get(instance).is_some_and(|known| known.sequence == sequence) {
             self.put(instance, before);
         }
+    }
+
+    /// Adds what an earlier run knew and this one has heard nothing of, but for what is `gone` since.
+    pub(super) fn take_in(&mut self, older: Self, gone: &BTreeSet<InstanceId>) {
+        let news = |id: &InstanceId| !self.instances.contains_key(id) && !gone.contains(id);
+        let mut records: Vec<_> = older.instances.into_iter().filter(|(id, _)| news(id)).collect();
+        records.sort_by_key(|(_, record)| record.sequence);
+        let counted = self.sequence > 0;
+        self.sequence = self.sequence.max(older.sequence);
+        for (instance, mut record) in records {
+            // This run has counted from the beginning again.
+            if counted && record.sequence != 0 {
+                self.sequence += 1;
+                record.sequence = self.sequence;
+            }
+            self.put(&instance, Some(record));
+        }
+        let given: HashSet<Addresses> = self.addresses.values().copied().collect();
+        for (instance, addresses) in older.addresses.into_iter().filter(|(_, addresses)| !given.contains(addresses)) {
+            self.addresses.entry(instance).or_insert(addresses);
+        }
+        for (service, answer) in older.services {
+            if !self.services.contains_key(&service) {
+                self.keep_service(answer);
+            }
+        }
+        self.complete |= older.complete;
     }
 
     fn keep_service(&mut self, answer: TableAnswer) -> bool {

@@ -4,12 +4,12 @@
 //! is tried again; what has not happened yet (a deployment) is refused. A file that has gone bad meanwhile is kept aside and written
 //! anew from memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::book::{Book, Order, Verdict};
-use super::database::{Database, Fault, Put};
+use super::database::{Contents, Database, Fault, Put};
 use super::free_name_aside;
 use super::record::Record;
 use crate::fault;
@@ -34,6 +34,9 @@ pub enum Fact {
     Service(ServiceName, Option<TableAnswer>),
 }
 
+/// Deletions that are remembered while the disk cannot be read; more than a node has instances.
+const MOST_GONE: usize = 4096;
+
 /// The open database. Its methods block until the disk has what they were given.
 #[derive(Debug)]
 pub struct Desired {
@@ -42,22 +45,20 @@ pub struct Desired {
     book: Book,
     /// The disk lacks something that is in memory.
     behind: Option<String>,
+    /// What is on the disk could not be read so far; these were deleted meanwhile.
+    unread: Option<BTreeSet<InstanceId>>,
     aside: Option<PathBuf>,
 }
 
 impl Desired {
     /// Opens what is kept in `dir`. Always comes back: where nothing can be read it is empty, and not [`complete`](Self::complete).
     pub fn open(dir: &Path) -> Self {
-        let mut desired =
-            Self { path: dir.join(FILE), database: None, book: Book::default(), behind: None, aside: None };
+        let (path, book) = (dir.join(FILE), Book::default());
+        let mut desired = Self { path, database: None, book, behind: None, unread: Some(BTreeSet::new()), aside: None };
         match Database::open(&desired.path) {
             Ok((database, contents)) => {
-                let (book, bad) = Book::read(&contents);
-                if bad > 0 {
-                    tracing::warn!(rows = bad, "rows of the desired state cannot be read and are left out");
-                    desired.behind = Some("rows are left out".into());
-                }
-                (desired.database, desired.book) = (Some(database), book);
+                desired.read(&contents);
+                desired.database = Some(database);
             }
             Err(fault) => desired.give_up(fault),
         }
@@ -113,6 +114,10 @@ impl Desired {
         for order in orders {
             before.push(self.book.instances.get(&order.instance).cloned());
             verdicts.push(self.book.order(order, &mut puts));
+        }
+        if let Some(gone) = &mut self.unread {
+            let deleted = orders.iter().filter(|order| order.document.is_none());
+            gone.extend(deleted.map(|order| order.instance.clone()).take(MOST_GONE.saturating_sub(gone.len())));
         }
         let Err(reason) = self.commit(&puts) else {
             // Nobody but a fault that ends the process can take that back.
@@ -192,11 +197,26 @@ impl Desired {
     fn rewrite(&mut self) -> Result<(), Fault> {
         let mut database = match self.database.take() {
             Some(database) => database,
-            None => Database::open(&self.path)?.0,
+            None => {
+                let (database, contents) = Database::open(&self.path)?;
+                self.read(&contents);
+                database
+            }
         };
         database.replace(&self.book.write())?;
         self.database = Some(database);
         Ok(())
+    }
+
+    /// Takes in what the file holds, unless it comes from here.
+    fn read(&mut self, contents: &Contents) {
+        let Some(gone) = self.unread.take() else { return };
+        let (book, bad) = Book::read(contents);
+        if bad > 0 {
+            tracing::warn!(rows = bad, "rows of the desired state cannot be read and are left out");
+            self.behind = Some("rows are left out".into());
+        }
+        self.book.take_in(book, &gone);
     }
 
     /// Lets go of a file that is of no more use as it is.
@@ -204,6 +224,7 @@ impl Desired {
         self.database = None;
         let (Fault::Io(reason) | Fault::Corrupt(reason)) = &fault;
         if let Fault::Corrupt(_) = fault {
+            self.unread = None;
             let aside = free_name_aside(&self.path);
             match std::fs::rename(&self.path, &aside) {
                 Ok(()) => {

@@ -151,6 +151,43 @@ fn a_disk_that_takes_nothing_refuses_deployments_and_loses_no_end() {
     assert_eq!(wanted(&Desired::open(&state)), ["0:a", "1:deleted"]);
 }
 
+/// A disk that is not there yet, or gives an error once, has lost nothing.
+#[test]
+fn what_could_not_be_read_at_the_start_is_not_written_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let [state, away] = ["state", "away"].map(|name| dir.path().join(name));
+    fs::create_dir(&state).unwrap();
+    let mut desired = Desired::open(&state);
+    desired.orders(&[deploy(0, "a", None), deploy(1, "b", None), deploy(2, "c", None), delete(3, given("one", 4))]);
+    let addresses = |last: u8| Addresses { v4: [10, 18, 0, last].into(), v6: format!("fc00::{last}").parse().unwrap() };
+    desired.facts(vec![Fact::LookedAround, Fact::Addresses([(id(0), addresses(2)), (id(1), addresses(3))].into())]);
+    drop(desired);
+
+    fs::rename(&state, &away).unwrap();
+    fs::write(&state, "").unwrap();
+    let mut desired = Desired::open(&state);
+    assert!(desired.behind().is_some() && wanted(&desired).is_empty());
+    desired.facts(vec![
+        Fact::Found { instance: id(2), document: "c2".into() },
+        Fact::LookedAround,
+        Fact::Addresses([(id(2), addresses(3))].into()),
+    ]);
+    desired.orders(&[delete(1, None)]);
+    fs::remove_file(&state).unwrap();
+    fs::rename(&away, &state).unwrap();
+    desired.retry();
+    assert_eq!(desired.behind(), None);
+    assert_eq!(wanted(&desired), ["0:a", "2:c2", "3:deleted"]);
+    assert!(desired.complete());
+    assert_eq!(desired.addresses(), [(id(0), addresses(2)), (id(2), addresses(3))].into(), "none is given twice");
+    drop(desired);
+    let mut desired = Desired::open(&state);
+    assert_eq!(wanted(&desired), ["0:a", "2:c2", "3:deleted"]);
+    assert_eq!(desired.orders(&[deploy(3, "old", given("one", 3))]), [Verdict::Old]);
+    let Verdict::New(next) = desired.orders(&[deploy(4, "d", None)])[0] else { panic!("it is new") };
+    assert!(desired.instances().all(|(id, record)| id.number == 4 || record.sequence < next), "counts go on");
+}
+
 #[test]
 fn a_damaged_file_is_kept_aside_and_what_is_wanted_is_then_unknown() {
     let dir = tempfile::tempdir().unwrap();
