@@ -227,6 +227,10 @@ impl Core {
 
     pub(super) fn handle(&mut self, now: Now, event: Event) -> Vec<Effect> {
         let mut out = Vec::new();
+        if matches!(event, Event::Deploy(..) | Event::Delete(_)) && !self.waits(now) {
+            // None overtakes those that have waited.
+            self.release(now, &mut out);
+        }
         match event {
             Event::Adopted { technology, found } => self.adopted(now, &technology, found, &mut out),
             Event::Silent { technology, reason } => drop(self.silent.insert(technology, reason)),

@@ -363,6 +363,18 @@ fn core_after(words: &[&str]) -> Vec<Note> {
 }
 
 #[test]
+fn what_comes_when_nobody_waits_any_more_does_not_overtake_what_has_waited() {
+    for (later, expected) in
+        [("delete", "CREATING, prepare, cancel"), ("deploy b:1", "CREATING, prepare, cancel, CREATING")]
+    {
+        let mut core = core(Plan::default(), NEVER);
+        assert_eq!(text(&core.handle(HOLD.saturating_sub(Duration::from_secs(1)), event("deploy"))), "");
+        assert_eq!(text(&core.handle(HOLD, event(later))), expected);
+        assert_eq!(text(&core.handle(HOLD, Event::Tick)), "", "{later}");
+    }
+}
+
+#[test]
 fn an_explanation_says_what_stands_in_the_way() {
     let mut core = core(Plan { wanted: vec![wanted(spec(0), None)], complete: true }, NEVER);
     let silent = Event::Silent { technology: Technology::Container, reason: "no Docker at /d".into() };
