@@ -32,7 +32,9 @@ use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::client::{Client, not_found, settled};
-use self::container::{LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_WORKLOAD, sandbox_name, workload_name};
+use self::container::{
+    LABEL_DOCUMENT, LABEL_INSTANCE, LABEL_ROLE, ROLE_SANDBOX, ROLE_WORKLOAD, sandbox_name, workload_name,
+};
 use self::running::Running;
 use super::cgroup::{self, Cgroup};
 use super::registries::Registries;
@@ -302,11 +304,12 @@ impl Inner {
         let name = workload_name(instance);
         let id = self.ours(&docker, instance, &name).await?.and_then(|container| container.id).ok_or_else(unknown)?;
         // Before the start: a workload may end before the call returns.
-        self.running.expect(&id, instance);
+        self.running.expect_start(&id, instance);
         if let Err(error) = docker.start_container(&id, None).await {
             self.running.take(&id);
             return Err(if not_found(&error) { unknown() } else { self.client.failed("start the container", error) });
         }
+        self.running.started(&id);
         if let Some(started) = self.ours(&docker, instance, &name).await?
             && let Some(pid) = running_pid(&started)
         {
@@ -402,15 +405,23 @@ impl Inner {
             container.labels.as_ref().and_then(|labels| labels.get(name)).cloned().unwrap_or_default()
         };
         let document = containers.first().map(|first| label(first, LABEL_DOCUMENT)).unwrap_or_default().into();
-        let workload = containers.iter().find(|container| label(container, LABEL_ROLE) == ROLE_WORKLOAD);
-        let state = match workload.and_then(|workload| workload.id.as_deref()) {
-            Some(id) => self.adopt_workload(&instance, id).await?,
+        let of_role = |role: &str| {
+            let container = containers.iter().find(|container| label(container, LABEL_ROLE) == role);
+            container.and_then(|container| container.id.as_deref())
+        };
+        let state = match of_role(ROLE_WORKLOAD) {
+            Some(id) => self.adopt_workload(&instance, id, of_role(ROLE_SANDBOX)).await?,
             None => AdoptedState::Incomplete,
         };
         Ok(Adopted { instance, document, state })
     }
 
-    async fn adopt_workload(&self, instance: &InstanceId, id: &str) -> Result<AdoptedState, RuntimeError> {
+    async fn adopt_workload(
+        &self,
+        instance: &InstanceId,
+        id: &str,
+        sandbox: Option<&str>,
+    ) -> Result<AdoptedState, RuntimeError> {
         let docker = self.client.get().await?;
         // Before looking: an end between the look and the note would be told by nobody.
         self.running.expect(id, instance);
@@ -427,8 +438,13 @@ impl Inner {
         };
         if let Some(pid) = running_pid(&found) {
             self.measure(id, pid, found.log_path);
-            // The workload shares the sandbox's namespace and keeps it also where the sandbox is gone.
-            return Ok(AdoptedState::Running(netns(pid)));
+            // A workload that is started again has another process, and another program may get the number of its first. Only where the
+            // sandbox is gone the namespace is the workload's alone.
+            let holder = match sandbox {
+                Some(sandbox) => settled(|| docker.inspect_container(sandbox, None)).await.ok(),
+                None => None,
+            };
+            return Ok(AdoptedState::Running(netns(holder.as_ref().and_then(running_pid).unwrap_or(pid))));
         }
         // Where the watch was faster its end is told twice, here first; by then it is known as ended.
         self.running.take(id);

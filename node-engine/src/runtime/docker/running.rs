@@ -22,6 +22,8 @@ pub(super) struct Running {
 #[derive(Debug)]
 struct Workload {
     instance: InstanceId,
+    /// It is asked for and may not run yet.
+    starting: bool,
     pid: i64,
     cgroup: Option<Cgroup>,
     sampled: Option<(Instant, Sample)>,
@@ -43,10 +45,20 @@ pub(super) struct Stale {
 }
 
 impl Running {
-    /// From now on the container's end is told.
+    /// From now on the end of a container is told that runs, as far as is known.
     pub(super) fn expect(&self, container: &str, instance: &InstanceId) {
+        self.enter(container, instance, false);
+    }
+
+    /// From now on the end of a container is told that is about to be started. That it does not run is no end until it has.
+    pub(super) fn expect_start(&self, container: &str, instance: &InstanceId) {
+        self.enter(container, instance, true);
+    }
+
+    fn enter(&self, container: &str, instance: &InstanceId, starting: bool) {
         let workload = Workload {
             instance: instance.clone(),
+            starting,
             pid: 0,
             cgroup: None,
             sampled: None,
@@ -57,6 +69,13 @@ impl Running {
             disk_measured: None,
         };
         self.lock().entry(container.to_owned()).or_insert(workload);
+    }
+
+    /// It has been started.
+    pub(super) fn started(&self, container: &str) {
+        if let Some(workload) = self.lock().get_mut(container) {
+            workload.starting = false;
+        }
     }
 
     /// Its first process runs and can be measured.
@@ -75,8 +94,10 @@ impl Running {
         self.lock().remove(container).map(|workload| workload.instance)
     }
 
+    /// Those that should run.
     pub(super) fn containers(&self) -> Vec<String> {
-        self.lock().keys().cloned().collect()
+        let containers = self.lock();
+        containers.iter().filter(|(_, workload)| !workload.starting).map(|(container, _)| container.clone()).collect()
     }
 
     pub(super) fn stale(&self) -> Vec<Stale> {

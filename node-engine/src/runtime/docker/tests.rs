@@ -35,8 +35,8 @@ async fn nothing_runs_before_start_and_nothing_is_left_after_stop() {
     let spec = InstanceSpec { environment: vec!["A=b".into()], ..shell(10, script) };
 
     let sandbox = runtime.prepare(&spec).await.expect("prepare");
-    let inode = fs::metadata(&sandbox.netns).expect("the namespace exists").ino();
-    assert_ne!(inode, fs::metadata("/proc/self/ns/net").expect("own namespace").ino());
+    let inode = namespace(&sandbox.netns);
+    assert_ne!(inode, namespace("/proc/self/ns/net"));
     let workload = inspect(&runtime, &workload_name(&spec.id)).await.expect("the workload is created");
     assert_eq!(running_pid(&workload), None, "nothing of it runs");
     assert_eq!(state_of(&spec.id).await, Some(AdoptedState::Incomplete));
@@ -44,7 +44,8 @@ async fn nothing_runs_before_start_and_nothing_is_left_after_stop() {
     runtime.start(&spec.id).await.expect("start");
     runtime.start(&spec.id).await.expect("starting what runs changes nothing");
     let Some(AdoptedState::Running(found)) = state_of(&spec.id).await else { panic!("it runs") };
-    assert_eq!(fs::metadata(&found.netns).expect("its namespace").ino(), inode, "in the prepared namespace");
+    assert_eq!(namespace(&found.netns), inode, "in the prepared namespace");
+    assert_eq!(found.netns, sandbox.netns, "by a name that a later start of the workload leaves as it is");
 
     let log = eventually("its output", async || {
         let log = runtime.logs(&spec.id, 4096).await.expect("logs");
@@ -146,6 +147,11 @@ async fn a_stop_asks_first_and_forces_after_the_grace() {
     }
 }
 
+/// What tells network namespaces apart.
+fn namespace(path: impl AsRef<Path>) -> u64 {
+    fs::metadata(path).expect("the namespace is there").ino()
+}
+
 #[tokio::test]
 #[ignore = "needs docker"]
 async fn a_restarted_daemon_of_ours_adopts_what_runs() {
@@ -162,7 +168,8 @@ async fn a_restarted_daemon_of_ours_adopts_what_runs() {
     let runtime = runtime().await;
     let adopted = runtime.adopt().await.expect("adopt");
     let of = |id: &InstanceId| adopted.iter().find(|adopted| adopted.instance == *id).expect("adopted").clone();
-    assert_eq!(of(&runs.id).state, AdoptedState::Running(netns(pid)), "the same process");
+    let AdoptedState::Running(found) = of(&runs.id).state else { panic!("{:?}", of(&runs.id)) };
+    assert_eq!(namespace(found.netns), namespace(netns(pid).netns), "of the same process");
     assert_eq!(of(&runs.id).document, runs.document);
     let exit = Exit { instance: ended.id.clone(), code: 9, out_of_memory: false, reason: None };
     assert_eq!(of(&ended.id).state, AdoptedState::Exited(exit));
