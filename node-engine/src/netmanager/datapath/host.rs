@@ -272,7 +272,8 @@ impl Read {
     /// TCP, UDP and echoes; `None` for fragments and anything else.
     fn packet(packet: &[u8]) -> Option<Self> {
         let (source, destination, protocol, at) = match packet.first()? >> 4 {
-            4 if u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]) & 0x3fff == 0 => {
+            // Five words at least: a shorter header would have the ports among its addresses.
+            4 if packet[0] & 0x0f >= 5 && u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]) & 0x3fff == 0 => {
                 let at = usize::from(packet[0] & 0x0f) * 4;
                 let [a, b] = [12, 16].map(|at| packet.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()));
                 (Addr::v4(a?), Addr::v4(b?), *packet.get(9)?, at)

@@ -78,16 +78,15 @@ struct Called<'a> {
 
 impl<'a> Called<'a> {
     fn read(packet: &'a [u8]) -> Option<Self> {
-        let v6 = packet.first()? >> 4 == 6;
-        let (protocol, header, sender, receiver) = if v6 {
-            (*packet.get(6)?, 40, packet.get(8..24)?, packet.get(24..40)?)
-        } else {
-            if u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]) & 0x3fff != 0 {
-                return None;
+        let (version, words) = (packet.first()? >> 4, usize::from(packet[0] & 15));
+        let (protocol, header, sender, receiver) = match version {
+            6 => (*packet.get(6)?, 40, packet.get(8..24)?, packet.get(24..40)?),
+            4 if words >= 5 && u16::from_be_bytes([*packet.get(6)?, *packet.get(7)?]) & 0x3fff == 0 => {
+                (*packet.get(9)?, words * 4, packet.get(12..16)?, packet.get(16..20)?)
             }
-            (*packet.get(9)?, usize::from(packet[0] & 15) * 4, packet.get(12..16)?, packet.get(16..20)?)
+            _ => return None,
         };
-        Some(Self { v6, protocol, transport: packet.get(header..)?, sender, receiver })
+        Some(Self { v6: version == 6, protocol, transport: packet.get(header..)?, sender, receiver })
     }
 
     fn reset(&self) -> Option<Vec<u8>> {
