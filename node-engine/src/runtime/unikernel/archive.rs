@@ -1,11 +1,12 @@
 //! What is in an image: a gzipped tar archive with a `kernel`, and optionally `initramfs.cpio`, `cmdline` (options before those that
 //! we add), and the directories `files` and `files1`, which the guest may mount by 9p as `fs0` and `fs1`.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io::{self, BufReader, Read};
 use std::path::{Component, Path};
 
 use flate2::read::GzDecoder;
+use tar::EntryType;
 
 pub(super) const KERNEL: &str = "kernel";
 pub(super) const INITRAMFS: &str = "initramfs.cpio";
@@ -34,24 +35,70 @@ fn take_out(tar: impl Read, to: &Path) -> io::Result<()> {
     for entry in tar.entries().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
         let path = entry.path().map_err(damaged)?.into_owned();
-        if is_wanted(&path) {
-            // Stays below `to` whatever its name and links say.
-            entry.unpack_in(to).map_err(damaged)?;
+        let Some((name, part)) = wanted(&path) else { continue };
+        let kind = entry.header().entry_type();
+        match part {
+            Part::File if !matches!(kind, EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse) => {
+                return Err(part.otherwise(name));
+            }
+            Part::Directory if !kind.is_dir() => return Err(part.otherwise(name)),
+            Part::File | Part::Directory | Part::Below => {}
         }
+        // Stays below `to` whatever its name and links say.
+        entry.unpack_in(to).map_err(damaged)?;
     }
-    if to.join(KERNEL).is_file() {
+    if file(to, KERNEL)? {
         Ok(())
     } else {
         Err(io::Error::new(io::ErrorKind::InvalidData, format!("the archive has no file `{KERNEL}`")))
     }
 }
 
-fn is_wanted(path: &Path) -> bool {
+/// What a name in the archive stands for. QEMU runs as root and opens what we name: over a link it would reach any file of the node.
+/// In a directory that it shares it follows none, so that links below are the guest's own.
+#[derive(Clone, Copy, Debug)]
+enum Part {
+    File,
+    Directory,
+    /// Anything in a shared directory.
+    Below,
+}
+
+impl Part {
+    fn otherwise(self, name: &str) -> io::Error {
+        let kind = if matches!(self, Self::File) { "regular file" } else { "directory" };
+        io::Error::new(io::ErrorKind::InvalidData, format!("`{name}` of the archive is not a {kind}"))
+    }
+}
+
+fn wanted(path: &Path) -> Option<(&'static str, Part)> {
     let mut components = path.components().filter(|component| *component != Component::CurDir);
-    let Some(Component::Normal(first)) = components.next() else { return false };
+    let Some(Component::Normal(first)) = components.next() else { return None };
     let alone = components.next().is_none();
-    let file = [KERNEL, INITRAMFS, COMMAND_LINE].iter().any(|name| first == *name) && alone;
-    file || SHARED.iter().any(|(name, _)| first == *name)
+    if let Some((name, _)) = SHARED.into_iter().find(|(name, _)| first == *name) {
+        return Some((name, if alone { Part::Directory } else { Part::Below }));
+    }
+    let file = [KERNEL, INITRAMFS, COMMAND_LINE].into_iter().find(|name| first == *name);
+    file.filter(|_| alone).map(|name| (name, Part::File))
+}
+
+/// Whether the image has this file; never one that a link leads to.
+pub(super) fn file(directory: &Path, name: &str) -> io::Result<bool> {
+    is_there(directory, name, Part::File, Metadata::is_file)
+}
+
+/// Whether the image has this directory; never one that a link leads to.
+pub(super) fn shared(directory: &Path, name: &str) -> io::Result<bool> {
+    is_there(directory, name, Part::Directory, Metadata::is_dir)
+}
+
+fn is_there(directory: &Path, name: &str, part: Part, right: fn(&Metadata) -> bool) -> io::Result<bool> {
+    match fs::symlink_metadata(directory.join(name)) {
+        Ok(found) if right(&found) => Ok(true),
+        Ok(_) => Err(part.otherwise(name)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Nothing of an archive leaves the directory, for the fuzzer. Such files are there only where it is one.
@@ -60,13 +107,12 @@ pub(crate) fn understand(bytes: &[u8]) {
     // Where files cost little, and one directory a process.
     let base = Path::new("/dev/shm").join(format!("node-engine-fuzz-{}", std::process::id()));
     let (to, beside) = (base.join("to"), base.join("beside"));
-    let made = std::fs::create_dir_all(&to).and_then(|()| std::fs::write(&beside, "b"));
+    let made = fs::create_dir_all(&to).and_then(|()| fs::write(&beside, "b"));
     made.expect("a directory to unpack into");
     let _ = take_out(bytes, &to);
-    let kept = std::fs::read(&beside);
-    let names: Vec<_> =
-        std::fs::read_dir(&base).expect("the directory").flatten().map(|entry| entry.file_name()).collect();
-    let _ = std::fs::remove_dir_all(&base);
+    let kept = fs::read(&beside);
+    let names: Vec<_> = fs::read_dir(&base).expect("the directory").flatten().map(|entry| entry.file_name()).collect();
+    let _ = fs::remove_dir_all(&base);
     assert!(kept.is_ok_and(|kept| kept == b"b") && names.len() == 2, "{names:?}: something has left the directory");
 }
 
@@ -91,6 +137,25 @@ pub(crate) fn sample() -> Vec<u8> {
 pub(super) mod tests {
     use super::*;
 
+    /// An archive of a kernel and one entry of this kind.
+    fn with(kind: EntryType, name: &str, link: &str) -> Vec<u8> {
+        let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        let mut tar = tar::Builder::new(gzip);
+        let header = |kind, size| {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_mode(0o755);
+            header.set_size(size);
+            header
+        };
+        tar.append_data(&mut header(EntryType::Regular, 1), "kernel", &b"k"[..]).expect("append");
+        match link {
+            "" => tar.append_data(&mut header(kind, 0), name, &b""[..]).expect("append"),
+            _ => tar.append_link(&mut header(kind, 0), name, link).expect("append"),
+        }
+        tar.into_inner().expect("a tar").finish().expect("a gzip")
+    }
+
     /// An archive of these files.
     pub(in crate::runtime::unikernel) fn packed(files: &[(&str, &str)]) -> Vec<u8> {
         let gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -110,9 +175,9 @@ pub(super) mod tests {
     fn unpacked(bytes: &[u8]) -> (tempfile::TempDir, io::Result<()>) {
         let dir = tempfile::tempdir().expect("a directory");
         let archive = dir.path().join("archive");
-        std::fs::write(&archive, bytes).expect("write");
+        fs::write(&archive, bytes).expect("write");
         let to = dir.path().join("to");
-        std::fs::create_dir(&to).expect("a directory");
+        fs::create_dir(&to).expect("a directory");
         let result = unpack(&archive, &to);
         (dir, result)
     }
@@ -131,9 +196,36 @@ pub(super) mod tests {
         result.expect("unpacked");
         let to = dir.path().join("to");
         for (name, text) in [("kernel", "k"), ("initramfs.cpio", "i"), ("files/a/b", "f")] {
-            assert_eq!(std::fs::read_to_string(to.join(name)).expect(name), text);
+            assert_eq!(fs::read_to_string(to.join(name)).expect(name), text);
         }
         assert!(!to.join("etc").exists() && !dir.path().join("outside").exists());
+    }
+
+    #[test]
+    fn what_qemu_opens_is_no_link_and_no_device() {
+        use EntryType::{Char, Directory, Fifo, Link, Regular, Symlink};
+        for (kind, name, link, reason) in [
+            (Symlink, "files", "/", "`files` of the archive is not a directory"),
+            (Symlink, "./files1/", "..", "`files1` of the archive is not a directory"),
+            (Regular, "files", "", "`files` of the archive is not a directory"),
+            (Symlink, "initramfs.cpio", "/etc/shadow", "`initramfs.cpio` of the archive is not a regular file"),
+            (Symlink, "cmdline", "/dev/zero", "`cmdline` of the archive is not a regular file"),
+            (Link, "cmdline", "kernel", "`cmdline` of the archive is not a regular file"),
+            (Symlink, "kernel", "files/k", "`kernel` of the archive is not a regular file"),
+            (Directory, "kernel", "", "`kernel` of the archive is not a regular file"),
+            (Char, "cmdline", "", "`cmdline` of the archive is not a regular file"),
+            (Fifo, "initramfs.cpio", "", "`initramfs.cpio` of the archive is not a regular file"),
+        ] {
+            let (dir, result) = unpacked(&with(kind, name, link));
+            assert_eq!(result.expect_err(name).to_string(), reason);
+            let there = fs::symlink_metadata(dir.path().join("to").join(name));
+            assert!(name == "kernel" || there.is_err(), "{name} was unpacked");
+        }
+        // A guest's own, which it resolves itself.
+        let (dir, result) = unpacked(&with(Symlink, "files/etc", "/etc"));
+        result.expect("unpacked");
+        assert!(dir.path().join("to/files/etc").is_symlink());
+        assert!(shared(&dir.path().join("to"), "files").expect("a directory"));
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! The virtual machine as QEMU is asked for it.
 
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use super::archive::{COMMAND_LINE, INITRAMFS, KERNEL, SHARED};
+use super::archive::{self, COMMAND_LINE, INITRAMFS, KERNEL, SHARED};
 use super::{MEMORY_MIB, qmp, tap};
 use crate::model::InstanceSpec;
 
@@ -69,21 +69,25 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new(directory: &Path, spec: &InstanceSpec, accelerator: Accelerator) -> io::Result<Self> {
-        let own = match fs::read_to_string(directory.join(COMMAND_LINE)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            other => other?,
-        };
-        let command_line = command_line(own.trim(), &spec.command);
+        let command_line = command_line(own_options(directory)?.trim(), &spec.command);
         if command_line.len() > LONGEST_COMMAND_LINE {
-            let reason = format!("its options are longer than {LONGEST_COMMAND_LINE} bytes");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+            return Err(too_long());
+        }
+        if !archive::file(directory, KERNEL)? {
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("its `{KERNEL}` is not there")));
+        }
+        let mut shared = Vec::new();
+        for (name, tag) in SHARED {
+            if archive::shared(directory, name)? {
+                shared.push((name, tag));
+            }
         }
         Ok(Self {
             memory_mib: spec.limits.memory_mib.unwrap_or(MEMORY_MIB),
             vcpus: spec.limits.vcpus.unwrap_or(1),
             accelerator,
-            initramfs: directory.join(INITRAMFS).is_file(),
-            shared: SHARED.into_iter().filter(|(name, _)| directory.join(name).is_dir()).collect(),
+            initramfs: archive::file(directory, INITRAMFS)?,
+            shared,
             command_line,
             vhost: accelerator == Accelerator::Kvm && Path::new("/dev/vhost-net").exists(),
         })
@@ -114,6 +118,23 @@ impl Guest {
     }
 }
 
+/// Of its image. A file that is too long is not read to its end.
+fn own_options(directory: &Path) -> io::Result<String> {
+    let mut own = String::new();
+    if archive::file(directory, COMMAND_LINE)? {
+        let file = File::open(directory.join(COMMAND_LINE))?;
+        let length = file.take(LONGEST_COMMAND_LINE as u64 + 1).read_to_string(&mut own)?;
+        if length > LONGEST_COMMAND_LINE {
+            return Err(too_long());
+        }
+    }
+    Ok(own)
+}
+
+fn too_long() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("its options are longer than {LONGEST_COMMAND_LINE} bytes"))
+}
+
 /// As unikernels read it: options of the kernel, two dashes, and the program's own words.
 fn command_line(own: &str, command: &[String]) -> String {
     let mut line = own.to_owned();
@@ -133,6 +154,8 @@ fn command_line(own: &str, command: &[String]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::model::{Limits, Technology};
 
@@ -148,6 +171,7 @@ mod tests {
     #[test]
     fn a_machine_is_made_of_what_the_archive_holds() {
         let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("kernel"), "k").expect("write");
         let id = "a.b.c.d.instance.0".parse().expect("an id");
         let limits = Limits { vcpus: Some(3), memory_mib: Some(99), ..Limits::default() };
         let spec = InstanceSpec { limits, ..InstanceSpec::new(id, Technology::Unikernel) };
@@ -166,5 +190,18 @@ mod tests {
         assert!(!full.contains("mount_tag=fs0"), "{full}");
         fs::write(dir.path().join("cmdline"), "x".repeat(3000)).expect("write");
         assert!(Guest::new(dir.path(), &spec, Accelerator::Tcg).is_err());
+        // Links lead anywhere, and one to `/dev/zero` has no end.
+        for (name, to) in [("cmdline", "/dev/zero"), ("initramfs.cpio", "/etc/hosts"), ("files1", "/"), ("kernel", "x")]
+        {
+            let path = dir.path().join(name);
+            let kept = dir.path().join("kept");
+            fs::rename(&path, &kept).expect("move");
+            std::os::unix::fs::symlink(to, &path).expect("a link");
+            let error = Guest::new(dir.path(), &spec, Accelerator::Tcg).expect_err(name).to_string();
+            assert!(error.contains(&format!("`{name}` of the archive is not a")), "{error}");
+            fs::remove_file(&path).expect("remove");
+            fs::rename(&kept, &path).expect("move");
+            let _ = fs::write(dir.path().join("cmdline"), "quiet\n");
+        }
     }
 }
