@@ -357,6 +357,17 @@ async fn ends_are_told_once_and_as_what_they_were() {
     run(&runtime, &shell(0, "echo bye; exit 3")).await;
     assert_eq!(exited(&runtime).await, exit(0, 3, false));
     assert_eq!(log(&runtime, &id(0), "bye").await, "bye\n", "it is kept until the instance is removed");
+    // Who would raise it where it was has to make it anew: nothing runs that could be told as running.
+    let again = runtime.start(&id(0)).await.expect_err("it has ended").to_string();
+    assert!(again.contains("exit code 3"), "{again}");
+    run(&runtime, &shell(0, "echo bye; exit 4")).await;
+    assert_eq!(exited(&runtime).await, exit(0, 4, false));
+    // A start whose answer was lost is asked for again, and its end is told like any other.
+    run(&runtime, &shell(3, "sleep 2; exit 7")).await;
+    let later = rig.runtime();
+    later.start(&id(3)).await.unwrap();
+    assert_eq!(exited(&later).await, exit(3, 7, false));
+    assert_eq!(exited(&runtime).await, exit(3, 7, false));
     let limits = Limits { memory_mib: Some(32), ..Limits::default() };
     run(&runtime, &InstanceSpec { limits, ..shell(1, "tail /dev/zero; exit 9") }).await;
     let hog = exited(&runtime).await;
@@ -369,7 +380,7 @@ async fn ends_are_told_once_and_as_what_they_were() {
     let mut follow = runtime.follow(&id(0), 100).await.unwrap();
     assert_eq!(follow.recv().await.unwrap().unwrap(), "bye\n");
     assert!(follow.recv().await.is_none(), "what has ended says nothing more");
-    for number in 0..3 {
+    for number in 0..4 {
         runtime.stop(&id(number), Duration::ZERO).await.unwrap();
     }
     assert_eq!(rig.left(), [] as [&str; 0]);

@@ -210,7 +210,7 @@ impl Holder {
         Ok(netns(pid))
     }
 
-    /// Starts what was created. What runs, or has run, is left as it is.
+    /// Starts what was created. What runs is left as it is; what has run has lost its namespace and is to be made anew.
     pub(super) async fn start(
         self: &Arc<Self>,
         instance: &InstanceId,
@@ -218,8 +218,19 @@ impl Holder {
     ) -> Result<(), RuntimeError> {
         let name = container_name(instance);
         let process = self.process(&name).await?.ok_or_else(|| RuntimeError::Unknown(instance.clone()))?;
-        if process.status() != State::Created {
-            return Ok(());
+        match process.status() {
+            State::Created => {}
+            State::Running | State::Paused | State::Pausing => {
+                if !self.running.has(instance) {
+                    // Its start was asked for, and the answer lost.
+                    self.watch(instance, process.pid);
+                }
+                return Ok(());
+            }
+            State::Stopped | State::Unknown => {
+                let reason = format!("it has ended (exit code {})", process.code);
+                return Err(RuntimeError::Step { step: "start its process", reason });
+            }
         }
         // Before the start: it may end before the call returns.
         self.watch(instance, process.pid);
