@@ -2,6 +2,8 @@ use std::sync::{Arc, Mutex};
 
 use hyper::body::Incoming;
 use hyper::http;
+use tokio::sync::Semaphore;
+use tokio::time::{Duration, sleep, timeout};
 use tonic::Status;
 use tonic::body::Body;
 
@@ -16,10 +18,30 @@ type Calls = Arc<Mutex<Vec<String>>>;
 
 /// A driver that wants volumes staged, mounts nothing, and refuses the volume `bad`.
 fn fake(socket: &Path, name: &'static str) -> (Calls, AbortOnDropHandle<()>) {
-    let calls = Calls::default();
-    let noted = calls.clone();
-    let serving = listen(socket, move |request| answer(request, noted.clone(), name)).expect("a socket");
-    (calls, AbortOnDropHandle::new(tokio::spawn(serving)))
+    let (calls, _, driver) = slow(socket, name, Semaphore::MAX_PERMITS);
+    (calls, driver)
+}
+
+/// One that stages and unstages only so many times, and more as permits are added.
+fn slow(socket: &Path, name: &'static str, permits: usize) -> (Calls, Arc<Semaphore>, AbortOnDropHandle<()>) {
+    let (calls, gate) = (Calls::default(), Arc::new(Semaphore::new(permits)));
+    let (noted, passed) = (calls.clone(), gate.clone());
+    let serving = listen(socket, move |request| {
+        let (calls, gate) = (noted.clone(), passed.clone());
+        async move {
+            let asked = match request.uri().path() {
+                csi::STAGE => "asked to stage",
+                csi::UNSTAGE => "asked to unstage",
+                _ => "",
+            };
+            if !asked.is_empty() && gate.available_permits() == 0 {
+                calls.lock().expect("notes").push(asked.into());
+                gate.acquire().await.expect("it stays open").forget();
+            }
+            answer(request, calls, name).await
+        }
+    });
+    (calls, gate, AbortOnDropHandle::new(tokio::spawn(serving.expect("a socket"))))
 }
 
 async fn answer(request: http::Request<Incoming>, calls: Calls, name: &'static str) -> http::Response<Body> {
@@ -92,6 +114,7 @@ async fn a_volume_is_staged_once_and_unstaged_with_its_last_user() {
     let (calls, _driver) = fake(&socket, FAKE);
     let open = || {
         Volumes::new(BTreeMap::from([(FAKE.to_owned(), socket.clone())]), None, dir.path(), dir.path())
+            .map(Arc::new)
             .expect("volumes")
     };
     let volumes = open();
@@ -125,7 +148,7 @@ async fn what_a_driver_cannot_give_is_told_in_its_words() {
         ("csi.example/liar".to_owned(), liar),
         ("csi.example/away".to_owned(), dir.path().join("nobody.sock")),
     ]);
-    let volumes = Volumes::new(drivers, None, dir.path(), dir.path()).expect("volumes");
+    let volumes = Arc::new(Volumes::new(drivers, None, dir.path(), dir.path()).expect("volumes"));
     assert_eq!(volumes.answering().await.len(), 1);
     for (volume, reason) in [
         (volume("bad", FAKE), "volume bad of csi.example/fake: there is no such volume"),
@@ -140,7 +163,74 @@ async fn what_a_driver_cannot_give_is_told_in_its_words() {
         assert!(error.contains(reason), "{error}");
     }
     volumes.unpublish(&instance(0)).await.expect("half of it is undone");
-    assert_eq!(calls.lock().expect("notes").last().map(String::as_str), Some("stage bad Some(\"1\")"));
+    assert_eq!(*calls.lock().expect("notes"), ["stage bad Some(\"1\")", "unpublish bad", "unstage bad"]);
+    assert!(!volumes.staging(FAKE, "bad").exists() && volumes.held_by(&instance(0)).is_empty());
+}
+
+/// Volumes of one driver that stages nothing until it may.
+fn held_up(dir: &Path, permits: usize) -> (Arc<Volumes>, Calls, Arc<Semaphore>, AbortOnDropHandle<()>) {
+    let socket = dir.join("fake.sock");
+    let (calls, gate, driver) = slow(&socket, FAKE, permits);
+    let volumes = Volumes::new(BTreeMap::from([(FAKE.to_owned(), socket)]), None, dir, dir).expect("volumes");
+    (Arc::new(volumes), calls, gate, driver)
+}
+
+async fn until_asked(calls: &Calls, call: &str) {
+    let asked = async {
+        while !calls.lock().expect("notes").iter().any(|noted| noted == call) {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    timeout(Duration::from_secs(20), asked).await.expect(call);
+}
+
+#[tokio::test]
+async fn what_nobody_waits_for_any_more_is_undone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (volumes, calls, gate, _driver) = held_up(dir.path(), 0);
+    let (owner, wanted) = (instance(0), [volume("data", FAKE)]);
+    tokio::select! {
+        published = volumes.publish(&owner, &wanted) => panic!("{published:?}"),
+        () = until_asked(&calls, "asked to stage") => {}
+    }
+    let undoing = tokio::spawn({
+        let volumes = volumes.clone();
+        async move { volumes.unpublish(&instance(0)).await }
+    });
+    gate.add_permits(2);
+    undoing.await.expect("no panic").expect("undone");
+    let done: Vec<_> = calls.lock().expect("notes").iter().filter(|call| !call.starts_with("asked")).cloned().collect();
+    assert_eq!(done, ["stage data Some(\"1\")", "publish data", "unpublish data", "unstage data"]);
+    assert!(!volumes.staging(FAKE, "data").exists() && volumes.held_by(&owner).is_empty());
+}
+
+#[tokio::test]
+async fn nothing_is_staged_while_it_is_unstaged_for_another() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (volumes, calls, gate, _driver) = held_up(dir.path(), 0);
+    gate.add_permits(1);
+    volumes.publish(&instance(0), &[volume("data", FAKE)]).await.expect("published");
+    gate.forget_permits(1);
+    let unpublishing = tokio::spawn({
+        let volumes = volumes.clone();
+        async move { volumes.unpublish(&instance(0)).await }
+    });
+    until_asked(&calls, "asked to unstage").await;
+    let wanted = [volume("data", FAKE)];
+    let (next, other) = (instance(1), [volume("other", FAKE)]);
+    let publishing = volumes.publish(&next, &wanted);
+    tokio::pin!(publishing);
+    // Long enough for a driver in the same process to be asked.
+    let waited = timeout(Duration::from_millis(300), &mut publishing).await;
+    assert!(waited.is_err() && !calls.lock().expect("notes").iter().any(|call| call == "asked to stage"));
+    gate.add_permits(100);
+    volumes.publish(&instance(2), &other).await.expect("another volume waits for nobody");
+    unpublishing.await.expect("no panic").expect("undone");
+    publishing.await.expect("published");
+    assert!(volumes.staging(FAKE, "data").is_dir());
+    let calls = calls.lock().expect("notes");
+    let at = |wanted: &str| calls.iter().rposition(|call| call == wanted);
+    assert!(at("unstage data") < at("stage data Some(\"1\")"), "{calls:?}");
 }
 
 #[tokio::test]
@@ -148,7 +238,7 @@ async fn what_a_driver_cannot_give_is_told_in_its_words() {
 async fn the_bundled_driver_keeps_what_is_written() {
     let dir = tempfile::tempdir().expect("a directory");
     let kept = dir.path().join("volumes");
-    let volumes = Volumes::new(BTreeMap::new(), Some(&kept), dir.path(), dir.path()).expect("volumes");
+    let volumes = Arc::new(Volumes::new(BTreeMap::new(), Some(&kept), dir.path(), dir.path()).expect("volumes"));
     assert_eq!(volumes.answering().await.len(), 1);
     for (number, expected) in [(0, ""), (1, "0")] {
         let mounts = volumes.publish(&instance(number), &[volume("data", HOST_PATH)]).await.expect("published");
@@ -161,6 +251,6 @@ async fn the_bundled_driver_keeps_what_is_written() {
     }
     assert_eq!(fs::read_to_string(kept.join("data/file")).expect("kept"), "1");
     let error = volumes.publish(&instance(0), &[volume("../x", HOST_PATH)]).await.expect_err("no name");
-    assert!(error.to_string().contains("cannot name a volume"), "{error}");
+    assert!(error.to_string().contains("cannot name one"), "{error}");
     volumes.unpublish(&instance(0)).await.expect("undone");
 }
