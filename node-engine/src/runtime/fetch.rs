@@ -3,13 +3,16 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use nix::fcntl::OFlag;
 use reqwest::header::{ETAG, HeaderValue, IF_NONE_MATCH};
 use reqwest::{Client, Response, StatusCode};
 use ring::digest::{Context, SHA256, digest};
+use tokio::task::spawn_blocking;
 
 use super::RuntimeError;
 
@@ -51,14 +54,14 @@ pub(super) async fn image(image: &str, cache: &Path, files: bool, suffix: &str) 
             return Err(RuntimeError::Refused { what: "image", reason });
         }
         Place::File(path) => {
-            return check(path, source.digest).map(|()| path.to_owned()).map_err(failed);
+            return check(path, source.digest).await.map(|()| path.to_owned()).map_err(failed);
         }
         Place::Web(url) => url,
     };
     fs::create_dir_all(cache).map_err(|error| failed(error.to_string()))?;
     let key = source.digest.map_or_else(|| hexadecimal(digest(&SHA256, url.as_bytes()).as_ref()), str::to_owned);
     let kept = cache.join(format!("{key}.{suffix}"));
-    if source.digest.is_some() && check(&kept, source.digest).is_ok() {
+    if source.digest.is_some() && check(&kept, source.digest).await.is_ok() {
         touch(&kept);
         return Ok(kept);
     }
@@ -154,14 +157,31 @@ async fn receive(mut response: Response, to: &Path) -> Result<String, String> {
     Ok(hexadecimal(context.finish().as_ref()))
 }
 
-/// A file whose digest is the one asked for, if one is.
-fn check(path: &Path, digest: Option<&str>) -> Result<(), String> {
-    let length = fs::metadata(path).map_err(|error| error.to_string())?.len();
-    if length > LARGEST {
-        return Err(format!("it has {length} bytes; no more than {LARGEST} are taken"));
+/// A file that is no larger than is taken, and whose digest is the one asked for, if one is. Reading it may take seconds.
+async fn check(path: &Path, digest: Option<&str>) -> Result<(), String> {
+    let (path, digest) = (path.to_owned(), digest.map(str::to_owned));
+    let checked = spawn_blocking(move || check_now(&path, digest.as_deref(), LARGEST)).await;
+    checked.unwrap_or_else(|error| Err(error.to_string()))
+}
+
+fn check_now(path: &Path, digest: Option<&str>, largest: u64) -> Result<(), String> {
+    // Whoever names a pipe would have to be waited for; a file opens the same.
+    let file = File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+    let file = file.map_err(|error| error.to_string())?;
+    let metadata = file.metadata().map_err(|error| error.to_string())?;
+    if !metadata.is_file() {
+        return Err("it is not a regular file".into());
+    }
+    let too_large = |length: u64| format!("it has {length} bytes; no more than {largest} are taken");
+    if metadata.len() > largest {
+        return Err(too_large(metadata.len()));
     }
     let Some(digest) = digest else { return Ok(()) };
-    let found = digest_of(path).map_err(|error| error.to_string())?;
+    // It may grow while it is read.
+    let (found, length) = digest_of(file.take(largest + 1)).map_err(|error| error.to_string())?;
+    if length > largest {
+        return Err(too_large(length));
+    }
     if found.eq_ignore_ascii_case(digest) {
         Ok(())
     } else {
@@ -169,12 +189,16 @@ fn check(path: &Path, digest: Option<&str>) -> Result<(), String> {
     }
 }
 
-fn digest_of(path: &Path) -> io::Result<String> {
-    let (mut file, mut context, mut buffer) = (File::open(path)?, Context::new(&SHA256), vec![0; 64 * 1024]);
+/// And how many bytes it is of.
+fn digest_of(mut file: impl Read) -> io::Result<(String, u64)> {
+    let (mut context, mut buffer, mut total) = (Context::new(&SHA256), vec![0; 64 * 1024], 0);
     loop {
         match file.read(&mut buffer)? {
-            0 => return Ok(hexadecimal(context.finish().as_ref())),
-            length => context.update(&buffer[..length]),
+            0 => return Ok((hexadecimal(context.finish().as_ref()), total)),
+            length => {
+                context.update(&buffer[..length]);
+                total += length as u64;
+            }
         }
     }
 }
@@ -314,6 +338,46 @@ mod tests {
         assert_eq!(image(&format!("{own}#sha256={DIGEST}"), dir.path(), true, "tar.gz").await.expect("allowed"), file);
         fs::write(&file, "hullo").expect("write");
         assert!(image(&format!("{own}#sha256={DIGEST}"), dir.path(), true, "tar.gz").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_image_on_this_node_is_a_file_of_bounded_size() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (pipe, file) = (dir.path().join("pipe"), dir.path().join("file"));
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        for path in [&pipe, Path::new("/dev/zero"), dir.path()] {
+            for suffix in [String::new(), format!("#sha256={DIGEST}")] {
+                let name = format!("file://{}{suffix}", path.display());
+                let checked = tokio::time::timeout(Duration::from_secs(20), image(&name, dir.path(), true, "wasm"));
+                let error = checked.await.expect("it waits for nothing").expect_err("no file").to_string();
+                assert!(error.contains("it is not a regular file"), "{error}");
+            }
+        }
+        fs::write(&file, "hello").expect("write");
+        assert_eq!(check_now(&file, Some(DIGEST), 5), Ok(()));
+        for digest in [None, Some(DIGEST)] {
+            let error = check_now(&file, digest, 4).expect_err("too large");
+            assert_eq!(error, "it has 5 bytes; no more than 4 are taken");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_digest_is_found_beside_everything_else() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("file");
+        File::create(&file).and_then(|file| file.set_len(8 << 20)).expect("a file");
+        // On the only thread of this test: were it read here, nothing else would be done meanwhile.
+        let ticked = Arc::new(Mutex::new(0));
+        let ticks = ticked.clone();
+        let ticking = tokio::spawn(async move {
+            loop {
+                *ticks.lock().expect("a number") += 1;
+                tokio::task::yield_now().await;
+            }
+        });
+        assert!(check(&file, Some(DIGEST)).await.is_err(), "it is another");
+        ticking.abort();
+        assert!(*ticked.lock().expect("a number") > 0);
     }
 
     #[test]
