@@ -13,15 +13,17 @@ mod trial;
 pub(crate) use archive::{sample, understand};
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::spawn_blocking;
 
+use super::fetched::Directories;
 pub use super::fetched::Policy;
-use super::fetched::{Directories, remove};
 use super::supervised::{Home, Keeper, Launch};
 use super::{Adopted, AdoptedState, Exit, Follow, Runtime, RuntimeError, Sandbox, fetch, surroundings, unsupported};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
@@ -47,7 +49,7 @@ pub struct UnikernelRuntime {
     /// Where it is noted until the next boot which way works.
     noted: PathBuf,
     accelerator: OnceCell<Result<Accelerator, String>>,
-    fetches: Semaphore,
+    fetches: Arc<Semaphore>,
 }
 
 impl UnikernelRuntime {
@@ -63,7 +65,7 @@ impl UnikernelRuntime {
             cache: state_dir.join("unikernel/archives"),
             instances: Directories(state_dir.join("unikernel/instances")),
             accelerator: OnceCell::new(),
-            fetches: Semaphore::new(FETCHES),
+            fetches: Arc::new(Semaphore::new(FETCHES)),
         })
     }
 
@@ -101,16 +103,10 @@ impl UnikernelRuntime {
 
     /// What the archive holds, unpacked for this instance.
     async fn unpack(&self, spec: &InstanceSpec) -> Result<PathBuf, RuntimeError> {
-        let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
+        let turn = self.fetches.clone().acquire_owned().await.map_err(|error| step("fetch", &error))?;
         let archive = fetch::image(&spec.image, &self.cache, self.policy.files, "tar.gz").await?;
-        let (to, image) = (self.instances.of(&spec.id), spec.image.clone());
-        let unpacked = spawn_blocking(move || {
-            remove(&to)?;
-            fs::create_dir_all(&to)?;
-            archive::unpack(&archive, &to).map(|()| to)
-        });
-        let unpacked = unpacked.await.map_err(|error| step("unpack", &error))?;
-        unpacked.map_err(|error| RuntimeError::Image { image, reason: error.to_string() })
+        let unpacked = unpack(&self.instances, archive, &spec.id, turn).await;
+        unpacked.map_err(|error| RuntimeError::Image { image: spec.image.clone(), reason: error.to_string() })
     }
 
     /// What there is to say of an end.
@@ -172,12 +168,12 @@ impl Runtime for UnikernelRuntime {
             }
         }
         self.keeper.stop(instance, grace.min(LAST)).await?;
-        remove(&directory).map_err(|error| step("remove what was unpacked", &error))
+        self.instances.remove(instance).await.map_err(|error| step("remove what was unpacked", &error))
     }
 
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
         let adopted = self.keeper.adopt().await?;
-        self.instances.keep_only(&adopted);
+        self.instances.keep_only(&adopted).await;
         let mut explained = Vec::with_capacity(adopted.len());
         for one in adopted {
             let state = match one.state {
@@ -211,6 +207,62 @@ impl Runtime for UnikernelRuntime {
     }
 }
 
+/// The archive in the instance's directory. Where the caller goes away, what was unpacked until then goes too, and `turn` lasts that long.
+async fn unpack(
+    instances: &Directories,
+    archive: PathBuf,
+    instance: &InstanceId,
+    turn: impl Send + 'static,
+) -> io::Result<PathBuf> {
+    let part = instances.part();
+    let unpacked = spawn_blocking(move || {
+        let _turn = turn;
+        let part = part()?;
+        archive::unpack(&archive, part.path()).map(|()| part)
+    });
+    let part = unpacked.await.map_err(io::Error::other)??;
+    instances.place(part, instance).await?;
+    Ok(instances.of(instance))
+}
+
 fn step(step: &'static str, error: &dyn std::error::Error) -> RuntimeError {
     RuntimeError::Step { step, reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_unpacking_that_was_given_up_leaves_the_next_alone() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let instances = Directories(dir.path().join("instances"));
+        let id: InstanceId = "a.b.c.d.instance.0".parse().expect("an id");
+        let (slow, fast) = (dir.path().join("slow"), dir.path().join("fast"));
+        // A pipe: unpacking begins and waits for what is in it.
+        nix::unistd::mkfifo(&slow, nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        let packed = |text| archive::tests::packed(&[("kernel", text), (&format!("files/{text}"), text)]);
+        fs::write(&fast, packed("next")).expect("write");
+        let given_up = unpack(&instances, slow.clone(), &id, ());
+        assert!(tokio::time::timeout(Duration::from_millis(200), given_up).await.is_err(), "it waits");
+        let unpacked = unpack(&instances, fast.clone(), &id, ()).await.expect("unpacked");
+        fs::write(&slow, packed("before")).expect("write");
+        let here = || -> Vec<_> {
+            fs::read_dir(&instances.0).expect("instances").flatten().map(|entry| entry.path()).collect()
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while here() != [unpacked.clone()] {
+            assert!(Instant::now() < deadline, "{:?}", here());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(fs::read_to_string(unpacked.join("kernel")).expect("a kernel"), "next");
+        assert!(unpacked.join("files/next").is_file() && !unpacked.join("files/before").exists());
+        // In place of what is there, and gone with all that is in it.
+        unpack(&instances, fast, &id, ()).await.expect("again");
+        instances.remove(&id).await.expect("removed");
+        instances.remove(&id).await.expect("removed already");
+        assert_eq!(here(), [] as [PathBuf; 0]);
+    }
 }

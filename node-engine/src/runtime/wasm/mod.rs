@@ -109,15 +109,16 @@ impl WasmRuntime {
     async fn fetch(&self, spec: &InstanceSpec) -> Result<(), RuntimeError> {
         let _turn = self.fetches.acquire().await.map_err(|error| step("fetch", &error))?;
         let found = fetch::image(&spec.image, &self.cache, self.policy.files, "wasm").await?;
-        let directory = self.instances.of(&spec.id);
-        let to = directory.clone();
+        let part = self.instances.part();
         let copied = spawn_blocking(move || {
-            fresh(&to)?;
+            let part = part()?;
             // The one that was looked at is the one that runs, whatever becomes of the file it came from.
-            fs::copy(found, order::module(&to)).map(drop)
+            fs::copy(found, order::module(part.path())).map(|_| part)
         });
         let copied = copied.await.map_err(|error| step("copy the module", &error))?;
-        copied.map_err(|error| step("copy the module", &error))?;
+        let part = copied.map_err(|error| step("copy the module", &error))?;
+        self.instances.place(part, &spec.id).await.map_err(|error| step("copy the module", &error))?;
+        let directory = self.instances.of(&spec.id);
         self.check(&directory).await
     }
 
@@ -181,12 +182,12 @@ impl Runtime for WasmRuntime {
 
     async fn stop(&self, instance: &InstanceId, grace: Duration) -> Result<(), RuntimeError> {
         self.keeper.stop(instance, grace).await?;
-        remove(&self.instances.of(instance)).map_err(|error| step("remove its directory", &error))
+        self.instances.remove(instance).await.map_err(|error| step("remove its directory", &error))
     }
 
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
         let adopted = self.keeper.adopt().await?;
-        self.instances.keep_only(&adopted);
+        self.instances.keep_only(&adopted).await;
         let explain = |one: Adopted| match one.state {
             AdoptedState::Exited(exit) => Adopted { state: AdoptedState::Exited(self.explained(exit)), ..one },
             AdoptedState::Running(_) | AdoptedState::Incomplete => one,
