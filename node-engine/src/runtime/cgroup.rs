@@ -15,9 +15,9 @@ use crate::model::InstanceCounters;
 /// Where the figures of one container are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Cgroup {
-    cpu: Controller,
-    memory: Controller,
-    /// Of these the figures are worth having and not worth failing for.
+    /// Any may be missing: a kernel is built or started without it, as with `cgroup_disable=memory`.
+    cpu: Option<Controller>,
+    memory: Option<Controller>,
     bandwidth: Option<Controller>,
     disks: Option<Controller>,
     processes: Option<Controller>,
@@ -29,6 +29,7 @@ enum Controller {
     V2(PathBuf),
 }
 
+/// What the kernel does not count is zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sample {
     /// Time on any CPU since the container began.
@@ -38,34 +39,54 @@ pub(super) struct Sample {
 }
 
 impl Cgroup {
-    /// The cgroup of a process, `None` where it cannot be found.
+    /// The cgroup of a process.
+    ///
+    /// # Errors
+    /// If it cannot be found.
     pub(super) fn of(pid: i64) -> io::Result<Self> {
         let mounts = fs::read_to_string("/proc/self/mounts")?;
         let membership = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
         let found = |controller| find(controller, &membership, &mounts);
-        match (found("cpuacct"), found("memory")) {
-            (Some(cpu), Some(memory)) => {
-                Ok(Self { cpu, memory, bandwidth: found("cpu"), disks: found("blkio"), processes: found("pids") })
-            }
-            _ => Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup with cpu and memory figures")),
+        let (cpu, memory) = (found("cpuacct"), found("memory"));
+        if cpu.is_none() && memory.is_none() {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup with cpu or memory figures"));
         }
+        Ok(Self { cpu, memory, bandwidth: found("cpu"), disks: found("blkio"), processes: found("pids") })
     }
 
     /// Whether it is of this container alone: every engine names it after the container's id.
     pub(super) fn is_of(&self, container: &str) -> bool {
-        let (Controller::V1(path) | Controller::V2(path)) = &self.memory;
-        path.to_string_lossy().contains(container)
+        self.directories().any(|directory| directory.to_string_lossy().contains(container))
     }
 
+    /// # Errors
+    /// If the group has gone, and nothing else: a container is not missing because its kernel counts less.
     pub(super) fn sample(&self) -> io::Result<Sample> {
-        Ok(Sample { cpu_nanoseconds: cpu_nanoseconds(&self.cpu)?, memory_bytes: memory_bytes(&self.memory)? })
+        let sample = Sample {
+            cpu_nanoseconds: self.cpu.as_ref().and_then(|cpu| cpu_nanoseconds(cpu).ok()).unwrap_or(0),
+            memory_bytes: self.memory.as_ref().and_then(|memory| memory_bytes(memory).ok()).unwrap_or(0),
+        };
+        // After reading: what went meanwhile has no figures.
+        if self.directories().any(Path::is_dir) {
+            Ok(sample)
+        } else {
+            Err(io::Error::new(io::ErrorKind::NotFound, "the cgroup has gone"))
+        }
+    }
+
+    /// Those that say whether it is there.
+    fn directories(&self) -> impl Iterator<Item = &Path> {
+        [&self.memory, &self.cpu]
+            .into_iter()
+            .flatten()
+            .map(|(Controller::V1(path) | Controller::V2(path))| path.as_path())
     }
 
     /// Everything else that the kernel has counted.
     pub(super) fn counters(&self) -> InstanceCounters {
         Counted {
-            cpu: Some(&self.cpu),
-            memory: Some(&self.memory),
+            cpu: self.cpu.as_ref(),
+            memory: self.memory.as_ref(),
             bandwidth: self.bandwidth.as_ref(),
             disks: self.disks.as_ref(),
             processes: self.processes.as_ref(),
@@ -310,10 +331,33 @@ cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0
         assert_eq!(cgroup.sample().expect("v2"), Sample { cpu_nanoseconds: 7000, memory_bytes: 0 });
     }
 
+    #[test]
+    fn a_kernel_that_does_not_count_memory_hides_no_container() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (v1, v2) = (dir.path().join("v1"), dir.path().join("v2"));
+        for directory in [&v1, &v2] {
+            fs::create_dir(directory).expect("a directory");
+        }
+        fs::write(v1.join("cpuacct.usage"), "5000\n").expect("write");
+        fs::write(v2.join("cpu.stat"), "usage_usec 7\n").expect("write");
+        // The older hierarchy has no directory without the controller, the newer one no files.
+        let membership = "4:cpu,cpuacct:/docker/00ff\n";
+        assert_eq!(find("memory", membership, V1_MOUNTS), None);
+        let older = Cgroup { memory: None, ..whole(&Controller::V1(v1)) };
+        let newer = whole(&Controller::V2(v2.clone()));
+        assert_eq!(older.sample().expect("v1"), Sample { cpu_nanoseconds: 5000, memory_bytes: 0 });
+        assert_eq!(newer.sample().expect("v2"), Sample { cpu_nanoseconds: 7000, memory_bytes: 0 });
+        assert!(older.is_of("v1") && !older.is_of("v2"));
+        fs::remove_file(v2.join("cpu.stat")).expect("remove");
+        assert_eq!(newer.sample().expect("nothing counted"), Sample { cpu_nanoseconds: 0, memory_bytes: 0 });
+        fs::remove_dir(v2).expect("remove");
+        assert!(newer.sample().is_err(), "it has gone");
+    }
+
     fn whole(controller: &Controller) -> Cgroup {
         Cgroup {
-            cpu: controller.clone(),
-            memory: controller.clone(),
+            cpu: Some(controller.clone()),
+            memory: Some(controller.clone()),
             bandwidth: Some(controller.clone()),
             disks: Some(controller.clone()),
             processes: Some(controller.clone()),

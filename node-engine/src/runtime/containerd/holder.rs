@@ -401,19 +401,25 @@ impl Holder {
     pub(super) fn usage(&self) -> Vec<InstanceUsage> {
         let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
         self.running.each(|(instance, workload)| {
-            let cgroup = workload.cgroup.as_ref()?;
-            let (now, sample) = (Instant::now(), cgroup.sample().ok()?);
-            let before = workload.sampled.replace((now, sample));
+            let (now, cgroup) = (Instant::now(), workload.cgroup.as_ref());
+            // Of one whose group was not found nothing is counted but packets.
+            let sample = match cgroup {
+                Some(cgroup) => Some((now, cgroup.sample().ok()?)),
+                None => None,
+            };
+            let before = std::mem::replace(&mut workload.sampled, sample);
+            let memory_bytes = sample.map_or(0, |(_, sample)| sample.memory_bytes);
+            let counters = cgroup.map(cgroup::Cgroup::counters).unwrap_or_default();
             let log = self.log(instance);
             Some(InstanceUsage {
                 instance: instance.clone(),
                 technology: self.technology.clone(),
-                cpu_percent: before.map_or(0.0, |before| cgroup::cpu_percent(before, (now, sample), cpus)),
-                memory_bytes: sample.memory_bytes,
-                memory_percent: cgroup::percent(sample.memory_bytes as f64, memory as f64),
+                cpu_percent: before.zip(sample).map_or(0.0, |(before, now)| cgroup::cpu_percent(before, now, cpus)),
+                memory_bytes,
+                memory_percent: cgroup::percent(memory_bytes as f64, memory as f64),
                 disk_bytes: workload.disk_bytes,
                 log_tail: output::text(&output::tail(&log, TAIL).unwrap_or_default()),
-                counters: interfaces::count(Some(workload.pid.into()), cgroup.counters()),
+                counters: interfaces::count(Some(workload.pid.into()), counters),
             })
         })
     }

@@ -21,7 +21,7 @@ pub(super) struct Running {
 #[derive(Debug)]
 pub(super) struct Workload {
     pub(super) pid: u32,
-    /// `None` where it cannot be found: then it is not measured.
+    /// `None` where it cannot be found: then its packets are counted and nothing else.
     pub(super) cgroup: Option<Cgroup>,
     pub(super) sampled: Option<(Instant, Sample)>,
     pub(super) disk_bytes: u64,
