@@ -208,7 +208,8 @@ pub enum ContainerdChoice {
 }
 
 impl ContainerdChoice {
-    const USUAL: &str = "/run/containerd/containerd.sock";
+    /// Where containerd is unless the configuration says otherwise.
+    pub const USUAL: &str = "/run/containerd/containerd.sock";
 
     pub fn socket(&self) -> Option<PathBuf> {
         match self {

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output as Ran, Stdio};
 use std::time::{Duration, Instant};
 
 use node_engine::model::{InstanceId, InstanceSpec, Limits, Mount, Technology};
-use node_engine::runtime::containerd::{ContainerdRuntime, Handler, Settings};
+use node_engine::runtime::containerd::{self, ContainerdRuntime, Handler, Settings, Share};
 use node_engine::runtime::registries::Registries;
 use node_engine::runtime::session::{Input, Output, Terminal};
 use node_engine::runtime::{Adopted, AdoptedState, Exec, Exit, Runtime, RuntimeError, Session};
@@ -80,8 +80,8 @@ impl Rig {
         self.runtime_of(Handler::usual())
     }
 
-    fn runtime_of(&self, handler: Handler) -> ContainerdRuntime {
-        runtime(self.settings(), handler)
+    fn runtime_of(&self, share: impl Into<Share>) -> ContainerdRuntime {
+        runtime(self.settings(), share)
     }
 
     /// Its image, at a registry that wants `robot` and `secret` or nothing.
@@ -149,9 +149,9 @@ fn start(dir: &Path) -> Child {
     command.arg("--config").arg(dir.join("config.toml")).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 
-fn runtime(settings: Settings, handler: Handler) -> ContainerdRuntime {
+fn runtime(settings: Settings, share: impl Into<Share>) -> ContainerdRuntime {
     let resolvers = watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1;
-    ContainerdRuntime::new(settings, handler, Technology::Other("containerd".into()), resolvers).unwrap()
+    ContainerdRuntime::new(settings, share, Technology::Other("containerd".into()), resolvers).unwrap()
 }
 
 /// One request to a connection.
@@ -464,7 +464,21 @@ async fn what_cannot_be_run_says_why_and_leaves_nothing() {
     assert_eq!(log(&other, &id(0), "another").await, "by another\n");
     assert_eq!(runtime.adopt().await.unwrap().len(), 0, "it is not the usual runtime's");
     assert_eq!(other.adopt().await.unwrap().len(), 1);
-    other.stop(&id(0), Duration::ZERO).await.unwrap();
+    // Once its handler is configured no longer it is looked after, and no more are made.
+    drop(other);
+    assert_eq!(containerd::noted(&rig.settings().handlers), ["other"]);
+    let strange = rig.runtime_of(Share::Others(["", "other"].map(String::from).into()));
+    assert_eq!(strange.adopt().await.unwrap().len(), 0, "it is known");
+    for share in [Share::Left("other".into()), Share::Others([String::new()].into())] {
+        let left = rig.runtime_of(share);
+        assert!(matches!(left.adopt().await.unwrap()[0].state, AdoptedState::Running(_)));
+        assert!(matches!(left.prepare(&shell(1, "true")).await, Err(RuntimeError::Refused { .. })));
+        left.stop(&id(0), Duration::ZERO).await.unwrap();
+        assert_eq!(left.adopt().await.unwrap().len(), 0);
+        run(&rig.runtime_of(Handler { name: "other".into(), ..Handler::usual() }), &shell(0, "exec sleep 1000")).await;
+    }
+    let last = rig.runtime_of(Share::Left("other".into()));
+    last.stop(&id(0), Duration::ZERO).await.unwrap();
     let nonsense =
         rig.runtime_of(Handler { name: "x".into(), binary: Some("/no/such/program".into()), ..Handler::usual() });
     assert!(nonsense.try_out().await.is_err(), "it is tried before it is believed");

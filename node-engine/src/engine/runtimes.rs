@@ -1,6 +1,7 @@
 //! Which technologies this node runs: every one that is configured is made, so that what an earlier run left is adopted; only those
 //! that were seen to work here are announced to the cluster.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::config::{Config, ContainerdChoice};
 use crate::model::Technology;
-use crate::runtime::containerd::{self, ContainerdRuntime, Handler, Settings};
+use crate::runtime::containerd::{self, ContainerdRuntime, Handler, Settings, Share};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::furnished::{Furnished, Grants};
 use crate::runtime::process::{Policy, ProcessRuntime};
@@ -25,6 +26,8 @@ use crate::runtime::{Resolvers, Runtime, RuntimeError};
 const STARTING: Duration = Duration::from_secs(10);
 /// The word of a cluster that asks for containerd where `docker` is Docker's, and the directory of what it makes.
 const CONTAINERD: &str = "containerd";
+/// Of containers that no handler we know has made. No cluster asks for it.
+const OTHERS: &str = "containerd-others";
 const RETRY: Duration = Duration::from_millis(250);
 /// Where Docker keeps containers, also while it does not run.
 const DOCKER_DATA: &str = "/var/lib/docker";
@@ -52,7 +55,7 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
     let direct = by_containerd(config, has_docker, &resolvers)?;
     let tried = join_all(direct.iter().map(|direct| runs(direct, config)));
     let (contained, tried, plain, guests, modules, drivers) = tokio::join!(
-        answers(&docker, direct.is_empty()),
+        answers(&docker, !direct.iter().any(ContainerdRuntime::makes)),
         tried,
         process.works(),
         unikernel.works(),
@@ -145,36 +148,68 @@ fn home(config: &Config, technology: &Technology) -> Home {
     Home::new(&config.run_dir, &config.state_dir, technology.as_str(), &config.runtime.control_group)
 }
 
-/// One for each OCI runtime of containerd's: its usual one, then by name those of its configuration. Where there is no Docker the usual
-/// one runs what a cluster calls containers.
+/// One for each OCI runtime of containerd's, and what looks after containers that none of them has made.
 fn by_containerd(
     config: &Config,
     has_docker: bool,
     resolvers: &Receiver<Resolvers>,
 ) -> Result<Vec<ContainerdRuntime>, RuntimeError> {
-    let runtime = &config.runtime;
-    let Some(socket) = runtime.containerd.socket() else { return Ok(Vec::new()) };
-    if runtime.containerd == ContainerdChoice::Auto && !socket.exists() && !held_by_containerd(config) {
-        return Ok(Vec::new());
-    }
-    let usual = if has_docker { Technology::Other(CONTAINERD.into()) } else { Technology::Container };
-    let named = containerd::configured(&runtime.containerd_config).into_iter().filter_map(|handler| {
-        let technology = Technology::from(handler.name.as_str());
-        // A name that means something else already cannot be asked for.
-        let own = matches!(technology, Technology::Other(_)) && handler.name != CONTAINERD;
-        own.then_some((handler, technology))
-    });
-    std::iter::once((Handler::usual(), usual))
-        .chain(named)
-        .map(|(handler, technology)| {
-            let (namespace, group) = (&runtime.containerd_namespace, &runtime.control_group);
-            let settings = Settings {
-                registries: runtime.registries.clone(),
-                ..Settings::new(&socket, namespace, &config.run_dir, &config.state_dir, group)
-            };
-            ContainerdRuntime::new(settings, handler, technology, resolvers.clone())
-        })
+    let (runtime, held) = (&config.runtime, held_by_containerd(config));
+    let socket = runtime.containerd.socket().unwrap_or_else(|| ContainerdChoice::USUAL.into());
+    let settings = Settings {
+        registries: runtime.registries.clone(),
+        ..Settings::new(
+            &socket,
+            &runtime.containerd_namespace,
+            &config.run_dir,
+            &config.state_dir,
+            &runtime.control_group,
+        )
+    };
+    let offered = match runtime.containerd {
+        ContainerdChoice::Off => None,
+        ContainerdChoice::Auto if !socket.exists() && !held => None,
+        ContainerdChoice::Auto | ContainerdChoice::At(_) => Some(containerd::configured(&runtime.containerd_config)),
+    };
+    let noted = held.then(|| containerd::noted(&settings.handlers));
+    shares(offered, noted, has_docker)
+        .into_iter()
+        .map(|(share, technology)| ContainerdRuntime::new(settings.clone(), share, technology, resolvers.clone()))
         .collect()
+}
+
+/// The usual handler, then by name the others that are `offered`, if containers may be made at all. Where containerd holds something of
+/// ours, `noted` are the handlers that may have made it: what is not offered any more is looked after all the same. Where there is no
+/// Docker the usual one runs what a cluster calls containers.
+fn shares(offered: Option<Vec<Handler>>, noted: Option<Vec<String>>, has_docker: bool) -> Vec<(Share, Technology)> {
+    let technology = |name: &str| match Technology::from(name) {
+        _ if name.is_empty() && has_docker => Some(Technology::Other(CONTAINERD.into())),
+        _ if name.is_empty() => Some(Technology::Container),
+        // A name that means something else already cannot be asked for.
+        Technology::Other(own) if ![CONTAINERD, OTHERS].contains(&own.as_str()) => Some(Technology::Other(own)),
+        _ => None,
+    };
+    let offered = offered.map(|named| std::iter::once(Handler::usual()).chain(named));
+    let mut shares: Vec<_> = offered
+        .into_iter()
+        .flatten()
+        .filter_map(|handler| {
+            technology(&handler.name).map(|technology| (handler.name.clone(), Share::Of(handler), technology))
+        })
+        .collect();
+    let Some(noted) = noted else {
+        return shares.into_iter().map(|(_, share, technology)| (share, technology)).collect();
+    };
+    let mut known: BTreeSet<String> = shares.iter().map(|(name, ..)| name.clone()).collect();
+    for name in std::iter::once(String::new()).chain(noted) {
+        if let Some(technology) = technology(&name)
+            && known.insert(name.clone())
+        {
+            shares.push((name.clone(), Share::Left(name), technology));
+        }
+    }
+    let others = (Share::Others(known), Technology::Other(OTHERS.into()));
+    shares.into_iter().map(|(_, share, technology)| (share, technology)).chain([others]).collect()
 }
 
 /// Each container has a log for as long as it is there, whether or not containerd is.
@@ -184,6 +219,9 @@ fn held_by_containerd(config: &Config) -> bool {
 
 /// Whether containers really run. What does not work is told once.
 async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
+    if !direct.makes() {
+        return false;
+    }
     let there = || config.runtime.containerd.socket().is_some_and(|socket| socket.exists());
     let deadline = Instant::now() + STARTING;
     loop {
@@ -217,5 +255,47 @@ async fn answers(docker: &DockerRuntime, alone: bool) -> bool {
             }
             Err(_) => sleep(RETRY).await,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_containerd_holds_is_looked_after_whatever_is_offered() {
+        let handler = |name: &str| Handler { name: name.into(), ..Handler::usual() };
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        for (offered, noted, expected) in [
+            // Switched off, or not there, and never used.
+            (None, None, ""),
+            (Some(vec![]), None, "make '' as containerd"),
+            (Some(vec!["kata", "docker", "containerd"]), None, "make '' as containerd, make 'kata' as kata"),
+            (
+                Some(vec!["kata"]),
+                Some(vec!["kata"]),
+                "make '' as containerd, make 'kata' as kata, adopt all but '', 'kata'",
+            ),
+            // A handler that is configured no longer, or whose configuration cannot be read.
+            (Some(vec![]), Some(vec!["kata"]), "make '' as containerd, adopt 'kata' as kata, adopt all but '', 'kata'"),
+            // Switched off.
+            (None, Some(vec!["kata"]), "adopt '' as containerd, adopt 'kata' as kata, adopt all but '', 'kata'"),
+        ] {
+            let offered = offered.map(|names| names.into_iter().map(handler).collect());
+            let shares = shares(offered, noted.as_deref().map(names), true);
+            let shown = shares.into_iter().map(|(share, technology)| match share {
+                Share::Of(handler) => format!("make '{}' as {technology}", handler.name),
+                Share::Left(name) => format!("adopt '{name}' as {technology}"),
+                Share::Others(known) => {
+                    format!(
+                        "adopt all but {}",
+                        known.iter().map(|name| format!("'{name}'")).collect::<Vec<_>>().join(", ")
+                    )
+                }
+            });
+            assert_eq!(shown.collect::<Vec<_>>().join(", "), expected);
+        }
+        let alone = shares(None, Some(Vec::new()), false);
+        assert_eq!(alone[0], (Share::Left(String::new()), Technology::Container), "where there is no Docker");
     }
 }

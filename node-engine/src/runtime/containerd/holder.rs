@@ -25,7 +25,7 @@ use super::client::{Client, away, gone, not_found};
 use super::image::{self, Image};
 use super::running::Running;
 use super::spec::{self, Order};
-use super::{Handler, Settings, log, root};
+use super::{Settings, Share, handler, log, root};
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Mount, Technology};
 use crate::runtime::cgroup::{self, Groups};
 use crate::runtime::output::{self, TAIL};
@@ -54,7 +54,7 @@ pub(super) struct Holder {
     pub(super) technology: Technology,
     pub(super) running: Running,
     settings: Settings,
-    handler: Handler,
+    pub(super) share: Share,
     keeper: PathBuf,
     groups: Groups,
     /// The kernel counts swap.
@@ -69,7 +69,7 @@ pub(super) struct Holder {
 impl Holder {
     pub(super) fn new(
         settings: Settings,
-        handler: Handler,
+        share: Share,
         technology: Technology,
         resolvers: Receiver<Resolvers>,
         exits: mpsc::Sender<Exit>,
@@ -85,7 +85,7 @@ impl Holder {
             running: Running::default(),
             swap: groups.limits_swap(),
             groups,
-            handler,
+            share,
             keeper,
             snapshotter: OnceCell::new(),
             resolvers,
@@ -126,13 +126,14 @@ impl Holder {
             image: image.name.clone(),
             snapshotter: snapshotter.into(),
             snapshot_key: name,
-            ..self.record(spec)
+            ..self.record(spec)?
         };
         let labels = [
             (LABEL_IMAGE, image.digest.clone()),
             (LABEL_STOP_SIGNAL, image.config.stop_signal.clone().unwrap_or_default()),
         ];
         let record = with_labels(record, labels);
+        handler::note(&self.settings.handlers, &self.share.handler()?.name).map_err(step("note its handler"))?;
         // Before its snapshot, which is kept because a record names it.
         self.change(containers::CREATE, record.clone(), &[], "create the container").await?;
         let prepare = Snapshot { parent: image.root.clone(), ..snapshot };
@@ -155,7 +156,7 @@ impl Holder {
         let order = Order { spec, image: &image, control_group: &control_group, swap: self.swap, files: &files };
         let document = order.document(&accounts)?;
         let described = Some(Any { type_url: SPEC.into(), value: document });
-        let record = Container { spec: described, ..self.record(spec) };
+        let record = Container { spec: described, ..self.record(spec)? };
         self.change(containers::CREATE, record, &[], "create the container").await?;
         let mount = snapshots::Mount {
             kind: "bind".into(),
@@ -171,16 +172,18 @@ impl Holder {
     }
 
     /// What is said of every container. containerd wants a document, also before there is one.
-    fn record(&self, spec: &InstanceSpec) -> Container {
+    fn record(&self, spec: &InstanceSpec) -> Result<Container, RuntimeError> {
+        let handler = self.share.handler()?;
         let document = Any { type_url: DOCUMENT.into(), value: spec.document.as_bytes().to_vec() };
         let record = Container {
             id: container_name(&spec.id),
-            runtime: Some(self.handler.runtime()),
+            runtime: Some(handler.runtime()),
             spec: Some(Any { type_url: SPEC.into(), value: b"{}".to_vec() }),
             extensions: HashMap::from([(DOCUMENT.to_owned(), document)]),
             ..Container::default()
         };
-        with_labels(record, [(LABEL_INSTANCE, spec.id.to_string()), (LABEL_HANDLER, self.handler.name.clone())])
+        let labels = [(LABEL_INSTANCE, spec.id.to_string()), (LABEL_HANDLER, handler.name.clone())];
+        Ok(with_labels(record, labels))
     }
 
     /// Files that are the node's to write and every container's to find.
@@ -347,7 +350,7 @@ impl Holder {
         let mut adopted = Vec::new();
         for record in containers {
             let label = |name: &str| record.labels.get(name).map_or("", String::as_str);
-            if label(LABEL_HANDLER) != self.handler.name {
+            if !self.share.has(label(LABEL_HANDLER)) {
                 continue;
             }
             let Ok(instance) = label(LABEL_INSTANCE).parse::<InstanceId>() else {

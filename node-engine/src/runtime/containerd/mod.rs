@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use tokio::sync::watch::Receiver;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-pub use handler::{Handler, configured};
+pub use handler::{Handler, Share, configured, noted};
 pub use log::{COMMAND as KEEP_LOG, keep as keep_log};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use {handler::understand as handlers, image::understand as images, spec::understand as documents};
@@ -49,6 +49,8 @@ pub struct Settings {
     /// What a reboot forgets: a directory for each instance.
     pub run: PathBuf,
     pub logs: PathBuf,
+    /// Names of the handlers that have made containers.
+    pub handlers: PathBuf,
     /// The binary that keeps logs; `None`: this one.
     pub keeper: Option<PathBuf>,
     /// Parent of the control groups.
@@ -65,6 +67,7 @@ impl Settings {
             namespace: namespace.to_owned(),
             run: run_dir.join("containerd"),
             logs: state_dir.join("logs/containerd"),
+            handlers: state_dir.join("containerd/handlers"),
             keeper: None,
             control_group: format!("{control_group}/containerd"),
             registries: Registries::default(),
@@ -87,14 +90,19 @@ impl ContainerdRuntime {
     /// A namespace that containerd would not take, or a binary that cannot be found.
     pub fn new(
         settings: Settings,
-        handler: Handler,
+        share: impl Into<Share>,
         technology: Technology,
         resolvers: Receiver<Resolvers>,
     ) -> Result<Self, RuntimeError> {
         let (exits, exited) = mpsc::channel(EXITS);
         let registries = settings.registries.clone();
-        let holder = Arc::new(Holder::new(settings, handler, technology, resolvers, exits)?);
+        let holder = Arc::new(Holder::new(settings, share.into(), technology, resolvers, exits)?);
         Ok(Self { holder, registries, exits: tokio::sync::Mutex::new(exited) })
+    }
+
+    /// Whether it makes containers, and does not only look after those that are there.
+    pub fn makes(&self) -> bool {
+        self.holder.share.handler().is_ok()
     }
 
     /// Whether containers really run here, found out by running one.
@@ -113,6 +121,7 @@ impl Runtime for ContainerdRuntime {
     }
 
     async fn prepare(&self, spec: &InstanceSpec) -> Result<Sandbox, RuntimeError> {
+        self.holder.share.handler()?;
         spec::check(spec)?;
         let guard = self.holder.lock(&spec.id).await;
         let snapshotter = self.holder.snapshotter().await?;
