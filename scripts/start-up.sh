@@ -25,6 +25,8 @@ case $architecture in
     arm-7)
         target_name=armv7 targets="armv7-unknown-linux-musleabihf armv7-unknown-linux-gnueabihf"
         machines="armv7l armv8l"
+        # A 64-bit kernel may carry a 32-bit system, as today's 32-bit Raspberry Pi OS does.
+        [ "$(getconf LONG_BIT)" != 32 ] || machines="$machines aarch64"
         ;;
     *) echo "start-up.sh: $architecture is not an architecture: amd64, arm64 or arm-7" >&2; usage ;;
 esac

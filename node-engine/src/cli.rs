@@ -438,11 +438,13 @@ impl StandaloneArgs {
     }
 }
 
-/// Variables that are not text are nobody's setting.
+/// Of this process, and below it what the service manager gives the daemon: whoever asks or removes it means the same node. Variables that
+/// are not text are nobody's setting.
 fn environment() -> std::collections::BTreeMap<String, String> {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect()
+    let mut environment = config::environment_file(Path::new(config::ENVIRONMENT_FILE));
+    let own = std::env::vars_os();
+    environment.extend(own.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))));
+    environment
 }
 
 /// Where the daemon of this machine is configured to listen. A configuration that cannot be read is the daemon's trouble.

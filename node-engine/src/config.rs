@@ -16,7 +16,7 @@ use crate::netmanager::datapath::Capacity;
 use crate::runtime::registries::Registries;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use load::load_text;
-pub use load::{ConfigError, DEFAULT_FILE, Flag, Loaded, Origin, Sources, load};
+pub use load::{ConfigError, DEFAULT_FILE, ENVIRONMENT_FILE, Flag, Loaded, Origin, Sources, environment_file, load};
 
 /// Everything the daemon needs to know before it starts.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::net::TcpListener;
 
+use super::few::Few;
 use super::routes::{Refused, within_time};
 use super::{Api, NodeApi};
 use crate::drain::Drain;
@@ -33,7 +34,7 @@ pub async fn serve(listener: TcpListener, node: Arc<dyn NodeApi>, drain: Drain) 
         .layer(middleware::from_fn(within_time))
         .with_state(node);
     tokio::select! {
-        ended = std::future::IntoFuture::into_future(axum::serve(listener, router)) => ended,
+        ended = std::future::IntoFuture::into_future(axum::serve(Few::from(listener), router)) => ended,
         _ = drain.wait() => Ok(()),
     }
 }

@@ -8,6 +8,7 @@ pub mod client;
 pub mod collector;
 pub mod dto;
 mod exec;
+mod few;
 mod look;
 pub mod metrics;
 mod routes;

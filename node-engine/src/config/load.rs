@@ -80,6 +80,9 @@ pub enum ConfigError {
     NoCluster,
 }
 
+/// Where the service's variables are, beside its configuration.
+pub const ENVIRONMENT_FILE: &str = "/etc/node-engine/environment";
+
 /// Applies the sources to the defaults.
 ///
 /// # Errors
@@ -193,6 +196,18 @@ fn unknown_variables(environment: &BTreeMap<String, String>) -> Vec<String> {
             format!("environment variable {name} is not a setting; did you mean {nearest}?")
         })
         .collect()
+}
+
+/// The variables in a file as systemd reads them (`EnvironmentFile=`); none where it cannot be read.
+pub fn environment_file(path: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let lines = text.lines().map(str::trim).filter(|line| !line.starts_with(['#', ';']));
+    let variables = lines.filter_map(|line| line.split_once('=')).map(|(name, value)| {
+        let value = value.trim();
+        let quoted = |quote| value.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote));
+        (name.trim().to_owned(), quoted('"').or_else(|| quoted('\'')).unwrap_or(value).to_owned())
+    });
+    variables.collect()
 }
 
 /// The name of the machine in this UTS namespace.

@@ -111,8 +111,8 @@ async fn node(
 
     // Nothing has been made so far; from here on the network is.
     let (resolvers, resolving) = watch::channel(None);
-    let Runtimes { held: runtimes, announced, drivers } = runtimes::build(&config, resolving).await?;
-    let (net, network) = netmanager::start(netmanager::Setup {
+    let made = runtimes::make(&config, resolving)?;
+    let network = netmanager::start(netmanager::Setup {
         config: config.network.clone(),
         cluster: address_of(&config.cluster).await,
         run_dir: config.run_dir.clone(),
@@ -123,8 +123,11 @@ async fn node(
         learns,
         leased,
         drain: net_drain.clone(),
-    })
-    .await?;
+    });
+    // An engine that does not answer keeps nobody's packets waiting.
+    let (Runtimes { held: runtimes, announced, drivers }, network) =
+        tokio::join!(runtimes::try_out(made, &config), network);
+    let (net, network) = network?;
     tasks.adopt("network manager", network);
     let names = Names {
         directory: Arc::new(net.clone()),

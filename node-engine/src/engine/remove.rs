@@ -19,7 +19,7 @@ use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::registries::Registries;
-use crate::runtime::{Adopted, Runtime};
+use crate::runtime::{self, Adopted, Runtime};
 use crate::store::Desired;
 
 /// How long an engine that runs workloads may take to say what it holds.
@@ -29,8 +29,10 @@ const LOOKS: u32 = 10;
 const AGAIN: Duration = Duration::from_millis(300);
 /// What workloads get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
-/// Where Docker keeps containers, also while it does not run.
-const DOCKER_DATA: &str = "/var/lib/docker";
+/// Where Docker and Podman keep containers, also while they do not run.
+const STORES: [&str; 2] = ["/var/lib/docker", "/var/lib/containers/storage"];
+/// Where systemd notes that the service starts with the machine.
+const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/node-engine.service";
 /// Taking down asks no size.
 const ANY_MTU: u32 = 1280;
 
@@ -46,7 +48,8 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
     let lock = match RunLock::take(&config.run_dir) {
         Err(SocketError::Running { pid }) => {
             bail!(
-                "node-engine is running (pid {pid}): stop it first, with `systemctl stop node-engine` or `kill {pid}`"
+                "node-engine is running (pid {pid}): stop it first, with `systemctl disable --now node-engine`, or with `kill {pid}` \
+                 where no service starts it again"
             )
         }
         other => other?,
@@ -59,19 +62,27 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
         // What a daemon that died had asked Docker for may have been made only after the first look.
         containers(config, &mut left).await;
     }
-    directory("run directory", &config.run_dir, &mut left);
+    // The notes by which the next try finds what is left are the last to go.
+    if left.is_empty() {
+        runtime::remove_empty_groups(&config.runtime.control_group);
+        directory("run directory", &config.run_dir, &mut left);
+        // Whoever starts it again wants what the cluster says then, not what was taken down here.
+        if let Err(error) = Desired::forget(&config.state_dir) {
+            left.push(format!("what was to run here ({error})"));
+        }
+        if purge {
+            directory("state directory", &config.state_dir, &mut left);
+        }
+    }
     drop(lock);
-    // Whoever starts it again wants what the cluster says then, not what was taken down here.
-    if let Err(error) = Desired::forget(&config.state_dir) {
-        left.push(format!("what was to run here ({error})"));
-    }
-    if purge {
-        directory("state directory", &config.state_dir, &mut left);
-    }
     if !left.is_empty() {
-        bail!("{} could not be removed: {}", if left.len() == 1 { "this" } else { "these" }, left.join("; "));
+        let these = if left.len() == 1 { "this" } else { "these" };
+        bail!("{these} could not be removed, which a second `uninstall` tries again: {}", left.join("; "));
     }
     println!("nothing of node-engine is left on this machine but its binary and configuration");
+    if Path::new(ENABLED).exists() {
+        println!("its service still starts with the machine: `systemctl disable node-engine` ends that");
+    }
     Ok(())
 }
 
@@ -99,7 +110,7 @@ async fn containers(config: &Config, left: &mut Vec<String>) -> bool {
     for look in 1.. {
         let held = match timeout(ANSWER, docker.adopt()).await {
             Ok(Ok(held)) => held,
-            Ok(Err(_)) if !Path::new(DOCKER_DATA).exists() => {
+            Ok(Err(_)) if !docker.is_installed() && !STORES.iter().any(|store| Path::new(store).exists()) => {
                 println!("there is no Docker on this machine, so there are no containers");
                 return false;
             }

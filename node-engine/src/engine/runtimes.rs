@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::sync::watch::Receiver;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::{Config, ContainerdChoice};
 use crate::model::Technology;
@@ -28,6 +28,8 @@ const STARTING: Duration = Duration::from_secs(10);
 const CONTAINERD: &str = "containerd";
 /// Of containers that no handler we know has made. No cluster asks for it.
 const OTHERS: &str = "containerd-others";
+/// And so much longer for a container that is run to see whether it does.
+const TRIAL: Duration = Duration::from_secs(35);
 const RETRY: Duration = Duration::from_millis(250);
 /// Where Docker keeps containers, also while it does not run.
 const DOCKER_DATA: &str = "/var/lib/docker";
@@ -40,8 +42,19 @@ pub(super) struct Runtimes {
     pub(super) drivers: Vec<(String, PathBuf)>,
 }
 
-/// Makes and tries them.
-pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Runtimes, RuntimeError> {
+/// All that may run workloads here, before any was tried.
+pub(super) struct Made {
+    docker: DockerRuntime,
+    process: ProcessRuntime,
+    unikernel: UnikernelRuntime,
+    wasm: WasmRuntime,
+    direct: Vec<ContainerdRuntime>,
+    furniture: Furniture,
+    has_docker: bool,
+}
+
+/// Makes them. Nothing is asked of anybody yet.
+pub(super) fn make(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Made, RuntimeError> {
     let docker = DockerRuntime::new(
         config.runtime.docker_host.as_deref(),
         resolvers.clone(),
@@ -53,6 +66,12 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
     // Where there is no Docker nothing can be held by it, and nobody should wait to hear so.
     let has_docker = docker.is_installed() || Path::new(DOCKER_DATA).exists();
     let direct = by_containerd(config, has_docker, &resolvers)?;
+    Ok(Made { docker, process, unikernel, wasm, direct, furniture, has_docker })
+}
+
+/// Finds out which of them work.
+pub(super) async fn try_out(made: Made, config: &Config) -> Runtimes {
+    let Made { docker, process, unikernel, wasm, direct, furniture, has_docker } = made;
     let tried = join_all(direct.iter().map(|direct| runs(direct, config)));
     let (contained, tried, plain, guests, modules, drivers) = tokio::join!(
         answers(&docker, !direct.iter().any(ContainerdRuntime::makes)),
@@ -80,7 +99,7 @@ pub(super) async fn build(config: &Config, resolvers: Receiver<Resolvers>) -> Re
         [] => tracing::warn!("no technology works on this node: it runs no workloads"),
         runs => tracing::info!("this node runs {}", runs.join(", ")),
     }
-    Ok(runtimes)
+    runtimes
 }
 
 /// The runtimes that may hold something of ours, Docker apart.
@@ -225,7 +244,7 @@ async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
     let there = || config.runtime.containerd.socket().is_some_and(|socket| socket.exists());
     let deadline = Instant::now() + STARTING;
     loop {
-        match direct.try_out().await {
+        match timeout_at(deadline + TRIAL, direct.try_out()).await.unwrap_or_else(|_| Err(silent())) {
             Ok(()) => return true,
             Err(RuntimeError::Unavailable(_)) if there() && Instant::now() < deadline => sleep(RETRY).await,
             Err(error) => {
@@ -236,11 +255,16 @@ async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
     }
 }
 
+/// It takes questions and does not answer. What is asked of it later is told so as well.
+fn silent() -> RuntimeError {
+    RuntimeError::Unavailable(format!("it has not answered within {:?}", STARTING + TRIAL))
+}
+
 /// Without another engine that is news for the operator, and with one it is none.
 async fn answers(docker: &DockerRuntime, alone: bool) -> bool {
     let deadline = Instant::now() + STARTING;
     loop {
-        match docker.works().await {
+        match timeout_at(deadline + TRIAL, docker.works()).await.unwrap_or_else(|_| Err(silent())) {
             Ok(()) => return true,
             // Something answers, and what it says will not change by waiting.
             Err(error @ RuntimeError::Refused { .. }) => {
@@ -261,6 +285,21 @@ async fn answers(docker: &DockerRuntime, alone: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::runtime::registries::Registries;
+
+    /// As one whose disk hangs: it takes connections and questions.
+    #[tokio::test(start_paused = true)]
+    async fn an_engine_that_does_not_answer_is_not_waited_for_long() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let socket = dir.path().join("docker.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        let host = format!("unix://{}", socket.display());
+        let resolvers = tokio::sync::watch::channel(Some(Vec::new())).1;
+        let docker = DockerRuntime::new(Some(&host), resolvers, Registries::default()).expect("an address");
+        let began = Instant::now();
+        assert!(!answers(&docker, true).await);
+        assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    }
 
     #[test]
     fn what_containerd_holds_is_looked_after_whatever_is_offered() {

@@ -16,8 +16,11 @@ const IN_ALL: usize = 512;
 const CLIENTS: usize = 512;
 
 /// Everybody's account.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Limits(Arc<Mutex<State>>);
+#[derive(Clone, Debug)]
+pub(super) struct Limits {
+    state: Arc<Mutex<State>>,
+    at_once: usize,
+}
 
 #[derive(Debug, Default)]
 struct State {
@@ -39,10 +42,21 @@ pub(super) struct Place {
     client: IpAddr,
 }
 
+impl Default for Limits {
+    fn default() -> Self {
+        Self::at_once(AT_ONCE)
+    }
+}
+
 impl Limits {
+    /// With so many places a client.
+    pub(super) fn at_once(at_once: usize) -> Self {
+        Self { state: Arc::default(), at_once }
+    }
+
     /// A place for a question of this client; `None` where it asks too much.
     pub(super) fn admit(&self, client: IpAddr, now: Instant) -> Option<Place> {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.open >= IN_ALL {
             return None;
         }
@@ -55,7 +69,7 @@ impl Limits {
         let account = state.clients.entry(client).or_insert(Client { tokens: BURST, at: now, open: 0 });
         let refill = now.saturating_duration_since(account.at).as_secs_f64() * RATE;
         (account.tokens, account.at) = ((account.tokens + refill).min(BURST), now);
-        if account.tokens < 1.0 || account.open >= AT_ONCE {
+        if account.tokens < 1.0 || account.open >= self.at_once {
             return None;
         }
         account.tokens -= 1.0;
@@ -67,7 +81,7 @@ impl Limits {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = self.limits.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.limits.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.open = state.open.saturating_sub(1);
         if let Some(client) = state.clients.get_mut(&self.client) {
             client.open = client.open.saturating_sub(1);

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 
 use super::limit::{Limits, Place};
 use super::upstream::{Transport, Upstreams};
@@ -24,6 +24,8 @@ const QUESTION: usize = 4_096;
 /// Connections at once, and for how long one may say nothing.
 const CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(5);
+/// After a connection that could not be taken.
+const REST: Duration = Duration::from_millis(100);
 /// So long a question about a service waits for the cluster.
 const PATIENCE: Duration = Duration::from_millis(2_500);
 /// So long the cluster is not asked again for a service that it does not know, and how many of these are remembered.
@@ -70,12 +72,14 @@ pub(super) struct Server {
     zone: Zone,
     upstreams: Arc<Upstreams>,
     limits: Limits,
+    connections: Limits,
     unknown: Mutex<HashMap<ServiceName, Instant>>,
 }
 
 impl Server {
     pub(super) fn new(directory: Arc<dyn Directory>, zone: Zone, upstreams: Arc<Upstreams>) -> Self {
-        Self { directory, zone, upstreams, limits: Limits::default(), unknown: Mutex::default() }
+        let (limits, connections) = (Limits::default(), Limits::at_once(CONNECTIONS / 4));
+        Self { directory, zone, upstreams, limits, connections, unknown: Mutex::default() }
     }
 
     /// Answers whoever comes to the door, each question in a task of its own, until a socket fails for good.
@@ -85,9 +89,11 @@ impl Server {
         let mut work = JoinSet::new();
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         let mut buffer = vec![0; QUESTION];
+        let mut rests_until = None;
         loop {
             tokio::select! {
                 Some(_) = work.join_next() => {}
+                () = sleep_until(rests_until.unwrap_or_else(tokio::time::Instant::now)), if rests_until.is_some() => rests_until = None,
                 heard = datagrams.recv_from(&mut buffer) => {
                     // An ICMP error for an earlier answer.
                     let Ok((length, client)) = heard else { continue };
@@ -100,17 +106,23 @@ impl Server {
                         }
                     });
                 }
-                accepted = connections.accept() => {
-                    let Ok((stream, client)) = accepted else { continue };
+                accepted = connections.accept(), if rests_until.is_none() => {
+                    let Ok((stream, client)) = accepted else {
+                        // For want of descriptors, say: the connection waits, and the next try would fail as well.
+                        rests_until = Some(tokio::time::Instant::now() + REST);
+                        continue;
+                    };
                     let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
                     if !self.welcome(client.ip()) {
                         continue;
                     }
+                    // Nobody takes all places.
+                    let Some(share) = self.connections.admit(client.ip(), Instant::now()) else { continue };
                     let server = Arc::clone(&self);
                     work.spawn(async move {
                         // Whatever ended it, there is nobody to tell.
                         let _ = server.converse(stream, client.ip()).await;
-                        drop(place);
+                        drop((place, share));
                     });
                 }
             }

@@ -37,6 +37,11 @@ pub(crate) use {fetch::understand as places, user::understand as accounts};
 
 use crate::model::{InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Technology};
 
+/// Removes the control groups of the daemon's own that nothing is in.
+pub(crate) fn remove_empty_groups(parent: &str) {
+    cgroup::Groups::below(parent).remove_empty();
+}
+
 /// What runs instances of one technology.
 ///
 /// Every method may be called again after a failure or a restart; `stop` undoes `prepare` and `start` in any half-done state.

@@ -289,3 +289,17 @@ fn what_a_node_grants_is_read_and_checked() {
         assert!(error.contains(reason), "{setting}: {error}");
     }
 }
+
+#[test]
+fn the_services_variables_are_read_as_systemd_does() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let text = "# a comment\n; another\n\nNODE_ENGINE_STATE_DIR=/data/ne\n CLUSTER_MANAGER_IP = \"192.0.2.1\" \nQUOTE='a \"b'\nEMPTY=\nno word\n";
+    std::fs::write(file.path(), text).unwrap();
+    let variables = environment_file(file.path());
+    let expected =
+        [("CLUSTER_MANAGER_IP", "192.0.2.1"), ("EMPTY", ""), ("NODE_ENGINE_STATE_DIR", "/data/ne"), ("QUOTE", "a \"b")];
+    assert_eq!(variables, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    let sources = Sources { file: None, environment: variables, flags: Vec::new() };
+    assert_eq!(load(&sources).unwrap().config.state_dir, Path::new("/data/ne"));
+    assert!(environment_file(Path::new("/nonexistent")).is_empty());
+}

@@ -64,6 +64,19 @@ impl Groups {
         }
     }
 
+    /// Removes the parent and what is directly below it, as far as nothing is in them.
+    pub(in crate::runtime) fn remove_empty(&self) {
+        for root in [&self.cpu, &self.cpu_account, &self.memory].into_iter().flatten() {
+            let parent = root.path().join(&self.parent);
+            // Directories are groups, and everything else in them the kernel's.
+            let below = fs::read_dir(&parent).into_iter().flatten().flatten().map(|entry| entry.path());
+            for group in below.filter(|path| path.is_dir()).chain([parent.clone()]) {
+                // Used by somebody, or gone already.
+                let _ = fs::remove_dir(group);
+            }
+        }
+    }
+
     /// What this kernel cannot limit.
     pub(in crate::runtime) fn missing(&self) -> Vec<&'static str> {
         let missing = [("cpu", &self.cpu), ("memory", &self.memory)];
@@ -308,6 +321,8 @@ mod tests {
     #[ignore = "needs root"]
     fn a_group_holds_limits_and_goes_with_its_processes() {
         let groups = Groups::below(&format!("node-engine-test-{}", std::process::id()));
+        let group_parents = [&groups.cpu, &groups.cpu_account, &groups.memory].map(Clone::clone);
+        let group_parents: Vec<Controller> = group_parents.into_iter().flatten().collect();
         let group = groups.make("a", Limits { memory_mib: Some(64), ..Limits::default() }).expect("made");
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().expect("a process");
         for directory in group.directories() {
@@ -319,5 +334,21 @@ mod tests {
         let removed = thread::spawn(move || group.remove());
         assert!(!child.wait().expect("it ended").success());
         removed.join().expect("no panic").expect("removed");
+
+        let parents: Vec<PathBuf> =
+            group_parents.iter().map(|controller| controller.path().join(&groups.parent)).collect();
+        let kept = groups.make("b", Limits::default()).expect("made");
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().expect("a process");
+        for directory in kept.directories() {
+            fs::write(directory.join("cgroup.procs"), child.id().to_string()).expect("it becomes a member");
+        }
+        groups.remove_empty();
+        assert!(kept.directories().iter().all(|directory| directory.exists()), "what is used stays");
+        child.kill().expect("killed");
+        child.wait().expect("it ended");
+        // The kernel takes a moment to let go of it.
+        thread::sleep(Duration::from_millis(100));
+        groups.remove_empty();
+        assert!(parents.iter().all(|parent| !parent.exists()), "{parents:?}");
     }
 }
