@@ -58,7 +58,7 @@ impl Leases {
             let _ = writeln!(text, "subnet {v4} {v6}");
         }
         for lease in &self.leases {
-            let Some(netns) = lease.netns.to_str().filter(|path| !path.contains(['\n', '\r'])) else { continue };
+            let Some(netns) = lease.netns.to_str().filter(|path| is_line(path)) else { continue };
             let own = lease.own.v4.map(IpAddr::from).into_iter().chain(lease.own.v6.map(IpAddr::from));
             let own: Vec<String> = own.map(|address| address.to_string()).collect();
             let ports: Vec<String> = lease.ports.iter().map(PortMapping::to_string).collect();
@@ -117,6 +117,11 @@ impl Leases {
     }
 }
 
+/// What else ends a line to some reader would be read as something else than it was written as.
+fn is_line(path: &str) -> bool {
+    !path.contains(['\n', '\r'])
+}
+
 fn subnet(text: &str) -> Option<Subnet> {
     let (v4, v6) = text.split_once(' ')?;
     Some(Subnet { v4: v4.parse().ok()?, v6: v6.parse().ok()? })
@@ -129,7 +134,7 @@ fn lease(text: &str) -> Option<KeptLease> {
     let own = addresses_of(words.next()?.strip_prefix("own=")?)?;
     let ports = list(words.next()?.strip_prefix("ports=")?, port)?;
     let inode = words.next()?.strip_prefix("inode=")?.parse().ok()?;
-    let netns = words.next()?.strip_prefix("netns=")?.into();
+    let netns = words.next()?.strip_prefix("netns=").filter(|path| is_line(path))?.into();
     Some(KeptLease { instance, addresses, own, ports, inode, netns })
 }
 
