@@ -25,7 +25,7 @@ use netmanager_common::verdict::{COUNT_LOCAL, COUNT_RECEIVED, COUNT_SENT, COUNT_
 
 use crate::maps::{Maps, count, plain};
 use crate::neighbour::next_hop;
-use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at};
+use crate::skb::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, SkbFrame, header_at, pull};
 use crate::tunnel::{BARE_LEN, Ethernet, FRAMED_ETHERNET, FRAMED_LEN, Outer, pop, push, unframe};
 
 /// Not ours: the next program, or the kernel's ordinary path.
@@ -39,6 +39,8 @@ pub fn tc_veth_ingress(context: TcContext) -> i32 {
         return PASS;
     }
     let mut frame = SkbFrame::<ETH_LEN>::new(&context, protocol == ETH_P_IPV6);
+    // What it cannot have shows as a header that is not there.
+    let _ = frame.pull_transport();
     match outbound(&mut frame, &mut Maps, ifindex(&context)) {
         Ok(Verdict::Send { peer }) => send(context.skb.skb, peer, protocol),
         Ok(Verdict::Local { ifindex, mac }) => {
@@ -67,6 +69,9 @@ pub fn tc_framed_ingress(context: TcContext) -> i32 {
         Some((port, config)) if port == config.framed_port && port != [0, 0] => {}
         _ => return PASS,
     }
+    if !pull(&context, FRAMED_LEN) {
+        return PASS;
+    }
     let whole = header_at::<Vxlan>(&context, BARE_LEN).is_some_and(|vxlan| *vxlan == Vxlan::OURS);
     let Some(framed) = header_at::<Ethernet>(&context, FRAMED_ETHERNET).filter(|_| whole) else {
         return dropped(DropReason::Malformed);
@@ -85,6 +90,10 @@ pub fn tc_framing_ingress(_: TcContext) -> i32 {
 #[inline(always)]
 fn destination(context: &TcContext) -> Option<([u8; 2], &'static Config)> {
     if protocol(context) != ETH_P_IP {
+        return None;
+    }
+    // The stack pulls as much of whatever comes.
+    if !pull(context, BARE_LEN) {
         return None;
     }
     let outer = header_at::<Outer>(context, ETH_LEN)?;
@@ -106,6 +115,11 @@ fn take_in<const INNER: usize>(context: &TcContext) -> i32 {
     // `tunnel::push` writes none, a socket always does.
     let complete = outer.udp.checksum != [0, 0];
     let mut frame = SkbFrame::<INNER>::new(context, false).complete(complete);
+    // The socket reads it in pieces, too.
+    if !frame.pull_transport() {
+        count(COUNT_SLOW);
+        return PASS;
+    }
     let (inner_protocol, inner_len) = match header_at::<[u8; 6]>(context, INNER) {
         Some([first, _, a, b, ..]) if *first >> 4 == 4 => (ETH_P_IP, u16::from_be_bytes([*a, *b])),
         Some([first, _, _, _, a, b]) if *first >> 4 == 6 => {

@@ -1,10 +1,10 @@
 //! A packet in a socket buffer, as the law sees it. With `tunnel.rs`, the only file with packet pointers.
 
-use aya_ebpf::bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::bpf_l4_csum_replace;
 use aya_ebpf::programs::TcContext;
 use netmanager_common::checksum::Change;
-use netmanager_common::frame::{Frame, Header, mend};
+use netmanager_common::frame::{Frame, Header, Ipv4, Ipv6, TCP, Tcp, Udp, mend};
 
 pub const ETH_LEN: usize = 14;
 pub const ETH_P_IP: [u8; 2] = [0x08, 0x00];
@@ -27,12 +27,16 @@ impl<'a, const BASE: usize> SkbFrame<'a, BASE> {
     #[inline(always)]
     pub fn new(context: &'a TcContext, v6: bool) -> Self {
         let headers = if v6 { HEADERS_V6_LEN } else { HEADERS_V4_LEN };
-        let wanted = (context.len() as usize).min(BASE + headers);
-        if context.data() + wanted > context.data_end() {
-            // A failure shows as a header that is not there.
-            let _ = context.skb.pull_data(wanted as u32);
-        }
+        // A failure shows as a header that is not there.
+        let _ = pull(context, BASE + headers);
         Self { context, complete: false }
+    }
+
+    /// Makes readable what the IP header says of those after it: of IPv6, and of IPv4 with options, they end later than where
+    /// [`Self::new`] has looked. False where the kernel has no memory for that.
+    #[inline(always)]
+    pub fn pull_transport(&self) -> bool {
+        pull_transport(self.context.skb.skb, BASE)
     }
 
     /// For the packet in a datagram that a socket has sent: a socket knows no partial checksums. The datagram's own may be, if it comes
@@ -72,6 +76,27 @@ impl<const BASE: usize> Frame for SkbFrame<'_, BASE> {
             payload => headers + payload as usize,
         }
     }
+}
+
+/// Makes so many bytes of the buffer directly readable, or all where it has fewer. False where the kernel has no memory for that.
+#[inline(always)]
+pub fn pull(context: &TcContext, len: usize) -> bool {
+    let wanted = (context.len() as usize).min(len);
+    context.data() + wanted <= context.data_end() || context.skb.pull_data(wanted as u32).is_ok()
+}
+
+/// Not in line, as the programs have no stack to spare. What is too short for its headers is for the law to refuse.
+#[inline(never)]
+fn pull_transport(skb: *mut __sk_buff, base: usize) -> bool {
+    let context = &TcContext::new(skb);
+    // As long as either family's header is at least.
+    let Some(&mut Ipv4 { version_ihl, protocol, .. }) = header_at(context, base) else { return true };
+    let (ip, protocol) = match (version_ihl >> 4, header_at::<Ipv6>(context, base)) {
+        (6, Some(header)) => (size_of::<Ipv6>(), header.next_header),
+        _ => (usize::from(version_ihl & 0x0f) * 4, protocol),
+    };
+    let transport = if protocol == TCP { size_of::<Tcp>() } else { size_of::<Udp>() };
+    pull(context, base + ip + transport)
 }
 
 /// The header at `offset` bytes into the buffer.

@@ -1,12 +1,15 @@
 //! Packets that are not the common ones: ICMP errors, fragments, options.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
 use std::thread;
 
+use netmanager_common::FRAMING_LEN;
 use netmanager_common::abi::{PEER_OURS, Peer};
+use netmanager_common::frame::control_framing;
 use netmanager_common::testing::{Payload, packet, with_options};
 use nix::sys::socket::sockopt::TcpMaxSeg;
 use nix::sys::socket::{
@@ -259,6 +262,52 @@ async fn the_rest_of_a_packet_is_left_alone(choice: DatapathChoice) {
         }
         drop(ends);
     }
+}
+
+/// Datagrams of which only the outer headers are in one piece, as some drivers hand them over.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn headers_in_pieces_are_read() {
+    let lab = ready(Ebpf).await;
+    lab.frame().await;
+    let (client, far) = (&lab.nodes[0].instances[0], &lab.nodes[1].instances[0]);
+    let node = &lab.nodes[1];
+    let to = |family: usize, what| packet(client.instance[family].into(), far.namespace[family].into(), what);
+    let tcp = |family| to(family, Payload::Tcp(5_000, PORT));
+    let udp = |family| to(family, Payload::Udp(5_000, PORT));
+    // Who is not refused need not be told.
+    let _servers = [0, 1].map(|family| far.run(|| UdpSocket::bind((far.namespace[family], PORT))).unwrap());
+    let mut received = node.counter("received").await;
+    for (name, inner) in [
+        ("TCP over IPv4", tcp(0)),
+        ("UDP over IPv4", udp(0)),
+        ("TCP over IPv4 with options", with_options(&tcp(0))),
+        ("TCP over IPv6", tcp(1)),
+        ("UDP over IPv6", udp(1)),
+    ] {
+        let protocol = if inner[0] >> 4 == 6 { [0x86, 0xdd] } else { [8, 0] };
+        let framing = &control_framing()[..FRAMING_LEN - 2];
+        let framed = [framing, &protocol, &inner].concat();
+        for (port, datagram) in [(TUNNEL_PORT, inner), (TUNNEL_PORT + 1, framed)] {
+            let from = SocketAddr::new(lab.nodes[0].address, 0);
+            let socket = lab.nodes[0].netns().run(|| UdpSocket::bind(from)).unwrap().unwrap();
+            socket.connect((node.address, port)).unwrap();
+            send_in_pieces(socket, &datagram);
+            received += 1;
+            until(&format!("{name} to {port} arrives"), || async { node.counter("received").await == received }).await;
+        }
+    }
+    assert_eq!(node.counter("slow").await, 0, "the kernel has read them all");
+}
+
+/// Sends the bytes by splice, which is what the standard library uses from a pipe to a socket: the kernel copies none of them, and has only
+/// its own headers in one piece.
+fn send_in_pieces(socket: UdpSocket, bytes: &[u8]) {
+    let (reader, mut writer) = std::io::pipe().expect("a pipe");
+    writer.write_all(bytes).expect("it fits a pipe");
+    drop(writer);
+    let (mut pipe, mut socket) = (File::from(OwnedFd::from(reader)), TcpStream::from(OwnedFd::from(socket)));
+    assert_eq!(std::io::copy(&mut pipe, &mut socket).expect("sent"), bytes.len() as u64);
 }
 
 /// Sends a whole IPv4 packet, header and all.
