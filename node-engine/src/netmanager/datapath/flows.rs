@@ -128,18 +128,19 @@ impl Flows {
         self.rows.iter()
     }
 
-    /// False where there is no room for it.
+    /// False where there is no room for it; then what was there stays. A row on the same account takes the place that it has.
     pub(super) fn learn(&mut self, key: FlowKey, flow: Flow, now: u32, slots: &Sheet<u32, Slot>) -> bool {
         if now.saturating_sub(self.last_sweep) >= SWEEP {
             self.sweep(now, slots);
         }
-        let account = account(&flow);
-        self.forget(&key);
-        let cached = account & 1;
+        let number = account(&flow);
+        let cached = number & 1;
+        let replaces = self.get(&key).is_some_and(|present| account(&present) == number);
         let used = self.used[cached as usize];
-        if self.counts.get(&account).copied().unwrap_or(0) >= limit(cached == 1, used) {
+        if !replaces && self.counts.get(&number).copied().unwrap_or(0) >= limit(cached == 1, used) {
             return false;
         }
+        self.forget(&key);
         self.adopt(key, Flow { seen: now, ..flow });
         true
     }
@@ -239,6 +240,22 @@ mod tests {
         assert!(flows.get(&key(5)).is_some(), "nothing was pushed out");
         let cached = Flow { kind: FLOW_CACHED, ..greedy };
         assert!(flows.learn(key(3 * MAX_FLOWS), cached, 1, &slots), "what is cached has its own room");
+    }
+
+    #[test]
+    fn a_flow_that_is_there_is_not_lost_for_want_of_room() {
+        let (mut flows, slots) = (Flows::default(), slots());
+        let [one, other] = [1, 2].map(|account| Flow { account, ..chosen() });
+        // What each of two may have when they share the table, and one of them more than that.
+        let alone = (0..MAX_FLOWS).take_while(|port| flows.learn(key(*port), one, 1, &slots)).count() as u64;
+        let shared = (MAX_FLOWS..).take_while(|port| flows.learn(key(*port), other, 1, &slots)).count() as u64;
+        assert!(alone > limit(false, alone + shared) + 1);
+        assert!(!flows.learn(key(MAX_FLOWS / 2 + MAX_FLOWS), one, 2, &slots), "there is no room for more");
+        assert!(flows.learn(key(0), Flow { epoch: 9, ..one }, 2, &slots), "nor is more wanted");
+        assert_eq!(flows.get(&key(0)).map(|flow| (flow.epoch, flow.seen)), Some((9, 2)));
+        assert!(!flows.learn(key(MAX_FLOWS), one, 2, &slots), "another's place is none");
+        assert_eq!(flows.get(&key(MAX_FLOWS)).map(|flow| flow.account), Some(2), "and nobody has lost it");
+        assert_eq!(flows.used[0], alone + shared);
     }
 
     #[test]
