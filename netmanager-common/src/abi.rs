@@ -204,7 +204,7 @@ pub struct Flow {
     pub seen: u32,
     /// One of `FLOW_*`.
     pub kind: u8,
-    /// Bits of `FLOW_SEEN` and `FLOW_CLOSING`.
+    /// Bits of `FLOW_SEEN`, `FLOW_CLOSING` and `FLOW_RESET`.
     pub state: u8,
     /// Of what comes back: the slot that was chosen.
     pub server: u16,
@@ -234,8 +234,10 @@ pub struct Answers {
 
 /// A packet came on an existing row; on that of replies: somebody has answered.
 pub const FLOW_SEEN: u8 = 1;
-/// TCP has said FIN or RST.
+/// TCP has said FIN or RST in this direction.
 pub const FLOW_CLOSING: u8 = 2;
+/// It was RST: the other direction is over, too.
+pub const FLOW_RESET: u8 = 4;
 
 /// Can be found out anew at any time: it only saves look-ups.
 pub const FLOW_CACHED: u8 = 0;

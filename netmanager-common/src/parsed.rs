@@ -1,6 +1,6 @@
 //! What the law reads of a packet: addresses, ports, where in its connection it stands, and where its checksums lie.
 
-use crate::abi::FlowKey;
+use crate::abi::{FLOW_CLOSING, FLOW_RESET, FlowKey};
 use crate::addr::Addr;
 use crate::frame::{
     Echo, Family, Frame, ICMP, ICMPV6, Ipv4, Ipv6, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp, UDP, Udp,
@@ -97,9 +97,15 @@ impl Stage {
     }
 
     #[inline(always)]
-    pub(crate) const fn ends(self) -> bool {
-        self.0 & (TCP_FIN | TCP_RST) != 0
+    pub(crate) const fn ends(self) -> u8 {
+        ends(self.0)
     }
+}
+
+/// What TCP's flags say of their direction's end, as bits of a flow's state. Without branches, as [`Stage`].
+#[inline(always)]
+pub const fn ends(flags: u8) -> u8 {
+    ((flags & TCP_FIN) * FLOW_CLOSING) | ((flags & TCP_RST) / TCP_RST * (FLOW_CLOSING | FLOW_RESET))
 }
 
 impl Transport {

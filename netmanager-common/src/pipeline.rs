@@ -8,13 +8,14 @@ use core::ops::Deref;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY,
-    FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN,
+    FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN,
     Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum::Change;
 use crate::frame::{Family, Frame, Ipv4, Ipv6, TCP, TCP_SYN, Tcp, UDP};
 use crate::mss;
+pub use crate::parsed::ends;
 use crate::parsed::{Ip, Place, TCP_CHECKSUM, Transport};
 use crate::policy;
 use crate::verdict::{DropReason, Miss, Verdict};
@@ -34,9 +35,9 @@ pub trait Tables {
     fn peer(&mut self, index: u32) -> Option<Self::Row<Peer>>;
     fn endpoint(&mut self, address: &Addr) -> Option<Self::Row<Endpoint>>;
     fn flow(&mut self, key: &FlowKey) -> Option<Self::Row<Flow>>;
-    /// Notes that a packet of the flow has been seen, and whether it closes the flow. The first that answers over TCP
-    /// ([`Flow::unanswered`]) is counted by [`Self::answered`].
-    fn touch(&mut self, key: &FlowKey, flow: &Self::Row<Flow>, closes: bool);
+    /// Notes that a packet of the flow has been seen, and what it says of the flow's end: bits of `FLOW_CLOSING` and `FLOW_RESET`. The
+    /// first that answers over TCP ([`Flow::unanswered`]) is counted by [`Self::answered`].
+    fn touch(&mut self, key: &FlowKey, flow: &Self::Row<Flow>, ends: u8);
     /// Remembers a flow, seen now; false where its account has no room. `new`: there is no row under this key.
     fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool;
     /// Forgets a flow.
@@ -188,7 +189,7 @@ fn open<T: Tables>(
     }
     let new = known.is_none();
     // Without branches: each doubles what the verifier looks at.
-    flow.state &= !(FLOW_CLOSING * u8::from(!midway));
+    flow.state &= !((FLOW_CLOSING | FLOW_RESET) * u8::from(!midway));
     let mut fits = true;
     match flow.kind {
         FLOW_CHOSEN => fits = learn_reply(tables, key, &sender, flow, &slot),

@@ -16,7 +16,7 @@ pub use self::frames::Frames;
 use self::packets::ECHOED;
 pub use self::packets::{Payload, addresses, checksums_hold, packet, with_options};
 use crate::abi::{
-    Answers, CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Mac,
+    Answers, CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Mac,
     PEER_OURS, POLICY_ANY, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TRIAL, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
@@ -82,13 +82,13 @@ impl Tables for World {
         self.flows.get(key).copied().map(Owned)
     }
 
-    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, ends: u8) {
         if flow.unanswered() && key.protocol == u32::from(TCP) {
-            self.answered(flow.server, closes);
+            self.answered(flow.server, ends != 0);
         }
         if let Some(flow) = self.flows.get_mut(key) {
             flow.seen = self.now;
-            flow.state |= FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+            flow.state |= FLOW_SEEN | ends;
         }
     }
 

@@ -122,9 +122,9 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn touch(&mut self, key: &FlowKey, flow: &&'static Flow, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &&'static Flow, ends: u8) {
         let now = now();
-        let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        let state = flow.state | FLOW_SEEN | ends;
         if flow.seen == now && flow.state == state {
             // Not written: another core may be reading its cache line.
             return;

@@ -73,8 +73,8 @@ impl Tables for AnyTables {
         }
     }
 
-    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
-        whichever!(self, tables => tables.touch(key, flow, closes));
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, ends: u8) {
+        whichever!(self, tables => tables.touch(key, flow, ends));
     }
 
     fn learn(&mut self, key: &FlowKey, flow: &mut Flow, new: bool) -> bool {

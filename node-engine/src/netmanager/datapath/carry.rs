@@ -218,8 +218,8 @@ impl<T: Projection> Carrier<T> {
             Origin::Instance | Origin::Host => outbound(&mut frame, &mut self.tables, 0),
             Origin::Node(outer) => inbound(&mut frame, &mut self.tables, &outer),
         };
-        if let (Some((key, closes)), Ok(Verdict::Send { .. } | Verdict::Local { .. })) = (lent, &verdict) {
-            host::mark(&mut self.tables, &key, closes);
+        if let (Some((key, ends)), Ok(Verdict::Send { .. } | Verdict::Local { .. })) = (lent, &verdict) {
+            host::mark(&mut self.tables, &key, ends);
         }
         match verdict {
             Ok(Verdict::Send { peer }) => return Some(peer),

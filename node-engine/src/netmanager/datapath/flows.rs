@@ -9,7 +9,7 @@ use std::io;
 use std::path::Path;
 
 use netmanager_common::MAX_FLOWS;
-use netmanager_common::abi::{FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_REPLY, FLOW_SEEN, Flow, FlowKey, Slot};
+use netmanager_common::abi::{FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY, FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Slot};
 use netmanager_common::frame::{TCP, UDP};
 
 use super::sheet::Sheet;
@@ -19,10 +19,12 @@ pub(super) const REMEMBERED: u64 = MAX_FLOWS as u64 / 4 * 3;
 pub(super) const CACHED: u64 = MAX_FLOWS as u64 / 4;
 
 /// Seconds of silence after which a flow is over: RFC 5382 asks for two hours and four minutes of an established connection, RFC 4787
-/// for two minutes of UDP. A connection that nobody has answered, or that both sides may have ended, is not worth that.
+/// for two minutes of UDP. A connection that nobody has answered, or that is over, is not worth that; of one that only one side has
+/// ended the other may have much to say yet: RFC 5382 asks for four minutes.
 const TCP_ESTABLISHED: u32 = 2 * 3600 + 4 * 60;
 const TCP_OPENING: u32 = 60;
-const TCP_CLOSING: u32 = 30;
+const TCP_HALF_CLOSED: u32 = 4 * 60;
+const TCP_CLOSED: u32 = 30;
 const UDP_SILENCE: u32 = 180;
 const ECHO_SILENCE: u32 = 30;
 /// Found out anew at once should it be needed again.
@@ -59,13 +61,25 @@ pub(super) fn expired(key: &FlowKey, flow: &Flow, now: u32, rows: &impl Rows) ->
 }
 
 fn patience(protocol: u8, flow: &Flow, other: Option<&Flow>) -> u32 {
-    let state = flow.state | other.map_or(0, |other| other.state);
+    // A host's row has what both sides have said.
+    let other = other.map_or(0, |other| other.state & !(FLOW_CLOSING * u8::from(other.kind == FLOW_HOST)));
     match protocol {
-        TCP if state & FLOW_CLOSING != 0 => TCP_CLOSING,
-        TCP if state & FLOW_SEEN == 0 => TCP_OPENING,
-        TCP => TCP_ESTABLISHED,
+        TCP => ending(flow.state, other).unwrap_or(match (flow.state | other) & FLOW_SEEN {
+            0 => TCP_OPENING,
+            _ => TCP_ESTABLISHED,
+        }),
         UDP => UDP_SILENCE,
         _ => ECHO_SILENCE,
+    }
+}
+
+/// How long a connection is kept by what its sides have said of its end; `None`: they have said nothing.
+pub(super) fn ending(one: u8, other: u8) -> Option<u32> {
+    let (any, both) = (one | other, one & other);
+    if any & FLOW_RESET != 0 || both & FLOW_CLOSING != 0 {
+        Some(TCP_CLOSED)
+    } else {
+        (any & FLOW_CLOSING != 0).then_some(TCP_HALF_CLOSED)
     }
 }
 
@@ -113,9 +127,9 @@ impl Flows {
         self.rows.get(key)
     }
 
-    pub(super) fn touch(&mut self, key: &FlowKey, closes: bool, now: u32) {
+    pub(super) fn touch(&mut self, key: &FlowKey, ends: u8, now: u32) {
         self.rows.change(key, |flow| {
-            let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+            let state = flow.state | FLOW_SEEN | ends;
             // Every so many seconds of its life: cheap, and the same for all of a pair.
             let keep = state != flow.state || now / BEHIND != flow.seen / BEHIND;
             (flow.seen, flow.state) = (now, state);
@@ -260,13 +274,19 @@ mod tests {
 
     #[test]
     fn both_directions_of_a_flow_end_together() {
-        for (protocol, answered, closes, patience) in [
-            (UDP, true, false, 180),
-            (UDP, false, false, 180),
-            (TCP, true, false, 7_440),
-            (TCP, false, false, 60),
-            (TCP, true, true, 30),
-            (1, true, false, 30),
+        const RESET: u8 = FLOW_CLOSING | FLOW_RESET;
+        for (protocol, answered, [there_ends, back_ends], patience) in [
+            (UDP, true, [0, 0], 180),
+            (UDP, false, [0, 0], 180),
+            (TCP, true, [0, 0], 7_440),
+            (TCP, false, [0, 0], 60),
+            // A client that has asked its question, and waits for the answer.
+            (TCP, true, [FLOW_CLOSING, 0], 240),
+            (TCP, true, [0, FLOW_CLOSING], 240),
+            (TCP, true, [FLOW_CLOSING; 2], 30),
+            (TCP, true, [RESET, 0], 30),
+            (TCP, true, [0, RESET], 30),
+            (1, true, [0, 0], 30),
         ] {
             let (mut flows, slots) = (Flows::default(), slots());
             let there = FlowKey { protocol: protocol.into(), ..key(7) };
@@ -280,13 +300,14 @@ mod tests {
             let reply = Flow { kind: FLOW_REPLY, source: there.destination, ifindex: 4, port: 0, ..chosen() };
             assert!(flows.learn(there, chosen(), 100, &slots) && flows.learn(back, reply, 100, &slots));
             if answered {
-                flows.touch(&back, closes, 110);
+                flows.touch(&there, there_ends, 110);
+                flows.touch(&back, back_ends, 110);
             }
             let last = if answered { 110 } else { 100 };
             flows.sweep(last + patience - 1, &slots);
-            assert!(flows.get(&there).is_some() && flows.get(&back).is_some(), "{protocol} {answered} {closes}");
+            assert!(flows.get(&there).is_some() && flows.get(&back).is_some(), "{protocol} {answered} {there_ends} {back_ends}");
             flows.sweep(last + patience, &slots);
-            assert!(flows.get(&there).is_none() && flows.get(&back).is_none(), "{protocol} {answered} {closes}");
+            assert!(flows.get(&there).is_none() && flows.get(&back).is_none(), "{protocol} {answered} {there_ends} {back_ends}");
             assert!(flows.counts.is_empty());
         }
     }
@@ -296,7 +317,7 @@ mod tests {
         let (scratch, slots) = (tempfile::tempdir().unwrap(), slots());
         let mut flows = Flows::open(scratch.path()).unwrap();
         assert!((0..100).all(|port| flows.learn(key(port), chosen(), 50, &slots)));
-        flows.touch(&key(3), true, 51);
+        flows.touch(&key(3), FLOW_CLOSING, 51);
         let mut again = Flows::open(scratch.path()).unwrap();
         assert_eq!(again.iter().count(), 100);
         assert_eq!(again.get(&key(3)).map(|flow| flow.state), Some(FLOW_SEEN | FLOW_CLOSING));

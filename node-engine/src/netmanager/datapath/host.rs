@@ -15,11 +15,12 @@ use std::collections::{BTreeMap, HashMap};
 use netmanager_common::abi::{FLOW_CHOSEN, FLOW_HOST, Flow, FlowKey, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::checksum::Change;
-use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, TCP_FIN, TCP_RST, UDP};
+use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, UDP};
 use netmanager_common::icmp;
-use netmanager_common::pipeline::Tables;
+use netmanager_common::pipeline::{Tables, ends};
 
 use super::TableDelta;
+use super::flows::ending;
 use super::offload::{Offload, PacketFrame};
 
 /// Borrowed ports: above what Linux gives to clients by default (32768 to 60999), and without 65535, which peers of the reference
@@ -32,7 +33,6 @@ const FLOWS: usize = 4_096;
 /// Seconds of silence, as the tables of flows have them.
 const TCP_SILENCE: u32 = 7_440;
 const OTHER_SILENCE: u32 = 180;
-const CLOSED_SILENCE: u32 = 30;
 
 /// In whose name the host speaks, and for which of its flows.
 #[derive(Debug)]
@@ -52,7 +52,8 @@ struct Borrowed {
     namespace: Addr,
     port: [u8; 2],
     seen: u32,
-    closed: bool,
+    /// What the host, and who answers it, have said of the end.
+    ends: [u8; 2],
     answered: bool,
 }
 
@@ -103,12 +104,13 @@ impl HostFlows {
     /// Makes a packet of the host one of an instance's. `None` where there is no instance to speak for it, no room, or no packet that the
     /// overlay carries.
     pub(super) fn lend(&mut self, packet: &mut [u8], offload: &Offload, now: u32) -> Option<()> {
-        let Read { key, at, closes } = Read::packet(packet)?;
+        let Read { key, at, ends } = Read::packet(packet)?;
         let flow = match self.flows.get(&key).copied() {
             Some(flow) => flow,
             None => self.borrow(&key, now)?,
         };
-        self.flows.insert(key, Borrowed { seen: now, closed: flow.closed || closes, ..flow });
+        let [own, others] = flow.ends;
+        self.flows.insert(key, Borrowed { seen: now, ends: [own | ends, others], ..flow });
         // An echo's identifier is in the place of both ports.
         let ports = if is_echo(&key) { at + 4 } else { at };
         rewrite(packet, offload, at, (&flow.namespace, &key.destination), (ports, flow.port))
@@ -122,7 +124,7 @@ impl HostFlows {
         offload: &Offload,
         now: u32,
     ) -> Option<()> {
-        let Read { key, at, closes } = Read::packet(packet)?;
+        let Read { key, at, ends } = Read::packet(packet)?;
         let back = Back {
             v6: !key.source.is_v4(),
             port: key.destination_port,
@@ -132,11 +134,11 @@ impl HostFlows {
         let own = *self.back.get(&back)?;
         if let Some(flow) = self.flows.get_mut(&own) {
             flow.seen = now;
-            flow.closed |= closes;
+            flow.ends[1] |= ends;
             let first = !std::mem::replace(&mut flow.answered, true);
             let counts = first && key.protocol == u32::from(TCP);
             if let Some(row) = tables.flow(&key).filter(|row| counts && row.server != 0) {
-                tables.answered(row.server, closes);
+                tables.answered(row.server, ends != 0);
             }
         }
         let port = if is_echo(&key) { at + 4 } else { at + 2 };
@@ -185,15 +187,15 @@ impl HostFlows {
         let ports = (0..TRIES).map(|next| (FIRST + (begin + next) % PORTS).to_be_bytes());
         let port = ports.into_iter().find(|port| !self.back.contains_key(&answer(key, *port)))?;
         self.back.insert(answer(key, port), *key);
-        Some(Borrowed { namespace, port, seen: now, closed: false, answered: false })
+        Some(Borrowed { namespace, port, seen: now, ends: [0; 2], answered: false })
     }
 
     fn sweep(&mut self, now: u32) {
         let back = &mut self.back;
         self.flows.retain(|key, flow| {
+            let [own, others] = flow.ends;
             let patience = match key.protocol as u8 {
-                _ if flow.closed => CLOSED_SILENCE,
-                TCP => TCP_SILENCE,
+                TCP => ending(own, others).unwrap_or(TCP_SILENCE),
                 _ => OTHER_SILENCE,
             };
             let stays = now.saturating_sub(flow.seen) < patience;
@@ -205,19 +207,19 @@ impl HostFlows {
     }
 }
 
-/// Of a lent packet, before the law has it: the key of its flow, and whether it closes it.
-pub(super) fn key(packet: &[u8]) -> Option<(FlowKey, bool)> {
-    Read::packet(packet).map(|read| (read.key, read.closes))
+/// Of a lent packet, before the law has it: the key of its flow, and what it says of the flow's end.
+pub(super) fn key(packet: &[u8]) -> Option<(FlowKey, u8)> {
+    Read::packet(packet).map(|read| (read.key, read.ends))
 }
 
 /// Has the answers of a lent flow brought to user space, wherever they arrive.
-pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, closes: bool) {
+pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, ends: u8) {
     let Some(flow) = tables.flow(key) else { return };
     let Some(slot) = tables.slot(flow.slot) else { return };
     let back = answers(key, &flow, &slot);
     let present = tables.flow(&back);
     match &present {
-        Some(row) if row.kind == FLOW_HOST => tables.touch(&back, row, closes),
+        Some(row) if row.kind == FLOW_HOST => tables.touch(&back, row, ends),
         _ => {
             let mut row = Flow {
                 slot: flow.slot,
@@ -265,7 +267,8 @@ struct Read {
     key: FlowKey,
     /// Where the transport header begins.
     at: usize,
-    closes: bool,
+    /// Bits of `FLOW_CLOSING` and `FLOW_RESET`.
+    ends: u8,
 }
 
 impl Read {
@@ -286,15 +289,15 @@ impl Read {
         };
         let two = |at: usize| packet.get(at..at + 2).and_then(|bytes| bytes.try_into().ok());
         let none = [0; 2];
-        let (source_port, destination_port, closes) = match (protocol, packet.get(at)?) {
-            (TCP, _) => (two(at)?, two(at + 2)?, packet.get(at + 13)? & (TCP_FIN | TCP_RST) != 0),
-            (UDP, _) => (two(at)?, two(at + 2)?, false),
-            (ICMP, 8) | (ICMPV6, 128) => (two(at + 4)?, none, false),
-            (ICMP, 0) | (ICMPV6, 129) => (none, two(at + 4)?, false),
+        let (source_port, destination_port, ends) = match (protocol, packet.get(at)?) {
+            (TCP, _) => (two(at)?, two(at + 2)?, ends(*packet.get(at + 13)?)),
+            (UDP, _) => (two(at)?, two(at + 2)?, 0),
+            (ICMP, 8) | (ICMPV6, 128) => (two(at + 4)?, none, 0),
+            (ICMP, 0) | (ICMPV6, 129) => (none, two(at + 4)?, 0),
             _ => return None,
         };
         let key = FlowKey { source, destination, source_port, destination_port, protocol: protocol.into() };
-        Some(Self { key, at, closes })
+        Some(Self { key, at, ends })
     }
 }
 
@@ -379,9 +382,9 @@ mod tests {
         let source = TUN.of(!to.is_v4());
         let mut sent = packet(source, to, what);
         flows.lend(&mut sent, &Offload::default(), 1).expect("lent");
-        let (key, closes) = key(&sent).unwrap();
+        let (key, ends) = key(&sent).unwrap();
         let verdict = outbound(&mut SliceFrame::new(&mut sent), world, 0).expect("carried");
-        mark(world, &key, closes);
+        mark(world, &key, ends);
         assert!(checksums_hold(&sent));
         (sent, verdict)
     }

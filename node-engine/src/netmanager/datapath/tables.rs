@@ -134,11 +134,11 @@ impl Tables for MemoryTables {
         self.flows.get(key).map(Owned)
     }
 
-    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, ends: u8) {
         if flow.unanswered() && key.protocol == u32::from(TCP) {
-            self.answered(flow.server, closes);
+            self.answered(flow.server, ends != 0);
         }
-        self.flows.touch(key, closes, now());
+        self.flows.touch(key, ends, now());
     }
 
     fn learn(&mut self, key: &FlowKey, flow: &mut Flow, _: bool) -> bool {

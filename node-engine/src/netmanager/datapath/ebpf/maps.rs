@@ -8,7 +8,7 @@ use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use netmanager_common::MAX_FLOWS;
 use netmanager_common::abi::{
-    CandidateKey, Config, Endpoint, FLOW_CLOSING, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
+    CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
 };
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::TCP;
@@ -209,11 +209,11 @@ impl Tables for BpfTables {
         self.flows.get(key, 0).ok().map(Owned)
     }
 
-    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, closes: bool) {
+    fn touch(&mut self, key: &FlowKey, flow: &Owned<Flow>, ends: u8) {
         if flow.unanswered() && key.protocol == u32::from(TCP) {
-            self.answered(flow.server, closes);
+            self.answered(flow.server, ends != 0);
         }
-        let state = flow.state | FLOW_SEEN | if closes { FLOW_CLOSING } else { 0 };
+        let state = flow.state | FLOW_SEEN | ends;
         let touched = Flow { seen: now(), state, ..flow.0 };
         if touched != flow.0 {
             // A row that has just gone stays away: BPF_EXIST.

@@ -157,7 +157,7 @@ mod tests {
                 let key = FlowKey { protocol, ..key(source, destination) };
                 let mut frame = frame(&key);
                 let read = crate::netmanager::datapath::host::key(&frame[ETHERNET..]);
-                assert_eq!(read, Some((key, false)));
+                assert_eq!(read, Some((key, 0)));
                 // Whatever the law makes of it, it reads it.
                 let _ = outbound(&mut SliceFrame::new(&mut frame[ETHERNET..]), &mut World::sample(), 0);
             }
