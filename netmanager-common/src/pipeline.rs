@@ -8,8 +8,8 @@ use core::ops::Deref;
 
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY,
-    FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL, POLICY_TURN,
-    Peer, Service, Slot,
+    FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL,
+    POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::checksum::Change;
@@ -97,6 +97,9 @@ pub fn outbound(frame: &mut impl Frame, tables: &mut impl Tables, port: u32) -> 
             (flow, slot)
         }
         _ => {
+            if transport.stage.opens() {
+                retire(tables, &key, port);
+            }
             fresh = Fresh::default();
             fresh.midway = !transport.stage.begins();
             send_first(tables, &key, port, &mut fresh);
@@ -133,6 +136,21 @@ enum Outcome {
 #[inline(always)]
 fn receiver<T: Tables>(tables: &mut T, flow: &Flow) -> Option<T::Row<Slot>> {
     tables.slot(flow.slot).filter(|slot| slot.generation == flow.generation && (slot.peer != 0 || flow.ifindex != 0))
+}
+
+/// Has the earlier connection on these ports, which one side at least has ended, no instance any more: what begins there now is not the
+/// same begun again, and chooses. Not in line, and before [`open`]: in there it would be too much for the verifier, or for the stack.
+#[inline(never)]
+fn retire(tables: &mut impl Tables, key: &FlowKey, port: u32) {
+    let known = tables.flow(key).filter(|flow| flow.kind == FLOW_CHOSEN && (port == 0 || flow.port == port));
+    let Some(flow) = known else { return };
+    let Some(sender) = tables.endpoint(&key.source) else { return };
+    let Some(slot) = tables.slot(flow.slot) else { return };
+    let answers = tables.flow(&replies(key, &sender, &slot)).map_or(0, |row| row.state);
+    if (flow.state | answers) & FLOW_CLOSING != 0 {
+        // Whoever is in a slot has an odd one.
+        tables.learn(key, &mut Flow { generation: 0, ..*flow }, false);
+    }
 }
 
 #[inline(never)]

@@ -16,8 +16,8 @@ pub use self::frames::Frames;
 use self::packets::ECHOED;
 pub use self::packets::{Payload, addresses, checksums_hold, packet, with_options};
 use crate::abi::{
-    Answers, CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Mac,
-    PEER_OURS, POLICY_ANY, POLICY_CLIENT, POLICY_INSTANCE, POLICY_TRIAL, POLICY_TURN, Peer, Service, Slot,
+    Answers, CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_ANY,
+    POLICY_CLIENT, POLICY_INSTANCE, POLICY_TRIAL, POLICY_TURN, Peer, Service, Slot,
 };
 use crate::addr::Addr;
 use crate::frame::{TCP, TCP_ACK};

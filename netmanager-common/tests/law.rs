@@ -150,6 +150,57 @@ fn a_connection_from_a_port_of_one_that_ended_is_not_taken_for_ending() {
     }
 }
 
+/// Else a client that has few ports, and uses them again and again, never hears of another instance.
+#[test]
+fn a_connection_from_a_port_of_one_that_ended_chooses_anew() {
+    for v6 in [false, true] {
+        for (ours, flags) in [(true, TCP_FIN), (true, TCP_RST), (false, TCP_FIN), (false, TCP_RST)] {
+            let mut world = World::sample();
+            let there = |world: &mut World, flags| {
+                let mut segment = packet(CLIENT.of(v6), DB_SERVICE.of(v6), Payload::Segment(40_000, 80, flags));
+                judge(world, Direction::Outbound(PORT), &mut segment)
+            };
+            let back = |world: &mut World, flags| {
+                let mut segment = packet(DB0_INSTANCE.of(v6), CLIENT.of(v6), Payload::Segment(80, 40_000, flags));
+                judge(world, Direction::Inbound(OURS), &mut segment).expect("delivered");
+            };
+            assert_eq!(there(&mut world, TCP_SYN), Ok(Verdict::Send { peer: 1 }));
+            world.pick = 1;
+            assert_eq!(there(&mut world, TCP_SYN), Ok(Verdict::Send { peer: 1 }), "it is sent again");
+            back(&mut world, TCP_SYN | TCP_ACK);
+            assert_eq!(there(&mut world, TCP_SYN), Ok(Verdict::Send { peer: 1 }), "the answer was lost");
+            match ours {
+                true => assert_eq!(there(&mut world, flags | TCP_ACK), Ok(Verdict::Send { peer: 1 })),
+                false => back(&mut world, flags | TCP_ACK),
+            }
+            assert_eq!(there(&mut world, TCP_ACK), Ok(Verdict::Send { peer: 1 }), "what is left of it");
+            assert_eq!(there(&mut world, TCP_SYN), Ok(Verdict::Send { peer: 2 }), "{ours} {flags}");
+            world.pick = 0;
+            assert_eq!(there(&mut world, TCP_SYN), Ok(Verdict::Send { peer: 2 }), "it is sent again");
+            let counts = [3, 4].map(|slot| world.chosen[&if v6 { slot + 10 } else { slot }]);
+            assert_eq!(counts, [1, 1]);
+        }
+    }
+}
+
+/// A neighbour's answers are on a row of another kind.
+#[test]
+fn who_was_refused_by_a_neighbour_chooses_anew() {
+    let mut world = World::sample();
+    let mut call = |port| {
+        let mut request = packet(CLIENT.v4(), TURN_SERVICE.v4(), Payload::Tcp(port, 80));
+        let verdict = judge(&mut world, Direction::Outbound(PORT), &mut request);
+        let mut refusal = packet(WEB.v4(), CLIENT_INSTANCE.v4(), Payload::Segment(80, port, TCP_RST | TCP_ACK));
+        if let Ok(Verdict::Local { .. }) = verdict {
+            judge(&mut world, Direction::Outbound(PORT), &mut refusal).expect("delivered");
+        }
+        verdict
+    };
+    assert_eq!(call(40_001), Ok(Verdict::Send { peer: 2 }));
+    assert!(matches!(call(40_000), Ok(Verdict::Local { .. })));
+    assert_eq!(call(40_000), Ok(Verdict::Send { peer: 1 }));
+}
+
 #[test]
 fn a_stranger_on_the_same_ports_is_not_taken_for_the_service() {
     let mut world = World::sample();

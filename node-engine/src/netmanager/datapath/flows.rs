@@ -9,7 +9,9 @@ use std::io;
 use std::path::Path;
 
 use netmanager_common::MAX_FLOWS;
-use netmanager_common::abi::{FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY, FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Slot};
+use netmanager_common::abi::{
+    FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY, FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Slot,
+};
 use netmanager_common::frame::{TCP, UDP};
 
 use super::sheet::Sheet;
@@ -305,9 +307,15 @@ mod tests {
             }
             let last = if answered { 110 } else { 100 };
             flows.sweep(last + patience - 1, &slots);
-            assert!(flows.get(&there).is_some() && flows.get(&back).is_some(), "{protocol} {answered} {there_ends} {back_ends}");
+            assert!(
+                flows.get(&there).is_some() && flows.get(&back).is_some(),
+                "{protocol} {answered} {there_ends} {back_ends}"
+            );
             flows.sweep(last + patience, &slots);
-            assert!(flows.get(&there).is_none() && flows.get(&back).is_none(), "{protocol} {answered} {there_ends} {back_ends}");
+            assert!(
+                flows.get(&there).is_none() && flows.get(&back).is_none(),
+                "{protocol} {answered} {there_ends} {back_ends}"
+            );
             assert!(flows.counts.is_empty());
         }
     }

@@ -7,9 +7,7 @@ use std::fmt;
 use aya::Pod;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use netmanager_common::MAX_FLOWS;
-use netmanager_common::abi::{
-    CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot,
-};
+use netmanager_common::abi::{CandidateKey, Config, Endpoint, FLOW_SEEN, Flow, FlowKey, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::TCP;
 use netmanager_common::pipeline::{Owned, Tables};
