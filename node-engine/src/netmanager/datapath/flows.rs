@@ -320,6 +320,22 @@ mod tests {
         }
     }
 
+    /// What comes back to the host is seen on a row of another kind.
+    #[test]
+    fn a_flow_of_the_host_lives_by_its_answers() {
+        let (mut flows, slots) = (Flows::default(), slots());
+        let there = key(7);
+        let (source_port, destination_port) = (there.destination_port, there.source_port);
+        let back = FlowKey { source: SLOT.instance, destination: there.source, source_port, destination_port, ..there };
+        let row = Flow { kind: FLOW_HOST, port: u32::MAX, source: there.destination, ..chosen() };
+        assert!(flows.learn(there, chosen(), 100, &slots) && flows.learn(back, row, 100, &slots));
+        flows.touch(&back, 0, 270);
+        flows.sweep(449, &slots);
+        assert!(flows.get(&there).is_some() && flows.get(&back).is_some());
+        flows.sweep(450, &slots);
+        assert!(flows.get(&there).is_none() && flows.get(&back).is_none());
+    }
+
     #[test]
     fn flows_outlive_their_table() {
         let (scratch, slots) = (tempfile::tempdir().unwrap(), slots());

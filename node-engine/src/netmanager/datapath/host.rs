@@ -137,8 +137,12 @@ impl HostFlows {
             flow.ends[1] |= ends;
             let first = !std::mem::replace(&mut flow.answered, true);
             let counts = first && key.protocol == u32::from(TCP);
-            if let Some(row) = tables.flow(&key).filter(|row| counts && row.server != 0) {
-                tables.answered(row.server, ends != 0);
+            // Nobody else sees what comes back, and without its row it would be an instance's.
+            if let Some(row) = tables.flow(&key).filter(|row| row.kind == FLOW_HOST) {
+                if counts && row.server != 0 {
+                    tables.answered(row.server, ends != 0);
+                }
+                tables.touch(&key, &row, ends);
             }
         }
         let port = if is_echo(&key) { at + 4 } else { at + 2 };
@@ -436,6 +440,28 @@ mod tests {
                     assert_eq!(read.destination_port, 40_000_u16.to_be_bytes());
                 }
             }
+        }
+    }
+
+    /// Else the rows of a flow that only comes back are swept, and the next packet is delivered to the instance.
+    #[test]
+    fn what_comes_back_keeps_its_row() {
+        for (service, source, destination, remote) in
+            [(DB_SERVICE, DB0_INSTANCE, CLIENT, true), (WEB_SERVICE, WEB, CLIENT_INSTANCE, false)]
+        {
+            let mut world = World::sample();
+            let mut flows = flows(&world);
+            let (sent, _) = send(&mut flows, &mut world, service.v4(), Payload::Udp(40_000, 80));
+            world.now = 170;
+            let mut back = packet(source.v4(), destination.v4(), Payload::Udp(80, port(&sent)));
+            let decided = match remote {
+                true => inbound(&mut SliceFrame::new(&mut back), &mut world, &OURS),
+                false => outbound(&mut SliceFrame::new(&mut back), &mut world, PORT),
+            };
+            assert_eq!(decided, Ok(Verdict::Slow(Miss::Host)));
+            flows.give_back(&mut back, &mut world, &Offload::default(), 170).expect("the host asked for it");
+            let seen = |kind| world.flows.values().find(|flow| flow.kind == kind).map(|flow| flow.seen);
+            assert_eq!((seen(FLOW_CHOSEN), seen(FLOW_HOST)), (Some(0), Some(170)));
         }
     }
 
