@@ -66,6 +66,10 @@ impl Links {
         self.guard().watched.extend(rows);
     }
 
+    pub(super) fn watched(&self, instance: &InstanceId) -> Option<Addresses> {
+        self.guard().watched.get(&veth::host_end(instance)).map(|row| row.addresses)
+    }
+
     pub(super) async fn unwatch(&self, instance: &InstanceId) -> Result<(), LinkError> {
         let name = veth::host_end(instance);
         self.guard().watched.remove(&name);

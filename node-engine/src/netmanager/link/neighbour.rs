@@ -1,18 +1,21 @@
 //! Whoever was looked for over an interface without a carrier is looked for anew as soon as it has one. The kernel asks once a second
-//! and forgets all neighbours with the carrier, so that packets would wait for its next question for up to a second.
+//! and forgets all neighbours with the carrier, so that packets would wait for its next question for up to a second. And an address that
+//! is given to another instance leads to that one at once, not when the kernel doubts what it has heard of the one before.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::LinkError;
+use crate::model::Addresses;
+
 use super::kernel::Netlink;
+use super::{LinkError, Links, sysctl};
 
 /// Which interfaces have a carrier.
 #[derive(Debug, Default)]
@@ -55,6 +58,29 @@ impl Netlink {
         }
         Ok(sought)
     }
+}
+
+impl Links {
+    /// Whoever had these addresses on the bridge has them no longer.
+    pub(super) async fn forget_neighbours(&self, addresses: Addresses) -> Result<(), LinkError> {
+        let Some(bridge) = self.netlink.link(&self.config.bridge).await? else { return Ok(()) };
+        let v6 = sysctl::has_ipv6().then_some(IpAddr::V6(addresses.v6));
+        for address in [Some(IpAddr::V4(addresses.v4)), v6].into_iter().flatten() {
+            self.netlink.forget_neighbour(neighbour(bridge.index, address)).await?;
+        }
+        Ok(())
+    }
+}
+
+fn neighbour(link: u32, address: IpAddr) -> NeighbourMessage {
+    let (family, destination) = match address {
+        IpAddr::V4(v4) => (AddressFamily::Inet, NeighbourAddress::Inet(v4)),
+        IpAddr::V6(v6) => (AddressFamily::Inet6, NeighbourAddress::Inet6(v6)),
+    };
+    let mut neighbour = NeighbourMessage::default();
+    (neighbour.header.family, neighbour.header.ifindex) = (family, link);
+    neighbour.attributes.push(NeighbourAttribute::Destination(destination));
+    neighbour
 }
 
 fn unanswered(neighbour: &NeighbourMessage, link: u32) -> Option<IpAddr> {

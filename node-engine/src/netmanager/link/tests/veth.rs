@@ -122,6 +122,36 @@ fn a_restarted_instance_gets_a_new_wire_with_the_same_addresses() {
     assert_eq!(attached, [(id(0), second)]);
 }
 
+/// The kernel would ask for nobody whom it has heard of a moment ago.
+#[test]
+#[ignore = "needs root"]
+fn an_address_leads_to_whom_it_was_given_last() {
+    let host = &Host::new("heir");
+    let (old, new) = (Namespace::new("in"), Namespace::new("in"));
+    let known = || host.namespace.exec(&format!("ip neigh show dev {BRIDGE}"));
+    let reached = |address: IpAddr| ask(&host.namespace, address, 80).is_ok();
+    let [_first, _second] = [&old, &new].map(|namespace| Server::start(namespace, 80));
+    let [before, after] =
+        [0, 1].map(|number| stable_mac(&id(number).to_string()).map(|byte| format!("{byte:02x}")).join(":"));
+    let (old, new) = (&old.path, &new.path);
+    host.links(|links| async move {
+        links.ensure_bridge(SUBNET).await.expect("bridge");
+        links.attach(&id(0), old, SUBNET, FIRST).await.expect("attached");
+        let both = [IpAddr::V4(FIRST.v4), IpAddr::V6(FIRST.v6)];
+        assert!(both.into_iter().all(reached));
+        assert_eq!(known().matches(&before).count(), 2, "{}", known());
+        links.detach(&id(0)).await.expect("detached");
+        assert!(!known().contains(&before), "{}", known());
+        // As who tries to reach an address while nobody has it, or an earlier run has left it.
+        for address in both {
+            host.namespace.exec(&format!("ip neigh replace {address} lladdr {before} dev {BRIDGE} nud reachable"));
+        }
+        links.attach(&id(1), new, SUBNET, FIRST).await.expect("attached");
+        assert!(both.into_iter().all(reached), "{}", known());
+        assert_eq!((known().matches(&before).count(), known().matches(&after).count()), (0, 2), "{}", known());
+    });
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_restarted_daemon_finds_what_is_attached() {
