@@ -147,6 +147,9 @@ fn other(name: &str) -> Option<Words> {
         "drop_foreign_frame" => dropped("a container sent what is neither ARP nor IP", LOOK_INSIDE),
         "drop_to_tunnel" => dropped("a container sent to the tunnel port of a node", LOOK_INSIDE),
         "drop_to_loopback" => dropped("a container sent to the loopback of its node", LOOK_INSIDE),
+        "drop_outside_source" => {
+            dropped("somebody outside sent from an address of the overlay", "look who is on the node's other networks")
+        }
         "slow" => carried("left to user space by the kernel's programs"),
         "peers_ours" => Words { kind: Kind::Level, meaning: "nodes that run node-engine too", advice: "" },
         "table_full" => refused("a row of the service table found no room", "this node talks to too many services"),

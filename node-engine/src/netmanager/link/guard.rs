@@ -29,6 +29,7 @@ use super::{LinkError, Links, Veth, veth};
 /// Comments of rules in [`ports`], and names of counters.
 pub(super) const DROP_LOOPBACK: &str = "drop_to_loopback";
 pub(super) const DROP_TUNNEL: &str = "drop_to_tunnel";
+pub(super) const DROP_OUTSIDE: &str = "drop_outside_source";
 
 const MAC: &str = "drop_spoofed_mac";
 const ARP: &str = "drop_spoofed_arp";

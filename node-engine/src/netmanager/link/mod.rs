@@ -306,7 +306,7 @@ impl fmt::Debug for Links {
 /// Names of what [`Links::counters`] counts.
 #[cfg(test)]
 pub(super) fn counted() -> impl Iterator<Item = &'static str> {
-    guard::REASONS.into_iter().chain([guard::DROP_LOOPBACK, guard::DROP_TUNNEL])
+    guard::REASONS.into_iter().chain([guard::DROP_LOOPBACK, guard::DROP_TUNNEL, guard::DROP_OUTSIDE])
 }
 
 fn gone(name: &str, reason: &str) -> LinkError {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! guard        from instances: to loopback, to a tunnel port               → dropped, counted
+//!              from the subnet or a service, by anything but bridge and TUN → dropped, counted
 //! prerouting   to an address of the host           → ports
 //! output       the same; ::1 excepted              → ports
 //! ports        tcp 8080                            → 10.18.0.2:80
@@ -21,7 +22,7 @@ use tracing::{info, warn};
 
 use crate::model::{Addresses, PortMapping, Protocol, Subnet};
 
-use super::guard::{self, DROP_LOOPBACK, DROP_TUNNEL};
+use super::guard::{self, DROP_LOOPBACK, DROP_OUTSIDE, DROP_TUNNEL};
 use super::journal::{Family, Undo};
 use super::nft::{self, Batch, Expression, Hook, Place, Refused};
 use super::{LinkConfig, LinkError, Links, sysctl};
@@ -200,7 +201,7 @@ fn transaction(tables: &[(Family, Vec<Chain>)]) -> Batch {
 
 fn chains(family: Family, config: &LinkConfig, wanted: &Wanted) -> Vec<Chain> {
     let mut chains = entries(family);
-    chains.push(Chain { name: GUARD, rules: guard_rules(family, config) });
+    chains.push(Chain { name: GUARD, rules: guard_rules(family, config, wanted.subnet) });
     let masquerade = wanted.subnet.iter().flat_map(|subnet| masquerade_rules(family, config, *subnet));
     chains.push(Chain { name: POSTROUTING, rules: masquerade.collect() });
     if let Some(ports) = &wanted.ports {
@@ -232,8 +233,9 @@ fn loopback(family: Family) -> (IpAddr, u8) {
 }
 
 /// What no instance may reach: services on the host's loopback, which are not meant for the network, and the tunnel of any node, where
-/// it could speak in the name of a node. An answer may well go to a port of that number.
-fn guard_rules(family: Family, config: &LinkConfig) -> Vec<Rule> {
+/// it could speak in the name of a node. An answer may well go to a port of that number. And whose packets this host forwards may not
+/// speak in the name of an instance: nothing of the overlay comes by a wire but in a tunnel.
+fn guard_rules(family: Family, config: &LinkConfig, subnet: Option<Subnet>) -> Vec<Rule> {
     let (network, prefix) = loopback(family);
     let from_instance = Expression::In(config.bridge.clone());
     let (service, service_prefix): (IpAddr, u8) = match family {
@@ -263,7 +265,28 @@ fn guard_rules(family: Family, config: &LinkConfig) -> Vec<Rule> {
             ],
         });
     }
+    let own = subnet.map(|subnet| subnet_of(family, subnet));
+    for (network, prefix) in own.into_iter().chain([(service, service_prefix)]) {
+        rules.push(Rule {
+            comment: format!("{DROP_OUTSIDE} {network}/{prefix}"),
+            expressions: vec![
+                Expression::NotIn(config.bridge.clone()),
+                Expression::NotIn(config.tun.clone()),
+                Expression::NotIn("lo".into()),
+                Expression::Source { network, prefix },
+                Expression::Counter,
+                Expression::Drop,
+            ],
+        });
+    }
     rules
+}
+
+fn subnet_of(family: Family, subnet: Subnet) -> (IpAddr, u8) {
+    match family {
+        Family::V4 => (subnet.v4.into(), Subnet::V4_PREFIX),
+        Family::V6 | Family::Device => (subnet.v6.into(), Subnet::V6_PREFIX),
+    }
 }
 
 /// What the guard has dropped, by the names of the counters.
@@ -294,10 +317,7 @@ fn port_rule(family: Family, mapping: PortMapping, addresses: Addresses) -> Rule
 }
 
 fn masquerade_rules(family: Family, config: &LinkConfig, subnet: Subnet) -> Vec<Rule> {
-    let (network, prefix): (IpAddr, u8) = match family {
-        Family::V4 => (subnet.v4.into(), Subnet::V4_PREFIX),
-        Family::V6 | Family::Device => (subnet.v6.into(), Subnet::V6_PREFIX),
-    };
+    let (network, prefix) = subnet_of(family, subnet);
     let out = |name: &str, equal| Expression::Out { name: name.to_owned(), equal };
     let LinkConfig { bridge, tun, .. } = config;
     let (own, own_prefix) = loopback(family);

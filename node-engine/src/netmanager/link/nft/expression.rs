@@ -14,6 +14,8 @@ const REG_VERDICT: u32 = 0;
 pub(in super::super) enum Expression {
     /// The interface the packet came by is this one.
     In(String),
+    /// It is another one.
+    NotIn(String),
     /// The interface the packet leaves by is (not) this one.
     Out {
         name: String,
@@ -82,6 +84,7 @@ impl Expression {
     pub(super) fn write(&self, list: &mut Writer) {
         match self {
             Self::In(name) => interface(list, META_IIFNAME, name, Compare::Equal),
+            Self::NotIn(name) => interface(list, META_IIFNAME, name, Compare::NotEqual),
             Self::Out { name, equal: true } => interface(list, META_OIFNAME, name, Compare::Equal),
             Self::Out { name, equal: false } => interface(list, META_OIFNAME, name, Compare::NotEqual),
             Self::Protocol(protocol) => {

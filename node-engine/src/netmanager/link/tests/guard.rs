@@ -151,6 +151,43 @@ fn the_guard_of_who_went_while_nobody_looked_goes_and_no_other() {
     );
 }
 
+/// The host forwards, so that whoever is on one of its wires could send to services as an instance.
+#[test]
+#[ignore = "needs root"]
+fn nobody_outside_speaks_as_an_instance() {
+    let host = Host::new("fwd");
+    let instance = host.with_instance();
+    let count = || {
+        let all = host.links(|links| async move { links.counters() });
+        all.iter().find(|(name, _)| name == "drop_outside_source").map_or(0, |(_, count)| *count)
+    };
+    // Whoever has an address of his own is heard, and instances reach the outside and are answered.
+    let others_are_heard = || {
+        for (from, to) in
+            [(&host.outside, HOST_V4), (&host.outside, HOST_V6), (&instance, OUTSIDE_V4), (&instance, OUTSIDE_V6)]
+        {
+            from.exec(&format!("ping -c 1 -W 2 {to}"));
+        }
+    };
+    // First, so that nobody has to look for his neighbour in another's name.
+    others_are_heard();
+    assert_eq!(count(), 0);
+    let services = [IpAddr::V4(Ipv4Addr::new(10, 30, 0, 9)), "fdff::9".parse().unwrap()];
+    let instances = [FIRST, SECOND].into_iter().flat_map(|address| [address.v4.into(), address.v6.into()]);
+    for source in instances.chain(services) {
+        let prefix = if source.is_ipv4() { "32" } else { "128 nodad" };
+        host.outside.exec(&format!("ip addr add {source}/{prefix} dev lk-out"));
+        let to = if source.is_ipv4() { HOST_V4 } else { HOST_V6 };
+        let before = count();
+        let from = host.outside.within(|| UdpSocket::bind((source, 0))).expect("a socket");
+        from.send_to(b"forged", (to, 9)).expect("sent");
+        wait_until(&format!("{source} is dropped"), || count() == before + 1);
+    }
+    let before = count();
+    others_are_heard();
+    assert_eq!(count(), before);
+}
+
 #[test]
 #[ignore = "needs root"]
 fn no_instance_reaches_a_tunnel_port() {

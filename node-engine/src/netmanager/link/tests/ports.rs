@@ -221,6 +221,10 @@ fn nft_reads_the_rules_as_they_are_meant() {
         "iifname \"lk-bridge\" ip daddr 127.0.0.0/8 counter drop comment \"drop_to_loopback\"",
         "iifname \"lk-bridge\" ct direction original udp dport 50104 ip daddr != 10.30.0.0/16 counter drop comment \"drop_to_tunnel \
          50104\"",
+        "iifname != \"lk-bridge\" iifname != \"lk-tun\" iifname != \"lo\" ip saddr 10.18.0.0/26 counter drop comment \"drop_outside_source \
+         10.18.0.0/26\"",
+        "iifname != \"lk-bridge\" iifname != \"lk-tun\" iifname != \"lo\" ip saddr 10.30.0.0/16 counter drop comment \"drop_outside_source \
+         10.30.0.0/16\"",
         "ip saddr 127.0.0.0/8 oifname \"lk-bridge\" ct status dnat counter masquerade comment \"loopback to lk-bridge through a \
          published port\"",
         "tcp dport 8080 counter dnat to 10.18.0.2:80 comment \"8080:80/tcp of 10.18.0.2\"",
@@ -233,6 +237,8 @@ fn nft_reads_the_rules_as_they_are_meant() {
     }
     let v6 = text("ip6");
     for line in [
+        "iifname != \"lk-bridge\" iifname != \"lk-tun\" iifname != \"lo\" ip6 saddr fdff::/16 counter drop comment \"drop_outside_source \
+         fdff::/16\"",
         "ip6 daddr != ::1 fib daddr type local jump ports comment \"published ports, from this host\"",
         "tcp dport 8080 counter dnat to [fc00::2]:80 comment \"8080:80/tcp of fc00::2\"",
         "ip6 saddr fc00::/120 oifname != \"lk-bridge\" oifname != \"lk-tun\" counter masquerade comment \"fc00::/120 not to \
