@@ -16,7 +16,7 @@ use netmanager_common::addr::Addr;
 
 use super::connect::Member;
 use super::datapath::{Capacity, Event as DatapathEvent, Snapshot, TableDelta};
-use super::hello::Greetings;
+use super::hello::{Greetings, Secret};
 use super::home::{Home, News};
 use super::interest::{Interests, Outcome};
 use super::lease::{KeptLease, Leases};
@@ -59,6 +59,7 @@ pub(super) struct Settings {
     pub(super) drain: Duration,
     /// A random number.
     pub(super) seed: u64,
+    pub(super) secret: Secret,
 }
 
 /// What an earlier run left.
@@ -128,10 +129,9 @@ impl Core {
             members: BTreeMap::new(),
             table: ServiceTable::new(settings.nets, host).with_room(settings.capacity),
             interests: Interests::new(),
-            greetings: Greetings::new(settings.seed, settings.framed_port),
+            greetings: Greetings::new(settings.secret, settings.framed_port),
             figures: Figures::default(),
-            // Another beginning, so that no token is used twice.
-            paths: Paths::new(!settings.seed, settings.mtu),
+            paths: Paths::new(settings.secret, settings.mtu),
             held: BTreeSet::new(),
             bridge: None,
             upkeep: None,

@@ -24,6 +24,8 @@
 //! nothing but a hello now and then; and bare ones again when such hellos remain without an answer.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
+use std::hash::Hasher;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -352,9 +354,9 @@ pub struct Known {
 }
 
 impl Greetings {
-    /// `secret` makes the tokens hard to guess; it is a random number of this run. `framed_port`: where this node takes framed packets.
-    pub fn new(secret: u64, framed_port: Option<u16>) -> Self {
-        Self { tokens: Tokens::new(secret), framed_port, peers: BTreeMap::new() }
+    /// `secret` makes the tokens hard to guess, and is another in each run. `framed_port`: where this node takes framed packets.
+    pub(super) fn new(secret: Secret, framed_port: Option<u16>) -> Self {
+        Self { tokens: Tokens::new(secret, 0), framed_port, peers: BTreeMap::new() }
     }
 
     /// A peer has this number and tunnel address, and an earlier run knew this of it. The first hello is due now.
@@ -511,26 +513,39 @@ impl Greetings {
     }
 }
 
-/// Numbers that nobody guesses who has not been told them.
-#[derive(Clone, Debug)]
-pub(super) struct Tokens(u64);
+/// What tokens are made of: from the operating system in a daemon, the same number each time in tests.
+#[derive(Clone, Copy)]
+pub(super) struct Secret(pub(super) [u64; 2]);
 
-impl Tokens {
-    pub(super) const fn new(secret: u64) -> Self {
-        Self(secret)
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        scramble(self.0)
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
     }
 }
 
-/// The finaliser of splitmix64: consecutive states give unrelated tokens.
-fn scramble(state: u64) -> u64 {
-    let state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    state ^ (state >> 31)
+/// Numbers that nobody guesses who has not been told them, however many others he has been told.
+#[derive(Clone, Debug)]
+pub(super) struct Tokens {
+    secret: Secret,
+    /// Tokens of another purpose are others.
+    purpose: u64,
+    count: u64,
+}
+
+impl Tokens {
+    pub(super) const fn new(secret: Secret, purpose: u64) -> Self {
+        Self { secret, purpose, count: 0 }
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.count = self.count.wrapping_add(1);
+        let Secret([one, other]) = self.secret;
+        #[expect(deprecated, reason = "the standard library's only keyed hash that takes a key")]
+        let mut hasher = std::hash::SipHasher::new_with_keys(one, other);
+        hasher.write_u64(self.purpose);
+        hasher.write_u64(self.count);
+        hasher.finish()
+    }
 }
 
 #[cfg(test)]

@@ -110,6 +110,7 @@ impl Gateway {
 mod tests {
     use super::super::core::{Event, Remains, Settings};
     use super::super::datapath::Capacity;
+    use super::super::hello::Secret;
     use super::super::table::{ServiceNets, Way};
     use super::*;
     use crate::model::{Command, FamilyPair, Policy, Report, SemanticAddress, TableRow};
@@ -184,6 +185,7 @@ mod tests {
             subnet: None,
             drain: Duration::ZERO,
             seed: 7,
+            secret: Secret([7; 2]),
         };
         let (mut core, _) = Core::new(settings, Remains::default());
         core.handle(Event::Command(Command::Connected), at(0));

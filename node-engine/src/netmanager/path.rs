@@ -19,7 +19,7 @@ use std::time::Duration;
 use netmanager_common::addr::Addr;
 use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4, OUTER_LEN_V6};
 
-use super::hello::{Hello, Kind, Tokens};
+use super::hello::{Hello, Kind, Secret, Tokens};
 
 /// How long an answer is waited for: as long as two answers have taken, within these bounds.
 const PATIENCE: Duration = Duration::from_millis(250);
@@ -115,8 +115,8 @@ struct Search {
 
 impl Paths {
     /// `mtu`: the longest packet that instances send. `secret` makes tokens hard to guess.
-    pub fn new(secret: u64, mtu: u16) -> Self {
-        Self { tokens: Tokens::new(secret), mtu, paths: BTreeMap::new() }
+    pub(super) fn new(secret: Secret, mtu: u16) -> Self {
+        Self { tokens: Tokens::new(secret, 1), mtu, paths: BTreeMap::new() }
     }
 
     /// The peer answers probes, and packets of instances may have had this length in an earlier run; the first probe is due now.
@@ -321,7 +321,7 @@ mod tests {
 
     impl World {
         fn new(takes: u16) -> Self {
-            let mut paths = Paths::new(7, MTU);
+            let mut paths = Paths::new(Secret([7; 2]), MTU);
             paths.learn(1, peer(), None, Duration::ZERO);
             let (now, delay) = (Duration::ZERO, Duration::from_millis(20));
             Self { paths, now, takes, delay, loss: 0, chance: 1, answers: Vec::new(), mtu: None, sent: 0, idle: false }
@@ -451,7 +451,7 @@ mod tests {
 
     #[test]
     fn what_another_says_counts_nothing() {
-        let mut paths = Paths::new(7, MTU);
+        let mut paths = Paths::new(Secret([7; 2]), MTU);
         paths.learn(1, peer(), Some(900), Duration::ZERO);
         let probes = paths.tick(Duration::ZERO);
         let Some(Outcome::Probe { payload, .. }) = probes.last() else { panic!("{probes:?}") };
@@ -465,7 +465,7 @@ mod tests {
 
     #[test]
     fn an_ipv6_underlay_takes_at_least_1280_bytes() {
-        let mut paths = Paths::new(7, MTU);
+        let mut paths = Paths::new(Secret([7; 2]), MTU);
         let to: SocketAddr = "[2001:db8::2]:50103".parse().unwrap();
         paths.learn(1, to, None, Duration::ZERO);
         let mut now = Duration::ZERO;

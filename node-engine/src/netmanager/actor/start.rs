@@ -13,6 +13,7 @@ use super::{Actor, OVERHEAD_V4, OVERHEAD_V6, SMALLEST_MTU, Wish, known_veths, st
 use crate::netmanager::core::{Core, Remains, Settings};
 use crate::netmanager::datapath::{self, Datapath, DatapathError, Underlay};
 use crate::netmanager::framing;
+use crate::netmanager::hello::Secret;
 use crate::netmanager::lease::Leases;
 use crate::netmanager::link::{LinkError, Links, Route};
 use crate::netmanager::naming::{Gateway, Naming};
@@ -73,6 +74,7 @@ pub(in crate::netmanager) async fn start(
         subnet: setup.subnet.clone(),
         drain: config.drain,
         seed: RandomState::new().hash_one(0),
+        secret: Secret([1, 2].map(|half| RandomState::new().hash_one(half))),
     };
     tracing::info!(
         datapath = chosen.datapath.standing().rung,

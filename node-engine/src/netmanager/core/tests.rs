@@ -543,6 +543,7 @@ fn settings(kept: Option<&str>) -> Settings {
         subnet: kept.map(|node| (node.parse().unwrap(), subnet(0))),
         drain: Duration::from_secs(10),
         seed: 1,
+        secret: Secret([1; 2]),
     }
 }
 

@@ -32,6 +32,28 @@ fn first_nibble_is_no_ip_version() {
     assert_eq!(bytes, [0x9e, 0x6e, 1, 1, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 7]);
 }
 
+/// A token of 64 bits that says how many there were before says all that follow.
+#[test]
+fn tokens_follow_from_the_secret_and_not_from_each_other() {
+    let tokens = |secret, purpose| {
+        let mut tokens = Tokens::new(Secret(secret), purpose);
+        std::iter::repeat_with(move || tokens.next()).take(1_000).collect::<Vec<_>>()
+    };
+    let first = tokens([1, 2], 0);
+    assert_eq!(first, tokens([1, 2], 0));
+    let undone = |token: u64| {
+        // The finaliser of splitmix64, backwards.
+        let token = (token ^ token >> 31 ^ token >> 62).wrapping_mul(0x3196_42b2_d24d_8ec3);
+        let token = (token ^ token >> 27 ^ token >> 54).wrapping_mul(0x96de_1b17_3f11_9089);
+        token ^ token >> 30 ^ token >> 60
+    };
+    let steps: BTreeSet<u64> = first.windows(2).map(|two| undone(two[1]).wrapping_sub(undone(two[0]))).collect();
+    assert_eq!(steps.len(), 999, "each token would follow from the one before");
+    let others = [tokens([1, 3], 0), tokens([2, 2], 0), tokens([1, 2], 1)].concat();
+    let all: BTreeSet<u64> = first.into_iter().chain(others).collect();
+    assert_eq!(all.len(), 4_000);
+}
+
 #[test]
 fn unknown_options_are_skipped_and_broken_ones_refused() {
     let good = Hello { options: vec![(200, vec![1, 2, 3]), (201, vec![])], ..Hello::new(Kind::Answer, 9) };
@@ -54,7 +76,7 @@ fn unknown_options_are_skipped_and_broken_ones_refused() {
 
 #[test]
 fn peer_that_answers_is_ours_until_it_is_silent() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     let [hello] = &hellos(&greetings.tick(at(0)))[..] else { panic!("one hello") };
     let answer = Hello::new(Kind::Answer, hello.token).encode();
@@ -73,7 +95,7 @@ fn peer_that_answers_is_ours_until_it_is_silent() {
 
 #[test]
 fn unanswered_hello_is_repeated_thrice_then_every_minute() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     let sent: Vec<u64> = (0..200).filter(|second| !greetings.tick(at(*second)).is_empty()).collect();
     assert_eq!(sent, [0, 1, 3, 7, 67, 127, 187]);
@@ -81,7 +103,7 @@ fn unanswered_hello_is_repeated_thrice_then_every_minute() {
 
 #[test]
 fn hello_is_answered_and_returned_by_who_had_given_up() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     (0..30).for_each(|second| drop(greetings.tick(at(second))));
     let from: SocketAddr = "[::ffff:192.0.2.2]:4000".parse().unwrap();
@@ -99,7 +121,7 @@ fn hello_is_answered_and_returned_by_who_had_given_up() {
 
 #[test]
 fn hello_to_a_peer_that_knew_us_not_yet_is_said_again_when_it_does() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     assert_eq!(hellos(&greetings.tick(at(0))).len(), 1);
     let theirs = Hello::new(Kind::Hello, 77).encode();
@@ -113,14 +135,14 @@ fn hello_to_a_peer_that_knew_us_not_yet_is_said_again_when_it_does() {
 #[test]
 fn who_is_asked_says_where_nobody_is_and_is_believed_with_the_token_only() {
     let (a, b) = (Addr::v4([10, 18, 1, 2]), Addr::v4([10, 18, 1, 3]));
-    let mut greetings = Greetings::new(1, None);
+    let mut greetings = Greetings::new(Secret([1; 2]), None);
     greetings.learn(4, peer(), Known { ours: true, framed_port: None }, at(0));
     greetings.tick(at(0));
     greetings.ask([(4, vec![a, b])].into(), at(1));
     let asked = hellos(&greetings.tick(at(1))).remove(0);
     assert_eq!(asked.asked(), [a, b]);
 
-    let mut other = Greetings::new(2, None);
+    let mut other = Greetings::new(Secret([2; 2]), None);
     other.learn(9, peer(), Known::default(), at(0));
     let question = asked.encode();
     let outcomes = other.receive(peer(), &question, |address| address == a, at(1));
@@ -140,7 +162,7 @@ fn who_is_asked_says_where_nobody_is_and_is_believed_with_the_token_only() {
 
 #[test]
 fn the_fastest_of_the_last_answers_is_the_round_trip() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     greetings.race(&[4].into(), at(0));
     assert_eq!(greetings.rtts().count(), 0);
@@ -183,7 +205,7 @@ fn offered(greetings: &mut Greetings) -> (Hello, u64) {
 
 #[test]
 fn peer_that_answers_in_framing_gets_framed_packets_until_it_does_no_more() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     let (hello, _) = offered(&mut greetings);
     let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
     assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Framed { peer: 4, port: Some(4_789) }]);
@@ -211,7 +233,7 @@ fn peer_that_answers_in_framing_gets_framed_packets_until_it_does_no_more() {
 
 #[test]
 fn lost_framed_hellos_leave_packets_bare_and_are_tried_again() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     let (_, token) = offered(&mut greetings);
     let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
     let mut tries = 1;
@@ -232,7 +254,7 @@ fn hellos_bare(outcomes: &[Outcome]) -> bool {
 
 #[test]
 fn peer_that_offers_no_more_gets_bare_packets_at_once() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     let (hello, token) = offered(&mut greetings);
     let answer = Hello::new(Kind::Answer, hello.token).offering(Some(4_789)).encode();
     greetings.receive(peer(), &answer, nobody, at(0));
@@ -253,7 +275,7 @@ fn peer_that_offers_no_more_gets_bare_packets_at_once() {
 
 #[test]
 fn who_takes_no_framed_packets_sends_none() {
-    let mut greetings = Greetings::new(1, None);
+    let mut greetings = Greetings::new(Secret([1; 2]), None);
     greetings.learn(4, peer(), Known { ours: true, framed_port: Some(4_789) }, at(0));
     let outcomes = greetings.tick(at(0));
     assert!(outcomes.contains(&Outcome::Framed { peer: 4, port: None }), "what an earlier run has agreed on");
@@ -262,7 +284,7 @@ fn who_takes_no_framed_packets_sends_none() {
     assert_eq!(greetings.receive(peer(), &answer, nobody, at(0)), [Outcome::Probes { peer: 4, to: peer() }]);
 
     let v6: SocketAddr = "[2001:db8::2]:50103".parse().unwrap();
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, v6, Known::default(), at(0));
     let token = hellos(&greetings.tick(at(0))).remove(0).token;
     let answer = Hello::new(Kind::Answer, token).offering(Some(4_789)).encode();
@@ -272,7 +294,7 @@ fn who_takes_no_framed_packets_sends_none() {
 
 #[test]
 fn a_probe_is_answered_to_the_tunnel_and_means_nothing_else() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     greetings.tick(at(0));
     let probe = Hello::probe(77, 1_472);
@@ -288,7 +310,7 @@ fn a_probe_is_answered_to_the_tunnel_and_means_nothing_else() {
 
 #[test]
 fn strangers_and_forgers_get_nothing() {
-    let mut greetings = Greetings::new(1, Some(50_104));
+    let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
     greetings.learn(4, peer(), Known::default(), at(0));
     let hello = hellos(&greetings.tick(at(0))).remove(0);
     let stranger: SocketAddr = "198.51.100.1:50103".parse().unwrap();
@@ -316,7 +338,7 @@ proptest! {
         if magic {
             bytes.splice(0..0, [0x9e, 0x6e, 1, 1]);
         }
-        let mut greetings = Greetings::new(1, Some(50_104));
+        let mut greetings = Greetings::new(Secret([1; 2]), Some(50_104));
         greetings.learn(4, peer(), Known::default(), at(0));
         for outcome in greetings.receive(peer(), &bytes, nobody, at(1)) {
             if let Outcome::Send { payload, .. } = outcome {
