@@ -206,18 +206,26 @@ pub struct Flow {
     pub kind: u8,
     /// Bits of `FLOW_SEEN`, `FLOW_CLOSING` and `FLOW_RESET`.
     pub state: u8,
-    /// Of what comes back: the slot that was chosen.
+    /// Of what comes back: the slot that was chosen ([`server`]).
     pub server: u16,
 }
 
-const _: () = assert!(crate::MAX_SLOTS <= u16::MAX as u32 + 1, "a slot's number must fit a flow's `server`");
-
 impl Flow {
-    /// Will the next packet on this row be the first that answers?
+    /// Will the next packet on this row be the first that answers, and that is counted?
     #[inline(always)]
     pub const fn unanswered(&self) -> bool {
-        self.kind == FLOW_REPLY && self.state & FLOW_SEEN == 0
+        self.kind == FLOW_REPLY && self.state & FLOW_SEEN == 0 && self.server != 0
     }
+}
+
+/// Slots whose answers are counted; larger tables have more.
+pub const COUNTED_SLOTS: u32 = u16::MAX as u32 + 1;
+const _: () = assert!(crate::MAX_SLOTS <= COUNTED_SLOTS, "the usual tables' slots are all counted");
+
+/// The slot as a flow notes who answers it; 0 where it is not counted.
+#[inline(always)]
+pub const fn server(slot: u32) -> u16 {
+    if slot < COUNTED_SLOTS { slot as u16 } else { 0 }
 }
 
 /// What became of the TCP connections for which a slot was chosen. Index: slot number; slot 0 has the sums of `asked` and of what ICMP refused.

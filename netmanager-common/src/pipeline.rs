@@ -9,7 +9,7 @@ use core::ops::Deref;
 use crate::abi::{
     CONFIG_RELAX_SOURCE, CandidateKey, Config, Endpoint, FLOW_CACHED, FLOW_CHOSEN, FLOW_CLOSING, FLOW_HOST, FLOW_REPLY,
     FLOW_RESET, FLOW_SEEN, Flow, FlowKey, Mac, PEER_OURS, POLICY_CLIENT, POLICY_INSTANCE, POLICY_MASK, POLICY_TRIAL,
-    POLICY_TURN, Peer, Service, Slot,
+    POLICY_TURN, Peer, Service, Slot, server,
 };
 use crate::addr::Addr;
 use crate::checksum::Change;
@@ -48,7 +48,7 @@ pub trait Tables {
     fn turn(&mut self, service: u32) -> u32;
     /// Takes the slot that a flow to the service shall try, if none has taken it yet.
     fn trial(&mut self, service: u32) -> Option<u32>;
-    /// Counts that the slot was chosen for a new flow, and whether it is TCP.
+    /// Counts that the slot was chosen for a new flow, and whether it is TCP, whose answers are counted.
     fn chosen(&mut self, slot: u32, tcp: bool);
     /// Counts that the slot has answered to a TCP connection for which it was chosen, or refused it, or a datagram.
     fn answered(&mut self, slot: u16, refused: bool);
@@ -438,7 +438,7 @@ fn target<T: Tables>(
     }
     let slot = tables.slot(flow.slot).filter(|slot| slot.live()).ok_or(DropReason::NoInstance)?;
     if flow.kind == FLOW_CHOSEN {
-        tables.chosen(flow.slot, tcp);
+        tables.chosen(flow.slot, tcp && server(flow.slot) != 0);
     }
     flow.generation = slot.generation;
     Ok(slot)
@@ -485,7 +485,7 @@ fn learn_reply(tables: &mut impl Tables, key: &FlowKey, sender: &Endpoint, flow:
         ifindex: flow.port,
         mac: Mac(sender.mac),
         port: 0,
-        server: flow.slot as u16,
+        server: server(flow.slot),
         ..*flow
     };
     if slot.peer == 0 {

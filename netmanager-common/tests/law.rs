@@ -1,6 +1,6 @@
 //! What the law promises, without a kernel and without root.
 
-use netmanager_common::abi::{Answers, Endpoint, FLOW_CLOSING, Mac, PEER_OURS, Slot};
+use netmanager_common::abi::{Answers, COUNTED_SLOTS, Endpoint, FLOW_CLOSING, Mac, PEER_OURS, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::frame::{SliceFrame, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN};
 use netmanager_common::pipeline::{inbound, outbound};
@@ -309,6 +309,24 @@ fn who_answers_and_who_refuses_is_counted_once() {
             assert_eq!((world.answers[&slot], world.chosen[&slot]), (expected, 2));
         }
     }
+}
+
+/// Else they were another slot's, whose number has the same last bits.
+#[test]
+fn answers_of_a_slot_beyond_the_counted_ones_are_nobodys() {
+    let mut world = World::sample();
+    let far = COUNTED_SLOTS + 1;
+    world.slots.insert(far, world.slots[&3]);
+    let service = world.services.get_mut(&DB_SERVICE.v4()).unwrap();
+    (service.count, service.first) = (1, far);
+    for flags in [TCP_SYN | TCP_ACK, TCP_RST | TCP_ACK] {
+        let mut request = packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, 80));
+        judge(&mut world, Direction::Outbound(PORT), &mut request).expect("carried");
+        let mut answer = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Segment(80, 40_000, flags));
+        judge(&mut world, Direction::Inbound(OURS), &mut answer).expect("delivered");
+        assert_eq!(addresses(&answer).0, DB_SERVICE.v4());
+    }
+    assert_eq!((world.chosen[&far], world.answers.len()), (1, 0), "{:?}", world.answers);
 }
 
 #[test]

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use netmanager_common::abi::{FLOW_CHOSEN, FLOW_HOST, Flow, FlowKey, Slot};
+use netmanager_common::abi::{FLOW_CHOSEN, FLOW_HOST, Flow, FlowKey, Slot, server};
 use netmanager_common::addr::Addr;
 use netmanager_common::checksum::Change;
 use netmanager_common::frame::{Frame, ICMP, ICMPV6, TCP, UDP};
@@ -234,7 +234,7 @@ pub(super) fn mark(tables: &mut impl Tables, key: &FlowKey, ends: u8) {
                 account: flow.account,
                 source: key.destination,
                 kind: FLOW_HOST,
-                server: if flow.kind == FLOW_CHOSEN { flow.slot as u16 } else { 0 },
+                server: if flow.kind == FLOW_CHOSEN { server(flow.slot) } else { 0 },
                 ..Flow::default()
             };
             tables.learn(&back, &mut row, present.is_none());

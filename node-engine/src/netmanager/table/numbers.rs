@@ -1,5 +1,5 @@
 //! Stable numbers: each key has one while it is here, and a number that was given back is the last to be given again, not before
-//! the change that freed it has been handed out.
+//! the change that freed it has been handed out. Low numbers go first where they are worth more.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -11,15 +11,22 @@ pub(super) struct Numbers<K> {
     /// Never used from here on.
     next: u32,
     limit: u32,
-    /// Longest free first.
-    free: VecDeque<u32>,
+    /// What is below this is given as long as there is any.
+    preferred: u32,
+    /// Longest free first: those below, and the others.
+    free: [VecDeque<u32>; 2],
     /// Given back since the last `settle`.
     freed: Vec<u32>,
 }
 
 impl<K: Hash + Eq> Numbers<K> {
     pub(super) fn new(limit: u32) -> Self {
-        Self { by_key: HashMap::new(), next: 1, limit, free: VecDeque::new(), freed: Vec::new() }
+        Self::preferring(limit, limit)
+    }
+
+    /// The same; what is below `preferred` is given first.
+    pub(super) fn preferring(preferred: u32, limit: u32) -> Self {
+        Self { by_key: HashMap::new(), next: 1, limit, preferred, free: Default::default(), freed: Vec::new() }
     }
 
     pub(super) fn get(&self, key: &K) -> Option<u32> {
@@ -35,11 +42,15 @@ impl<K: Hash + Eq> Numbers<K> {
         if let Some(number) = self.get(&key) {
             return Some(number);
         }
-        let number = if self.next < self.limit {
-            self.next += 1;
-            self.next - 1
-        } else {
-            self.free.pop_front()?
+        let [low, high] = &mut self.free;
+        let number = if self.next < self.preferred.min(self.limit) { None } else { low.pop_front() };
+        let number = match number {
+            Some(number) => number,
+            None if self.next < self.limit => {
+                self.next += 1;
+                self.next - 1
+            }
+            None => high.pop_front()?,
         };
         self.by_key.insert(key, number);
         Some(number)
@@ -51,12 +62,12 @@ impl<K: Hash + Eq> Numbers<K> {
             return false;
         }
         if number >= self.next {
-            self.free.extend(self.next..number);
+            (self.next..number).for_each(|number| self.free_of(number).push_back(number));
             self.next = number + 1;
-        } else if let Some(place) = self.free.iter().position(|free| *free == number) {
-            self.free.remove(place);
         } else {
-            return false;
+            let free = self.free_of(number);
+            let Some(place) = free.iter().position(|free| *free == number) else { return false };
+            free.remove(place);
         }
         self.by_key.insert(key, number);
         true
@@ -80,7 +91,13 @@ impl<K: Hash + Eq> Numbers<K> {
 
     /// What was given back may be given again.
     pub(super) fn settle(&mut self) {
-        self.free.extend(self.freed.drain(..));
+        for number in std::mem::take(&mut self.freed) {
+            self.free_of(number).push_back(number);
+        }
+    }
+
+    fn free_of(&mut self, number: u32) -> &mut VecDeque<u32> {
+        &mut self.free[usize::from(number >= self.preferred)]
     }
 }
 
@@ -100,6 +117,17 @@ mod tests {
         numbers.settle();
         assert_eq!(numbers.take('d'), Some(2), "longest free first");
         assert_eq!(numbers.take('d'), Some(2));
+    }
+
+    #[test]
+    fn low_numbers_go_first_where_they_are_worth_more() {
+        let mut numbers = Numbers::preferring(3, 6);
+        assert_eq!(['a', 'b', 'c', 'd'].map(|key| numbers.take(key)), [1, 2, 3, 4].map(Some));
+        for key in ['c', 'b'] {
+            numbers.release(&key);
+        }
+        numbers.settle();
+        assert_eq!(['e', 'f', 'g', 'h'].map(|key| numbers.take(key)), [Some(2), Some(5), Some(3), None]);
     }
 
     #[test]

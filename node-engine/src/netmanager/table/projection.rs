@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-use netmanager_common::abi::{Config, Endpoint, PEER_OURS, POLICY_TRIAL, Peer, Service, Slot};
+use netmanager_common::abi::{COUNTED_SLOTS, Config, Endpoint, PEER_OURS, POLICY_TRIAL, Peer, Service, Slot};
 use netmanager_common::addr::Addr;
 use netmanager_common::{MAX_ENDPOINTS, MAX_PEERS};
 
@@ -109,7 +109,7 @@ impl Projection {
         Self {
             capacity,
             config: None,
-            slot_numbers: Numbers::new(capacity.slots()),
+            slot_numbers: Numbers::preferring(COUNTED_SLOTS, capacity.slots()),
             slots: vec![Slot::default()],
             adopted_by_instance: BTreeSet::new(),
             adopted_by_namespace: BTreeSet::new(),
