@@ -47,13 +47,22 @@ pub struct Interests {
     watched: BTreeMap<ServiceName, Watch>,
     open: BTreeMap<Query, Open>,
     /// Open questions that wait for their turn.
-    queue: VecDeque<Query>,
+    queue: Queue,
     negative: HashMap<IpAddr, Duration>,
     /// Questions that may be asked now, in thousandths.
     tokens: u64,
     refilled: Option<Duration>,
     /// Questions that found too many open ones.
     refused: u64,
+}
+
+/// Names and addresses take turns, each in the order they came: who scans the ones does not keep back the others.
+#[derive(Clone, Debug, Default)]
+struct Queue {
+    names: VecDeque<Query>,
+    addresses: VecDeque<Query>,
+    /// Whose turn it is.
+    address: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -67,7 +76,7 @@ struct Watch {
 #[derive(Clone, Debug)]
 struct Open {
     attempts: u32,
-    /// When the question fails, or is asked again.
+    /// When the question fails, or is asked again: counted from when it was asked, or, without a broker, from when it could not be.
     deadline: Duration,
     queued: bool,
     /// Something changed since it was asked: the answer may be old already, so ask once more when it comes.
@@ -196,11 +205,10 @@ impl Interests {
         for open in self.open.values_mut() {
             (open.attempts, open.deadline) = (0, now + TIMEOUT);
         }
-        self.queue = self.open.keys().cloned().collect();
-        for query in &self.queue {
-            if let Some(open) = self.open.get_mut(query) {
-                open.queued = true;
-            }
+        self.queue = Queue::default();
+        for (query, open) in &mut self.open {
+            open.queued = true;
+            self.queue.push(query.clone());
         }
         for service in services {
             outcomes.extend(self.ask(Query::Name(service), now));
@@ -324,23 +332,21 @@ impl Interests {
         }
         let open = Open { attempts: 0, deadline: now + TIMEOUT, queued: true, again: false, waiting: false };
         self.open.insert(query.clone(), open);
-        self.queue.push_back(query);
+        self.queue.push(query);
         self.drain(now)
     }
 
     fn expire_questions(&mut self, now: Duration) -> Vec<Outcome> {
         let mut outcomes = Vec::new();
-        // A name in the queue has time: nobody waits for it.
-        let late = |query: &Query, open: &Open| {
-            open.deadline <= now && !(open.queued && self.connected && matches!(query, Query::Name(_)))
-        };
+        // What is in the queue has not been asked yet, and its turn comes.
+        let late = |open: &Open| open.deadline <= now && !(open.queued && self.connected);
         let late: Vec<Query> =
-            self.open.iter().filter(|(query, open)| late(query, open)).map(|(query, _)| query.clone()).collect();
+            self.open.iter().filter(|(_, open)| late(open)).map(|(query, _)| query.clone()).collect();
         for query in late {
             let Some(open) = self.open.get_mut(&query) else { continue };
             if !open.queued && open.attempts < ATTEMPTS {
                 (open.deadline, open.queued) = (now + TIMEOUT, true);
-                self.queue.push_back(query);
+                self.queue.push(query);
                 continue;
             }
             let waiting = open.waiting;
@@ -361,7 +367,7 @@ impl Interests {
         let mut outcomes = Vec::new();
         self.refill(now);
         while self.connected && self.tokens >= 1_000 {
-            let Some(query) = self.queue.pop_front() else { break };
+            let Some(query) = self.queue.pop() else { break };
             let Some(open) = self.open.get_mut(&query) else { continue };
             if !std::mem::replace(&mut open.queued, false) {
                 continue;
@@ -386,6 +392,29 @@ impl Interests {
             return;
         }
         self.tokens = millis.saturating_mul(u64::from(RATE)).saturating_add(self.tokens).min(full);
+    }
+}
+
+impl Queue {
+    fn push(&mut self, query: Query) {
+        match query {
+            Query::Name(_) => self.names.push_back(query),
+            Query::Address(_) => self.addresses.push_back(query),
+        }
+    }
+
+    fn pop(&mut self) -> Option<Query> {
+        let query = match self.address {
+            true => self.addresses.pop_front().or_else(|| self.names.pop_front()),
+            false => self.names.pop_front().or_else(|| self.addresses.pop_front()),
+        };
+        self.address = matches!(query, Some(Query::Name(_)));
+        query
+    }
+
+    fn retain(&mut self, stays: impl Fn(&Query) -> bool) {
+        self.names.retain(&stays);
+        self.addresses.retain(&stays);
     }
 }
 
@@ -616,7 +645,38 @@ mod tests {
         assert_eq!(given_up, 5_000 - MAX_OPEN);
         assert_eq!(interests.refused(), 904);
         assert_eq!(interests.tick(0, at(5)).len(), MAX_OPEN, "without a broker all of them are given up in time");
-        assert!(interests.queue.is_empty() && interests.open.is_empty());
+        assert!(interests.queue.pop().is_none() && interests.open.is_empty());
+    }
+
+    #[test]
+    fn who_scans_addresses_keeps_no_name_back() {
+        let mut interests = connected();
+        let scanned = (0..1_000u32).map(|number| IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a1e_0000 + number)));
+        let asked = scanned.flat_map(|address| interests.miss(address, at(0))).count();
+        assert_eq!(asked, 100);
+        assert_eq!(interests.look_up(&name("web"), at(0)), (true, vec![]), "it has to wait for the next second");
+        assert_eq!(interests.tick(0, at(1))[0], ask_name("web"));
+        let names = (0..1_000).map(|number| name(&format!("s{number}")));
+        names.for_each(|service| drop(interests.look_up(&service, at(1))));
+        let of_addresses = |outcome: &&Outcome| matches!(outcome, Outcome::Ask(Query::Address(_)));
+        assert_eq!(interests.tick(0, at(2)).iter().filter(of_addresses).count(), 25, "nor the other way round");
+    }
+
+    #[test]
+    fn a_question_has_its_time_from_when_it_is_asked() {
+        let mut interests = connected();
+        let address = |number: u32| IpAddr::from(std::net::Ipv4Addr::from_bits(0x0a1e_0000 + number));
+        for number in 0..450 {
+            interests.miss(address(number), at(0));
+        }
+        let mut asked_last = None;
+        for second in 1..=8 {
+            for outcome in interests.tick(0, at(second)) {
+                assert_ne!(outcome, Outcome::GiveUp(address(449)), "after {second} seconds");
+                asked_last = asked_last.or((outcome == Outcome::Ask(Query::Address(address(449)))).then_some(second));
+            }
+        }
+        assert!(asked_last.is_some_and(|second| second > 5), "{asked_last:?}");
     }
 
     #[test]

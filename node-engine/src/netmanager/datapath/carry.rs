@@ -304,7 +304,11 @@ impl<T: Projection> Carrier<T> {
         let Some(address) = address else {
             return self.counters.add(Count::Garbage, 1);
         };
-        let (outcome, crowded_out) = self.held.hold(address, (origin, offload), packet, Instant::now());
+        let sender = match origin {
+            Origin::Node(outer) => outer,
+            Origin::Instance | Origin::Host => source(packet).unwrap_or(Addr::NONE),
+        };
+        let (outcome, crowded_out) = self.held.hold(address, sender, (origin, offload), packet, Instant::now());
         self.counters.add(Count::HeldFull, crowded_out);
         match outcome {
             Outcome::Ask => {
