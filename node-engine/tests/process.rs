@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::inotify::{InitFlags, Inotify};
 use node_engine::model::{InstanceId, InstanceSpec, Limits, Technology};
 use node_engine::netns;
 use node_engine::runtime::process::{Policy, ProcessRuntime};
@@ -33,7 +35,7 @@ impl Rig {
             ..Home::new(&self.dir.path().join("run"), &self.dir.path().join("state"), "process", &group)
         };
         let policy = Policy { allowed, user: user.into() };
-        ProcessRuntime::new(home, policy, watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1).unwrap()
+        ProcessRuntime::new(home, policy, watch::channel(Some(vec!["192.0.2.53".parse().unwrap()])).1)
     }
 
     fn id(&self, number: u32) -> InstanceId {
@@ -227,4 +229,42 @@ async fn the_nodes_configuration_decides_who_runs_what() {
         assert!(matches!(error, RuntimeError::Refused { .. }) && error.to_string().contains(reason), "{error}");
     }
     assert!(runtime.adopt().await.unwrap().is_empty(), "a refusal leaves nothing");
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn ends_are_found_where_the_kernel_has_no_watch_to_give() {
+    let rig = Rig::new("unwatched");
+    let earlier = rig.runtime(true, "root");
+    let runs = rig.shell(0, "sleep 1000");
+    run(&earlier, &runs).await;
+    drop(earlier);
+    // As a container of the same user may do.
+    let mut taken = Vec::new();
+    let refused = loop {
+        match Inotify::init(InitFlags::IN_CLOEXEC) {
+            Ok(one) => taken.push(one),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, Errno::EMFILE);
+    let runtime = rig.runtime(true, "root");
+    assert!(runtime.works().await, "a trial");
+    let adopted = runtime.adopt().await.unwrap();
+    assert!(matches!(adopted[0].state, AdoptedState::Running(_)), "{adopted:?}");
+    let short = rig.shell(1, "exit 7");
+    run(&runtime, &short).await;
+    let exit = exited(&runtime).await;
+    assert_eq!((exit.instance, exit.code), (short.id.clone(), 7));
+    let supervisor = nix::unistd::Pid::from_raw(rig.supervisor(&runs.id));
+    nix::sys::signal::kill(supervisor, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let exit = exited(&runtime).await;
+    assert_eq!((exit.instance, exit.code), (runs.id.clone(), 137), "what was adopted");
+    // With watches to have again, the next end is told by the kernel.
+    drop(taken);
+    runtime.start(&short.id).await.unwrap();
+    assert_eq!(exited(&runtime).await.code, 7);
+    for spec in [runs, short] {
+        runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    }
 }

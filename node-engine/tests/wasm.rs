@@ -35,7 +35,7 @@ impl Rig {
         let (run, state) = (self.dir.path().join("run"), self.dir.path().join("state"));
         let home =
             Home { supervisor: env!("CARGO_BIN_EXE_node-engine").into(), ..Home::new(&run, &state, "wasm", &group) };
-        WasmRuntime::new(home, &state, Policy { allowed, files: true }).unwrap()
+        WasmRuntime::new(home, &state, Policy { allowed, files: true })
     }
 
     fn id(&self, number: u32) -> InstanceId {

@@ -60,8 +60,8 @@ pub(super) fn make(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Ma
         resolvers.clone(),
         config.runtime.registries.clone(),
     )?;
-    let process = process(config, resolvers.clone())?;
-    let (unikernel, wasm) = (unikernel(config)?, wasm(config)?);
+    let process = process(config, resolvers.clone());
+    let (unikernel, wasm) = (unikernel(config), wasm(config));
     let furniture = Furniture::of(config)?;
     // Where there is no Docker nothing can be held by it, and nobody should wait to hear so.
     let has_docker = docker.is_installed() || Path::new(DOCKER_DATA).exists();
@@ -107,7 +107,7 @@ pub(super) fn supervised(config: &Config) -> Result<Vec<Arc<dyn Runtime>>, Runti
     let nobody = tokio::sync::watch::channel(None).1;
     let furniture = Furniture::of(config)?;
     let mut made: Vec<Arc<dyn Runtime>> =
-        vec![Arc::new(process(config, nobody.clone())?), Arc::new(unikernel(config)?), Arc::new(wasm(config)?)];
+        vec![Arc::new(process(config, nobody.clone())), Arc::new(unikernel(config)), Arc::new(wasm(config))];
     if held_by_containerd(config) || config.runtime.containerd.socket().is_some_and(|socket| socket.exists()) {
         made.extend(by_containerd(config, true, &nobody)?.into_iter().map(|one| Arc::new(one) as Arc<dyn Runtime>));
     }
@@ -148,17 +148,17 @@ impl Runtimes {
     }
 }
 
-fn process(config: &Config, resolvers: Receiver<Resolvers>) -> Result<ProcessRuntime, RuntimeError> {
+fn process(config: &Config, resolvers: Receiver<Resolvers>) -> ProcessRuntime {
     let policy = Policy { allowed: config.runtime.process, user: config.runtime.process_user.clone() };
     ProcessRuntime::new(home(config, &Technology::Process), policy, resolvers)
 }
 
-fn unikernel(config: &Config) -> Result<UnikernelRuntime, RuntimeError> {
+fn unikernel(config: &Config) -> UnikernelRuntime {
     let policy = unikernel::Policy { allowed: config.runtime.unikernel, files: config.runtime.image_files };
     UnikernelRuntime::new(home(config, &Technology::Unikernel), &config.state_dir, policy)
 }
 
-fn wasm(config: &Config) -> Result<WasmRuntime, RuntimeError> {
+fn wasm(config: &Config) -> WasmRuntime {
     let policy = wasm::Policy { allowed: config.runtime.wasm, files: config.runtime.image_files };
     WasmRuntime::new(home(config, &Technology::Wasm), &config.state_dir, policy)
 }

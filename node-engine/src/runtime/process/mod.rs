@@ -38,11 +38,8 @@ pub struct Policy {
 
 impl ProcessRuntime {
     /// Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// If the end of commands cannot be watched.
-    pub fn new(home: Home, policy: Policy, resolvers: Receiver<Resolvers>) -> Result<Self, RuntimeError> {
-        Ok(Self { keeper: Keeper::new(Technology::Process, home)?, policy, resolvers })
+    pub fn new(home: Home, policy: Policy, resolvers: Receiver<Resolvers>) -> Self {
+        Self { keeper: Keeper::new(Technology::Process, home), policy, resolvers }
     }
 
     /// Whether commands are allowed and really run here, found out by running one. What does not work is told once.

@@ -14,7 +14,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{ChildStdin, ChildStdout, Command};
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio::task::{JoinHandle, spawn_blocking};
-use tokio::time::{sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::launch::Order;
@@ -39,6 +39,8 @@ const ANSWER: Duration = Duration::from_secs(20);
 /// What has been killed is gone within it, unless it hangs in the kernel.
 const GONE: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(20);
+/// How often ends are looked for that the kernel did not tell of: it may have no watch to give, or lose what it had to tell.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// The supervised instances of one technology.
 #[derive(Debug)]
@@ -70,20 +72,20 @@ struct Supervisor {
 
 impl Keeper {
     /// Must be called inside a tokio runtime.
-    pub(in crate::runtime) fn new(technology: Technology, home: Home) -> Result<Self, RuntimeError> {
+    pub(in crate::runtime) fn new(technology: Technology, home: Home) -> Self {
         let groups = Groups::below(&format!("{}/{technology}", home.control_group));
         let inner = Arc::new(Inner {
             technology,
             groups,
             home,
-            watch: Watch::new().map_err(step("watch for ends"))?,
+            watch: Watch::default(),
             locks: Mutex::default(),
             waiting: Mutex::default(),
             running: Mutex::default(),
         });
         let (exits, exited) = mpsc::channel(EXITS);
         let watch = tokio::spawn(watch(inner.clone(), exits));
-        Ok(Self { inner, exits: tokio::sync::Mutex::new(exited), _watch: AbortOnDropHandle::new(watch) })
+        Self { inner, exits: tokio::sync::Mutex::new(exited), _watch: AbortOnDropHandle::new(watch) }
     }
 
     /// What this kernel cannot limit.
@@ -240,7 +242,7 @@ impl Keeper {
     pub(in crate::runtime) async fn exited(&self) -> Exit {
         match self.exits.lock().await.recv().await {
             Some(exit) => exit,
-            // The watch ends only when `self` does, or by a failure that it has told.
+            // The watch ends only when `self` does.
             None => std::future::pending().await,
         }
     }
@@ -309,7 +311,7 @@ impl Inner {
         };
         if tell {
             // Before the start: a command may end before the supervisor has answered.
-            self.watch.add(&place.alive(), instance).map_err(step("watch for its end"))?;
+            self.watch(&place, instance);
             let sample = self.groups.named(&instance.to_string()).sample().ok();
             lock(&self.running).insert(instance.clone(), sample.map(|sample| (Instant::now(), sample)));
         }
@@ -322,6 +324,13 @@ impl Inner {
             lock(&self.running).remove(instance);
         }
         started
+    }
+
+    /// What cannot be watched is looked at now and then.
+    fn watch(&self, place: &Place, instance: &InstanceId) {
+        if let Err(error) = self.watch.add(&place.alive(), instance) {
+            tracing::warn!(%error, %instance, "the kernel will not tell of its end, which is looked for every {LOOK:?}");
+        }
     }
 
     /// Ends what runs and removes what was made. Repeatable.
@@ -391,7 +400,7 @@ impl Inner {
         let document = fs::read_to_string(place.document()).unwrap_or_default().into();
         if place.supervisor().is_some() && place.started() {
             // Before looking: an end between the look and the note would be told by nobody.
-            self.watch.add(&place.alive(), &instance)?;
+            self.watch(&place, &instance);
             let sample = self.groups.named(&instance.to_string()).sample().ok();
             lock(&self.running).insert(instance.clone(), sample.map(|sample| (Instant::now(), sample)));
         }
@@ -489,15 +498,18 @@ impl Supervisor {
 
 /// Tells each end once: whoever takes the instance from the running ones tells it. Runs until it is aborted.
 async fn watch(inner: Arc<Inner>, exits: mpsc::Sender<Exit>) {
+    let (mut looks, mut hears) = (interval(LOOK), true);
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        let closed = match inner.watch.closed().await {
-            Ok(closed) => closed,
-            Err(error) => {
-                tracing::error!(%error, "ends of commands are not heard of any more");
-                return;
-            }
+        let perhaps: Vec<InstanceId> = tokio::select! {
+            closed = inner.watch.closed(), if hears => closed.unwrap_or_else(|error| {
+                tracing::error!(%error, "the kernel tells of no ends any more, which are looked for every {LOOK:?}");
+                hears = false;
+                Vec::new()
+            }),
+            _ = looks.tick() => lock(&inner.running).keys().cloned().collect(),
         };
-        for instance in closed {
+        for instance in perhaps {
             let State::Ended(ended) = inner.place(&instance).state() else { continue };
             if lock(&inner.running).remove(&instance).is_some() {
                 let exit = Exit { instance, code: ended.code, out_of_memory: ended.out_of_memory, reason: None };

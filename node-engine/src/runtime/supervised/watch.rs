@@ -4,17 +4,20 @@ use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
 
 use crate::model::InstanceId;
 
-#[derive(Debug)]
+/// Takes nothing from the kernel before the first file is added: a user may have few of these, and others may have taken them all.
+#[derive(Debug, Default)]
 pub(super) struct Watch {
-    inotify: AsyncFd<Descriptor>,
+    inotify: OnceLock<AsyncFd<Descriptor>>,
+    made: Notify,
     watched: Mutex<HashMap<WatchDescriptor, InstanceId>>,
 }
 
@@ -28,25 +31,34 @@ impl AsRawFd for Descriptor {
 }
 
 impl Watch {
-    /// Must be called inside a tokio runtime.
-    #[expect(deprecated, reason = "the descriptor is owned by what is wrapped; the replacement is unsafe to call")]
-    pub(super) fn new() -> io::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        Ok(Self { inotify: AsyncFd::new(Descriptor(inotify))?, watched: Mutex::default() })
-    }
-
-    /// From now on the closing of this file is told as the instance's.
+    /// From now on the closing of this file is told as the instance's. Must be called inside a tokio runtime.
     pub(super) fn add(&self, file: &Path, instance: &InstanceId) -> io::Result<()> {
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        let descriptor = self.inotify.get_ref().0.add_watch(file, AddWatchFlags::IN_CLOSE_WRITE)?;
+        let inotify = match self.inotify.get() {
+            Some(inotify) => inotify,
+            // The lock is held: nobody else makes one.
+            None => {
+                let opened = open()?;
+                let inotify = self.inotify.get_or_init(|| opened);
+                self.made.notify_one();
+                inotify
+            }
+        };
+        let descriptor = inotify.get_ref().0.add_watch(file, AddWatchFlags::IN_CLOSE_WRITE)?;
         watched.insert(descriptor, instance.clone());
         Ok(())
     }
 
     /// Instances whose file was closed. An instance may come more than once.
     pub(super) async fn closed(&self) -> io::Result<Vec<InstanceId>> {
+        let inotify = loop {
+            match self.inotify.get() {
+                Some(inotify) => break inotify,
+                None => self.made.notified().await,
+            }
+        };
         loop {
-            let mut ready = self.inotify.readable().await?;
+            let mut ready = inotify.readable().await?;
             match ready.get_inner().0.read_events() {
                 Err(Errno::EAGAIN) => ready.clear_ready(),
                 Err(error) => return Err(error.into()),
@@ -66,4 +78,9 @@ impl Watch {
             }
         }
     }
+}
+
+#[expect(deprecated, reason = "the descriptor is owned by what is wrapped; the replacement is unsafe to call")]
+fn open() -> io::Result<AsyncFd<Descriptor>> {
+    AsyncFd::new(Descriptor(Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?))
 }

@@ -54,19 +54,16 @@ pub struct UnikernelRuntime {
 
 impl UnikernelRuntime {
     /// `state_dir` keeps archives over a reboot. Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// If the end of guests cannot be watched.
-    pub fn new(home: Home, state_dir: &Path, policy: Policy) -> Result<Self, RuntimeError> {
-        Ok(Self {
+    pub fn new(home: Home, state_dir: &Path, policy: Policy) -> Self {
+        Self {
             noted: home.run.with_file_name("unikernel-trial").join("accelerator"),
-            keeper: Keeper::new(Technology::Unikernel, home)?,
+            keeper: Keeper::new(Technology::Unikernel, home),
             policy,
             cache: state_dir.join("unikernel/archives"),
             instances: Directories(state_dir.join("unikernel/instances")),
             accelerator: OnceCell::new(),
             fetches: Arc::new(Semaphore::new(FETCHES)),
-        })
+        }
     }
 
     /// Whether virtual machines are allowed and really run here, found out by booting one.

@@ -57,18 +57,15 @@ pub struct WasmRuntime {
 
 impl WasmRuntime {
     /// `state_dir` keeps modules over a reboot. Must be called inside a tokio runtime.
-    ///
-    /// # Errors
-    /// If the end of modules cannot be watched.
-    pub fn new(home: Home, state_dir: &Path, policy: Policy) -> Result<Self, RuntimeError> {
-        Ok(Self {
+    pub fn new(home: Home, state_dir: &Path, policy: Policy) -> Self {
+        Self {
             interpreter: home.supervisor.clone(),
-            keeper: Keeper::new(Technology::Wasm, home)?,
+            keeper: Keeper::new(Technology::Wasm, home),
             policy,
             cache: state_dir.join("wasm/modules"),
             instances: Directories(state_dir.join("wasm/instances")),
             fetches: Semaphore::new(FETCHES),
-        })
+        }
     }
 
     /// Whether modules are allowed and really run here, found out by running one. What does not work is told once.
