@@ -213,3 +213,27 @@ async fn a_server_outlives_the_daemon_and_has_few_rights() {
     later.stop(&spec.id, Duration::from_secs(5)).await.unwrap();
     assert_eq!(rig.left(), 0);
 }
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn whoever_the_user_is_a_module_has_no_capabilities() {
+    let rig = Rig::new("rights");
+    let runtime = rig.runtime(true);
+    for (number, user, ids) in
+        [(0, None, 65_534), (1, Some("root"), 0), (2, Some("0"), 0), (3, Some("1234:5678"), 1234)]
+    {
+        let spec = InstanceSpec { ports: served(), user: user.map(Into::into), ..rig.workload(number, "s") };
+        run(&runtime, &spec).await;
+        log(&runtime, &spec.id, "serving").await;
+        let pid = runtime.inspect(&spec.id).await.unwrap().pid.unwrap();
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            let status = fs::read_to_string(thread.unwrap().path().join("status")).unwrap();
+            assert!(status.contains(&format!("Uid:\t{ids}\t{ids}\t{ids}\t{ids}\n")), "{user:?}: {status}");
+            for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+                assert!(status.contains(&format!("{set}:\t0000000000000000\n")), "{user:?}: {set} in {status}");
+            }
+        }
+        runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
+    }
+    assert_eq!(rig.left(), 0);
+}

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, rlim_t, setrlimit};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
+use rustix::thread::{CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities};
 use wasmi_wasi::{Dir, WasiCtx, WasiCtxBuilder};
 
 use super::module;
@@ -87,11 +88,23 @@ fn listen(port: u16) -> io::Result<TcpListener> {
         .map_err(|error| io::Error::new(error.kind(), format!("listen at port {port}: {error}")))
 }
 
+/// Without capabilities, whoever the user is: the kernel takes them from whoever ceases to be the superuser, and only then.
 fn become_user((user, group): (u32, u32)) -> io::Result<()> {
     prctl::set_no_new_privs()?;
+    for number in 0..u64::BITS {
+        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number)) {
+            Ok(()) => {}
+            // The kernel knows no more of them; or the node may not do this, and after the first line nobody gains from the set.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) => break,
+            Err(error) => return Err(error.into()),
+        }
+    }
     setgroups(&[])?;
     setgid(Gid::from_raw(group))?;
     setuid(Uid::from_raw(user))?;
+    let none = CapabilitySet::empty();
+    // The ambient ones go with these.
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
     Ok(())
 }
 
