@@ -5,11 +5,12 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{InitFlags, Inotify};
-use node_engine::model::{InstanceId, InstanceSpec, Limits, Technology};
+use node_engine::model::{InstanceId, InstanceSpec, InstanceUsage, Limits, Technology};
 use node_engine::netns;
 use node_engine::runtime::process::{Policy, ProcessRuntime};
 use node_engine::runtime::supervised::Home;
@@ -267,4 +268,30 @@ async fn ends_are_found_where_the_kernel_has_no_watch_to_give() {
     for spec in [runs, short] {
         runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
     }
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn measuring_does_not_read_of_every_process() {
+    let rig = Rig::new("measured");
+    let runtime = rig.runtime(true, "root");
+    // Others of this machine.
+    let mut crowd: Vec<_> = (0..200).map(|_| Command::new("sleep").arg("1000").spawn().unwrap()).collect();
+    let spec = rig.shell(0, "echo up; exec sleep 1000");
+    run(&runtime, &spec).await;
+    log(&runtime, &spec.id, "up").await;
+    let reads = || {
+        let io = fs::read_to_string("/proc/self/io").unwrap();
+        io.lines().find_map(|line| line.strip_prefix("syscr: ")?.parse::<u32>().ok()).unwrap()
+    };
+    let counted = |usage: Vec<InstanceUsage>| usage[0].counters.received_bytes;
+    assert!(counted(runtime.usage().await.unwrap()).is_some());
+    let before = reads();
+    assert!(counted(runtime.usage().await.unwrap()).is_some(), "its interfaces are found");
+    let took = reads() - before;
+    assert!(took < 150, "{took} reads for one instance");
+    for one in &mut crowd {
+        one.kill().and_then(|()| one.wait()).unwrap();
+    }
+    runtime.stop(&spec.id, Duration::ZERO).await.unwrap();
 }

@@ -18,7 +18,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::launch::Order;
-use super::place::{Place, State, write_private};
+use super::place::{Place, Process, State, write_private};
 use super::supervisor::{ASK, FORCE, GO, READY};
 use super::watch::Watch;
 use super::{Home, Launch};
@@ -60,8 +60,16 @@ struct Inner {
     locks: Mutex<HashMap<InstanceId, Weak<tokio::sync::Mutex<()>>>>,
     /// Supervisors that wait for the word.
     waiting: Mutex<HashMap<InstanceId, Supervisor>>,
-    /// Instances whose end is to be told, and when they were last measured.
-    running: Mutex<HashMap<InstanceId, Option<(Instant, Sample)>>>,
+    /// Instances whose end is to be told.
+    running: Mutex<HashMap<InstanceId, Running>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    /// When it was last measured.
+    sampled: Option<(Instant, Sample)>,
+    /// Looked up once: a look may read of every process of this machine.
+    command: Option<Process>,
 }
 
 #[derive(Debug)]
@@ -312,8 +320,7 @@ impl Inner {
         if tell {
             // Before the start: a command may end before the supervisor has answered.
             self.watch(&place, instance);
-            let sample = self.groups.named(&instance.to_string()).sample().ok();
-            lock(&self.running).insert(instance.clone(), sample.map(|sample| (Instant::now(), sample)));
+            self.note_running(instance);
         }
         let go = async {
             supervisor.word.write_all(format!("{GO}\n").as_bytes()).await.map_err(step("start"))?;
@@ -331,6 +338,12 @@ impl Inner {
         if let Err(error) = self.watch.add(&place.alive(), instance) {
             tracing::warn!(%error, %instance, "the kernel will not tell of its end, which is looked for every {LOOK:?}");
         }
+    }
+
+    fn note_running(&self, instance: &InstanceId) {
+        let sample = self.groups.named(&instance.to_string()).sample().ok();
+        let running = Running { sampled: sample.map(|sample| (Instant::now(), sample)), command: None };
+        lock(&self.running).insert(instance.clone(), running);
     }
 
     /// Ends what runs and removes what was made. Repeatable.
@@ -401,8 +414,7 @@ impl Inner {
         if place.supervisor().is_some() && place.started() {
             // Before looking: an end between the look and the note would be told by nobody.
             self.watch(&place, &instance);
-            let sample = self.groups.named(&instance.to_string()).sample().ok();
-            lock(&self.running).insert(instance.clone(), sample.map(|sample| (Instant::now(), sample)));
+            self.note_running(&instance);
         }
         let state = match place.state() {
             State::Running => AdoptedState::Running(Sandbox { netns: pinned(&instance) }),
@@ -451,21 +463,26 @@ impl Inner {
     /// Usage since the call before. A command whose group has gone is about to be told as ended and is left out.
     fn usage(&self) -> Vec<InstanceUsage> {
         let (cpus, memory) = (cgroup::online_cpus(), cgroup::total_memory_bytes());
-        let mut running = lock(&self.running);
-        let usage = running.iter_mut().filter_map(|(instance, sampled)| {
+        // Measuring takes long, and whoever starts or stops an instance must not wait for it.
+        let running: Vec<_> = lock(&self.running).iter().map(|(id, running)| (id.clone(), *running)).collect();
+        let usage = running.into_iter().filter_map(|(instance, running)| {
             let group = self.groups.named(&instance.to_string());
             let (now, sample) = (Instant::now(), group.sample().ok()?);
-            let before = sampled.replace((now, sample));
-            let log = self.log(instance);
+            let noted = running.command.filter(|command| command.lives());
+            let command = noted.or_else(|| Process::of(self.place(&instance).command()?));
+            if let Some(still) = lock(&self.running).get_mut(&instance) {
+                *still = Running { sampled: Some((now, sample)), command };
+            }
+            let (before, log) = (running.sampled, self.log(&instance));
             Some(InstanceUsage {
-                instance: instance.clone(),
+                instance,
                 technology: self.technology.clone(),
                 cpu_percent: before.map_or(0.0, |before| cgroup::cpu_percent(before, (now, sample), cpus)),
                 memory_bytes: sample.memory_bytes,
                 memory_percent: cgroup::percent(sample.memory_bytes as f64, memory as f64),
                 disk_bytes: output::length(&log),
                 log_tail: output::text(&output::tail(&log, TAIL).unwrap_or_default()),
-                counters: interfaces::count(self.place(instance).command().map(i64::from), group.counters()),
+                counters: interfaces::count(command.map(|command| command.pid.into()), group.counters()),
             })
         });
         usage.collect()

@@ -33,6 +33,14 @@ pub(super) enum State {
     Ended(Ended),
 }
 
+/// A process that is not mistaken for a later one of its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// In clock ticks since boot.
+    started: u64,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ended {
     pub(super) code: i64,
@@ -130,19 +138,45 @@ impl Place {
     }
 }
 
-/// The eldest first, as far as numbers tell.
+impl Process {
+    pub(super) fn of(pid: u32) -> Option<Self> {
+        Some(Self { pid, started: stat(pid, STARTED)? })
+    }
+
+    pub(super) fn lives(self) -> bool {
+        Self::of(self.pid) == Some(self)
+    }
+}
+
+/// The eldest first. Both stages above a command have one thread that makes processes, their first.
 fn children_of(parent: u32) -> Vec<u32> {
-    // proc_pid_stat(5): the name stands in brackets and may hold anything; state and parent follow it.
-    let is_child = |pid: &u32| {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let after = stat.rsplit_once(')').map_or("", |(_, after)| after);
-        after.split_ascii_whitespace().nth(1).and_then(|word| word.parse().ok()) == Some(parent)
-    };
+    match fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")) {
+        Ok(children) => children.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect(),
+        // It has gone, or the kernel was built without the file (CONFIG_PROC_CHILDREN).
+        Err(_) if Process::of(parent).is_none() => Vec::new(),
+        Err(_) => children_among_all(parent),
+    }
+}
+
+/// By a look at every process. The eldest first, as far as numbers tell.
+fn children_among_all(parent: u32) -> Vec<u32> {
+    let is_child = |pid: &u32| stat(*pid, PARENT) == Some(u64::from(parent));
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> =
         processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_child).collect();
     pids.sort_unstable();
     pids
+}
+
+/// Behind the name.
+const PARENT: usize = 1;
+const STARTED: usize = 19;
+
+/// A number of proc_pid_stat(5). The name stands in brackets and may hold anything; the state follows it.
+fn stat(pid: u32, field: usize) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, after) = stat.rsplit_once(')')?;
+    after.split_ascii_whitespace().nth(field)?.parse().ok()
 }
 
 /// Whoever reads finds all of it or none, and others may not.
@@ -176,5 +210,30 @@ mod tests {
         assert_eq!(place.state(), State::Ended(ended));
         place.forget_end().expect("forgotten");
         assert_eq!(place.state(), State::Incomplete);
+    }
+    #[test]
+    fn processes_are_found_and_not_mistaken_for_later_ones() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().expect("a child");
+        assert!(children_among_all(std::process::id()).contains(&child.id()));
+        let noted = Process::of(child.id()).expect("it runs");
+        assert!(noted.lives());
+        assert!(!Process { started: noted.started - 1, ..noted }.lives(), "an earlier one of this number");
+        child.kill().and_then(|()| child.wait()).expect("killed");
+        assert!(!noted.lives());
+        assert!(children_of(noted.pid).is_empty());
+    }
+
+    #[test]
+    fn children_are_the_same_whoever_tells_of_them() {
+        let mut shell = std::process::Command::new("sh");
+        let shell = shell.args(["-c", "sleep 1000 & sleep 1000 & echo; wait"]).stdout(std::process::Stdio::piped());
+        let mut shell = shell.spawn().expect("a shell");
+        io::Read::read_exact(&mut shell.stdout.take().expect("its output"), &mut [0]).expect("it has begun both");
+        let (told, found) = (children_of(shell.id()), children_among_all(shell.id()));
+        for pid in &found {
+            let _ = nix::sys::signal::kill(Pid::from_raw(pid.cast_signed()), nix::sys::signal::Signal::SIGKILL);
+        }
+        shell.wait().expect("it ends");
+        assert_eq!((told.len(), &told), (2, &found));
     }
 }
