@@ -17,13 +17,15 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 
 use super::enter::pack;
 use super::place::Place;
 use crate::runtime::session::{Exec, Input, Output, Session, Terminal};
 
 const PIECE: usize = 32 * 1024;
-/// What is still in the pipes when the command has ended; a child of its may hold them for ever.
+/// How long a pipe may be silent when the command has ended; a child of its may hold it for ever.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 pub(super) fn begin(supervisor: &Path, place: &Place, exec: &Exec) -> io::Result<Session> {
@@ -35,12 +37,12 @@ pub(super) fn begin(supervisor: &Path, place: &Place, exec: &Exec) -> io::Result
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
             let mut child = command.spawn()?;
             let input = child.stdin.take();
-            let mut pumps = JoinSet::new();
+            let mut pumps = Pumps::default();
             if let Some(out) = child.stdout.take() {
-                pumps.spawn(pump(out, outputs.clone(), Output::Out));
+                pumps.add(out, &outputs, Output::Out);
             }
             if let Some(error) = child.stderr.take() {
-                pumps.spawn(pump(error, outputs.clone(), Output::Error));
+                pumps.add(error, &outputs, Output::Error);
             }
             tokio::spawn(carry(child, pumps, feed_pipe(inputs, input), outputs));
         }
@@ -58,8 +60,8 @@ pub(super) fn begin(supervisor: &Path, place: &Place, exec: &Exec) -> io::Result
             // A terminal is no pipe, and read and written like one.
             let reader = pipe::Receiver::from_file_unchecked(master.try_clone()?)?;
             let writer = pipe::Sender::from_file_unchecked(master)?;
-            let mut pumps = JoinSet::new();
-            pumps.spawn(pump(reader, outputs.clone(), Output::Out));
+            let mut pumps = Pumps::default();
+            pumps.add(reader, &outputs, Output::Out);
             tokio::spawn(carry(child, pumps, feed_terminal(inputs, writer), outputs));
         }
     }
@@ -67,20 +69,14 @@ pub(super) fn begin(supervisor: &Path, place: &Place, exec: &Exec) -> io::Result
 }
 
 /// Waits for the end of the command, or of the interest in it.
-async fn carry(
-    mut child: Child,
-    mut pumps: JoinSet<()>,
-    feed: impl Future<Output = ()>,
-    outputs: mpsc::Sender<Output>,
-) {
+async fn carry(mut child: Child, pumps: Pumps, feed: impl Future<Output = ()>, outputs: mpsc::Sender<Output>) {
     let group = child.id();
     let ended = tokio::select! {
         ended = child.wait() => ended,
         () = feed => return hang_up(group, child).await,
         () = outputs.closed() => return hang_up(group, child).await,
     };
-    let rest = async { while pumps.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(LAST_WORDS, rest).await;
+    pumps.drain().await;
     let last = match ended {
         Ok(status) => Output::Exit(status.code().map_or(255, i64::from)),
         Err(error) => Output::Broken(error.to_string()),
@@ -98,10 +94,52 @@ async fn hang_up(group: Option<u32>, mut child: Child) {
     let _ = child.wait().await;
 }
 
-/// Until the end; for a terminal that is an error, when nobody has its other end any more.
-async fn pump(mut from: impl AsyncRead + Unpin, outputs: mpsc::Sender<Output>, kind: fn(Bytes) -> Output) {
+/// What carries the outputs, and the word that the command has ended.
+#[derive(Default)]
+struct Pumps {
+    tasks: JoinSet<()>,
+    ended: CancellationToken,
+}
+
+impl Pumps {
+    fn add(
+        &mut self,
+        from: impl AsyncRead + Unpin + Send + 'static,
+        outputs: &mpsc::Sender<Output>,
+        kind: fn(Bytes) -> Output,
+    ) {
+        self.tasks.spawn(pump(from, outputs.clone(), kind, self.ended.clone()));
+    }
+
+    /// Waits until all that the command has said is on its way.
+    async fn drain(mut self) {
+        self.ended.cancel();
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// Until the end; for a terminal that is an error, when nobody has its other end any more. Once the command has ended, also until the
+/// pipe has been silent for a while; the time that a slow reader takes is not the pipe's.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    outputs: mpsc::Sender<Output>,
+    kind: fn(Bytes) -> Output,
+    ended: CancellationToken,
+) {
     let mut buffer = vec![0; PIECE];
-    while let Ok(length @ 1..) = from.read(&mut buffer).await {
+    loop {
+        let silent = async {
+            ended.cancelled().await;
+            sleep(LAST_WORDS).await;
+        };
+        let length = tokio::select! {
+            biased;
+            read = from.read(&mut buffer) => match read {
+                Ok(length @ 1..) => length,
+                Ok(0) | Err(_) => return,
+            },
+            () = silent => return,
+        };
         if outputs.send(kind(Bytes::copy_from_slice(&buffer[..length]))).await.is_err() {
             return;
         }
@@ -141,4 +179,50 @@ async fn feed_terminal(mut inputs: mpsc::Receiver<Input>, mut master: pipe::Send
 
 fn window(size: Terminal) -> Winsize {
     Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// Begins to read long after the end of the command.
+    async fn read_late(script: &str) -> (Vec<Output>, Duration) {
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", script]).stdout(Stdio::piped()).spawn().expect("a shell");
+        let pid = child.id().expect("it runs");
+        let (outputs, mut output) = mpsc::channel(1);
+        let mut pumps = Pumps::default();
+        pumps.add(child.stdout.take().expect("its output"), &outputs, Output::Out);
+        tokio::spawn(carry(child, pumps, pending(), outputs));
+        while Path::new(&format!("/proc/{pid}")).exists() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let ended = Instant::now();
+        sleep(2 * LAST_WORDS).await;
+        let mut said = Vec::new();
+        while let Some(one) = output.recv().await {
+            said.push(one);
+        }
+        (said, ended.elapsed())
+    }
+
+    #[tokio::test]
+    async fn a_slow_reader_gets_all_of_the_output() {
+        // More than the channel takes, and no more than the pipe holds.
+        let (mut said, _) = read_late("head -c 65536 /dev/zero").await;
+        assert_eq!(said.pop(), Some(Output::Exit(0)));
+        let length = |one: &Output| if let Output::Out(bytes) = one { bytes.len() } else { 0 };
+        assert_eq!(said.iter().map(length).sum::<usize>(), 65_536);
+    }
+
+    #[tokio::test]
+    async fn a_child_that_holds_the_output_and_is_silent_does_not_hold_up_the_end() {
+        let (said, took) = read_late("echo said; sleep 20 & exit 3").await;
+        assert_eq!(said, [Output::Out(Bytes::from_static(b"said\n")), Output::Exit(3)]);
+        assert!(took < Duration::from_secs(15), "{took:?}");
+    }
 }
