@@ -1,16 +1,20 @@
 //! The two inner stages: the first process of a command's namespaces, and the last step before the command itself.
 
 use std::convert::Infallible;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -23,6 +27,9 @@ use super::place::Place;
 use super::supervisor::{ASK, FORCE, GO, HOST_NAME, MOUNTS, OWN, PROCESSES, READY};
 
 const NOTHING: Option<&str> = None;
+const RESOLVER: &str = "/etc/resolv.conf";
+/// Milliseconds between looks whether the resolver's file is in its place, for changes that the kernel does not tell of.
+const LOOK: u16 = 10_000;
 
 /// Makes the namespaces a place to live in, runs the command, collects what it leaves behind, and ends with its code.
 pub(super) fn run(place: &Place, own: &str) -> io::Result<u8> {
@@ -121,6 +128,7 @@ fn furnish(place: &Place, launch: &Launch, own: &str) -> io::Result<()> {
         for mount in &launch.mounts {
             bind(mount)?;
         }
+        keep_bound(place.resolver(), RESOLVER.into());
     } else if !launch.mounts.is_empty() {
         return Err(io::Error::other("this kernel has no mount namespaces, and volumes and added files need one"));
     }
@@ -144,13 +152,40 @@ fn bind(asked: &Mount) -> io::Result<()> {
 }
 
 fn bind_resolver(place: &Place, launch: &Launch) -> io::Result<()> {
-    let target = Path::new("/etc/resolv.conf");
+    let target = Path::new(RESOLVER);
     if launch.resolver.is_empty() || !target.exists() {
         return Ok(());
     }
     fs::write(place.resolver(), &launch.resolver)?;
     mount(Some(&place.resolver()), target, NOTHING, MsFlags::MS_BIND, NOTHING)
         .map_err(|error| io::Error::other(format!("bind {}: {error}", target.display())))
+}
+
+/// Binds the file again whenever it is not to be seen at the target any more: when a file is replaced outside, as whoever manages a
+/// network does with this one, the kernel takes away what was mounted on it, in every namespace. An overlay would stay, and hide from
+/// the command what else the node changes and mounts beside it.
+fn keep_bound(file: PathBuf, target: PathBuf) {
+    let is_bound = |file: &Path, target: &Path| match (fs::metadata(file), fs::metadata(target)) {
+        (Ok(file), Ok(target)) => (file.dev(), file.ino()) == (target.dev(), target.ino()),
+        _ => false,
+    };
+    if !is_bound(&file, &target) {
+        // The node's own is to be seen there, or one that the job mounts.
+        return;
+    }
+    thread::spawn(move || {
+        // proc_pid_mountinfo(5): urgent data when a mount has come or gone. Opened before the first look, so that none is missed.
+        let Ok(mounts) = File::open("/proc/thread-self/mountinfo") else { return };
+        loop {
+            if !is_bound(&file, &target) {
+                // Where there is nothing to mount on, the next look may find something.
+                let _ = mount(Some(&file), &target, NOTHING, MsFlags::MS_BIND, NOTHING);
+            }
+            if poll(&mut [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)], LOOK).is_err() {
+                thread::sleep(Duration::from_secs(1));
+            }
+        }
+    });
 }
 
 /// Joins the control groups, becomes the user and then the command.
@@ -174,4 +209,51 @@ pub(super) fn become_command(place: &Place) -> io::Result<Infallible> {
     }
     let error = command.exec();
     Err(io::Error::new(error.kind(), format!("{}: {error}", launch.program.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_file_that_is_replaced_outside_is_covered_again() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (file, target, fresh) = (dir.path().join("ours"), dir.path().join("target"), dir.path().join("fresh"));
+        fs::write(&file, "ours").expect("a file");
+        fs::write(&target, "the node's").expect("a file");
+        let inside = (file, target.clone());
+        let (bound, is_bound) = std::sync::mpsc::channel();
+        let (replaced, is_replaced) = std::sync::mpsc::channel();
+        let instance = thread::spawn(move || {
+            let (file, target) = inside;
+            unshare(CloneFlags::CLONE_NEWNS).expect("own mounts");
+            mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_SLAVE, NOTHING).expect("own mounts");
+            mount(Some(&file), &target, NOTHING, MsFlags::MS_BIND, NOTHING).expect("bound");
+            keep_bound(file, target.clone());
+            bound.send(()).expect("heard");
+            for () in is_replaced {
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while fs::read_to_string(&target).expect("a file") != "ours" {
+                    assert!(Instant::now() < deadline, "the node's own is to be seen");
+                    thread::sleep(Duration::from_millis(10));
+                }
+                bound.send(()).expect("heard");
+            }
+        });
+        is_bound.recv().expect("bound");
+        for text in ["once", "twice"] {
+            fs::write(&fresh, text).expect("a file");
+            fs::rename(&fresh, &target).expect("replaced");
+            replaced.send(()).expect("heard");
+            is_bound.recv().expect("covered again");
+            assert_eq!(fs::read_to_string(&target).expect("a file"), text, "outside it is as it was");
+        }
+        drop(replaced);
+        instance.join().expect("no failure");
+    }
 }
