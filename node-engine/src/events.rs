@@ -1,7 +1,7 @@
 //! What happened on this node: the last of it is kept, and whoever watches is told as it happens. Nobody decides by it, and nobody who
 //! says something ever waits: a watcher that does not keep up is let go, which ends its stream.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -22,6 +22,8 @@ pub struct Events(Arc<Mutex<State>>);
 #[derive(Debug, Default)]
 struct State {
     past: VecDeque<Event>,
+    /// How often each kind has happened since the daemon began.
+    counts: HashMap<EventKind, u64>,
     watchers: Vec<mpsc::Sender<Event>>,
 }
 
@@ -34,6 +36,7 @@ impl Events {
     pub fn say(&self, kind: EventKind, subject: impl Into<String>, detail: impl Into<String>) {
         let event = Event { time: SystemTime::now(), kind, subject: subject.into(), detail: detail.into() };
         let mut state = self.state();
+        *state.counts.entry(kind).or_default() += 1;
         if state.past.len() == KEPT {
             state.past.pop_front();
         }
@@ -43,6 +46,12 @@ impl Events {
 
     pub fn say_of(&self, instance: &InstanceId, kind: EventKind, detail: impl Into<String>) {
         self.say(kind, format!("{}#{}", instance.service, instance.number), detail);
+    }
+
+    /// How often each kind has happened since the daemon began; of all kinds, so that a first time is seen as one more.
+    pub fn counts(&self) -> Vec<(EventKind, u64)> {
+        let state = self.state();
+        EventKind::ALL.map(|kind| (kind, state.counts.get(&kind).copied().unwrap_or(0))).into()
     }
 
     /// The last `past` events, oldest first, and those to come.
@@ -87,6 +96,19 @@ mod tests {
         assert_eq!(subjects(&mut two), ["512", "513", "new"]);
         let all = subjects(&mut all);
         assert_eq!((all.len(), all[0].as_str()), (KEPT + 1, "2"));
+    }
+
+    #[test]
+    fn kinds_are_counted_also_what_is_kept_no_more() {
+        let events = Events::default();
+        for _ in 0..KEPT + 2 {
+            events.say(EventKind::OutOfMemory, "web#0", "");
+        }
+        let counts = events.counts();
+        assert_eq!(counts.iter().map(|(_, count)| count).sum::<u64>(), KEPT as u64 + 2);
+        assert!(counts.contains(&(EventKind::OutOfMemory, KEPT as u64 + 2)));
+        let words: std::collections::HashSet<_> = counts.iter().map(|(kind, _)| kind.word()).collect();
+        assert_eq!(words.len(), EventKind::ALL.len());
     }
 
     #[test]

@@ -46,6 +46,7 @@ pub(super) async fn snapshot(node: &RunningNode) -> Snapshot {
         peers: network.peers,
         counters: counters.collect(),
         sent: *node.sent.borrow(),
+        events: node.events.counts(),
         samples,
         process: process(),
     }

@@ -43,6 +43,15 @@ fn daemon(snapshot: &Snapshot) -> Vec<Family> {
             "Messages sent to the cluster, by purpose",
             sent(|snapshot, purpose| snapshot.sent.total(purpose).messages),
         ),
+        counter(
+            "events",
+            "What has happened on this node since the daemon began, by kind, as `node-engine events` shows it",
+            snapshot
+                .events
+                .iter()
+                .map(|(kind, count)| (vec![("kind", kind.word().to_owned())], *count as f64))
+                .collect(),
+        ),
         counter("process_cpu_seconds", "CPU time that the daemon itself has used", bare(process.cpu_seconds)),
         one("process_resident_memory_bytes", "Memory that the daemon itself holds", process.resident_bytes as f64),
         one("process_open_fds", "Files that the daemon itself has open", process.open_files as f64),

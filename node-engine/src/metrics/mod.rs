@@ -14,7 +14,7 @@ use prometheus_client::encoding::{DescriptorEncoder, prometheus_text, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 
-use crate::model::{InstanceUsage, NodeUsage, Sample, Sent};
+use crate::model::{EventKind, InstanceUsage, NodeUsage, Sample, Sent};
 
 /// Instances that have series of their own; what is beyond shows in the number of instances.
 pub const MOST_INSTANCES: usize = 512;
@@ -38,6 +38,7 @@ pub struct Snapshot {
     /// Kind (`carried`, `dropped`, `refused`, `level`), name, value.
     pub counters: Vec<(&'static str, String, u64)>,
     pub sent: Sent,
+    pub events: Vec<(EventKind, u64)>,
     pub samples: Vec<Sample>,
     pub process: Process,
 }

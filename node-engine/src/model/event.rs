@@ -22,6 +22,8 @@ pub enum EventKind {
     Adopted,
     /// The first process of an instance ended.
     Exited,
+    /// The same, for want of memory.
+    OutOfMemory,
     /// Somebody runs a command in an instance.
     Exec,
     ClusterConnected,
@@ -31,6 +33,24 @@ pub enum EventKind {
 }
 
 impl EventKind {
+    pub const ALL: [Self; 15] = [
+        Self::Status(Status::Creating),
+        Self::Status(Status::Created),
+        Self::Status(Status::Running),
+        Self::Status(Status::Failed),
+        Self::Status(Status::Dead),
+        Self::Status(Status::Completed),
+        Self::Status(Status::Undeployed),
+        Self::Adopted,
+        Self::Exited,
+        Self::OutOfMemory,
+        Self::Exec,
+        Self::ClusterConnected,
+        Self::ClusterLost,
+        Self::DeviceAdded,
+        Self::DeviceRemoved,
+    ];
+
     /// The word for it.
     pub fn word(self) -> &'static str {
         match self {
@@ -43,6 +63,7 @@ impl EventKind {
             Self::Status(Status::Undeployed) => "undeployed",
             Self::Adopted => "adopted",
             Self::Exited => "exited",
+            Self::OutOfMemory => "out-of-memory",
             Self::Exec => "exec",
             Self::ClusterConnected => "connected",
             Self::ClusterLost => "disconnected",
@@ -54,7 +75,7 @@ impl EventKind {
     /// What the subject is.
     pub fn about(self) -> &'static str {
         match self {
-            Self::Status(_) | Self::Adopted | Self::Exited | Self::Exec => "instance",
+            Self::Status(_) | Self::Adopted | Self::Exited | Self::OutOfMemory | Self::Exec => "instance",
             Self::ClusterConnected | Self::ClusterLost => "cluster",
             Self::DeviceAdded | Self::DeviceRemoved => "device",
         }

@@ -286,7 +286,8 @@ impl Actor {
         let Exit { instance, code, out_of_memory, reason } = exit;
         let memory = if out_of_memory { ", out of memory" } else { "" };
         let more = reason.as_ref().map(|reason| format!(", {reason}")).unwrap_or_default();
-        self.setup.events.say_of(&instance, EventKind::Exited, format!("exit code {code}{memory}{more}"));
+        let kind = if out_of_memory { EventKind::OutOfMemory } else { EventKind::Exited };
+        self.setup.events.say_of(&instance, kind, format!("exit code {code}{memory}{more}"));
         self.event(Event::Exited { instance, code, out_of_memory, reason });
     }
 

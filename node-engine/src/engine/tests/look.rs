@@ -115,7 +115,7 @@ async fn what_happens_is_told_as_it_happens_and_holds_up_no_end() {
         heard.extend_from_slice(&following.next().await.unwrap().unwrap());
     }
     let heard = String::from_utf8(heard).unwrap();
-    assert!(heard.contains("\"exited\"") && heard.contains("exit code 137, out of memory"), "{heard}");
+    assert!(heard.contains("\"out-of-memory\"") && heard.contains("exit code 137, out of memory"), "{heard}");
     assert!(heard.contains("\"failed\""), "{heard}");
 
     // Somebody still listens.
