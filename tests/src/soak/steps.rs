@@ -21,6 +21,8 @@ const ACTS: [&str; 4] = ["kill", "error", "panic", "delay"];
 
 /// A daemon that has died is started again and has put everything right within this time, which counts from its start.
 const BOUND: Duration = Duration::from_secs(5);
+/// What a container is given to end, and those of the lab do not end before.
+const GRACE: Duration = Duration::from_secs(10);
 /// What has not died may first find out: a container is given ten seconds to end, and a deployment that failed is repeated.
 const PATIENCE: Duration = Duration::from_secs(40);
 /// A point that is not reached within this time is not on the way.
@@ -117,7 +119,8 @@ fn strike(lab: &mut Lab, case: &Case, number: u32, fault: &Path) -> Result<Optio
     if reached && case.act == "kill" {
         lab.nodes[0].ends()?;
         lab.nodes[0].start()?;
-        bound = BOUND;
+        let stops = case.deletes && ["stored", "stop"].contains(&case.point.as_str());
+        bound = if stops { BOUND + GRACE } else { BOUND };
     }
     let from = Instant::now();
     // What the cluster has been told to have failed it may try again or not.
