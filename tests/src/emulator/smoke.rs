@@ -209,7 +209,9 @@ fn carry(guest: &mut Guest, outside: &Surroundings, name: &str, service: &str) -
 
     let there = outside.web.service_address(false)?;
     let inside = |guest: &mut Guest, words: &str| -> Result<String> {
-        guest.shell(&format!("set -- $(pidof probe); nsenter -t $1 -n probe {words}"))
+        // The one before it may take its time to go, and this one to become what it runs.
+        let alone = "for i in $(seq 150); do set -- $(pidof probe); [ $# = 1 ] && break; sleep .2; done";
+        guest.shell(&format!("{alone}; nsenter -t $1 -n probe {words}"))
     };
     let gets: Gets = parse(&inside(guest, &format!("get {} 20", socket(there, HTTP)))?)?;
     ensure!(gets.failed == 0, "from the guest: {} of {} requests failed: {}", gets.failed, gets.requests, gets.error);

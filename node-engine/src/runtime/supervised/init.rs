@@ -30,6 +30,8 @@ const NOTHING: Option<&str> = None;
 const RESOLVER: &str = "/etc/resolv.conf";
 /// Milliseconds between looks whether the resolver's file is in its place, for changes that the kernel does not tell of.
 const LOOK: u16 = 10_000;
+/// The same where it has not been put into its place yet.
+const LOOK_AGAIN: u16 = 50;
 
 /// Makes the namespaces a place to live in, runs the command, collects what it leaves behind, and ends with its code.
 pub(super) fn run(place: &Place, own: &str) -> io::Result<u8> {
@@ -177,11 +179,11 @@ fn keep_bound(file: PathBuf, target: PathBuf) {
         // proc_pid_mountinfo(5): urgent data when a mount has come or gone. Opened before the first look, so that none is missed.
         let Ok(mounts) = File::open("/proc/thread-self/mountinfo") else { return };
         loop {
-            if !is_bound(&file, &target) {
-                // Where there is nothing to mount on, the next look may find something.
-                let _ = mount(Some(&file), &target, NOTHING, MsFlags::MS_BIND, NOTHING);
-            }
-            if poll(&mut [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)], LOOK).is_err() {
+            let bound = is_bound(&file, &target)
+                || mount(Some(&file), &target, NOTHING, MsFlags::MS_BIND, NOTHING).is_ok() && is_bound(&file, &target);
+            // The kernel tells of it while the file that goes is still in its place, and lets nobody mount on that.
+            let patience = if bound { LOOK } else { LOOK_AGAIN };
+            if poll(&mut [PollFd::new(mounts.as_fd(), PollFlags::POLLPRI)], patience).is_err() {
                 thread::sleep(Duration::from_secs(1));
             }
         }
