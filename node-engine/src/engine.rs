@@ -70,6 +70,7 @@ struct Parts {
     lock: RunLock,
     store: Store,
     desired: Desired,
+    plan: Plan,
     facts: NodeFacts,
     runtimes: Vec<Arc<dyn Runtime>>,
     net: NetManager,
@@ -103,7 +104,9 @@ pub fn went_back(error: &anyhow::Error) -> bool {
 
 /// Connects the parts and runs them until the drain begins or one of them ends.
 async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
-    let Parts { config, lock, store, desired, facts, runtimes, net, net_drain, control, reports, reported, .. } = parts;
+    let Parts {
+        config, lock, store, desired, plan, facts, runtimes, net, net_drain, control, reports, reported, ..
+    } = parts;
     let Parts { assigned, learned, addresses, usage, devices, sent, events, pace, cluster, home, mut tasks, .. } =
         parts;
     let notify = Notify::from_environment();
@@ -120,7 +123,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         net: net.clone(),
         reports: reports.clone(),
         events: events.clone(),
-        plan: plan(&desired),
+        plan,
         notes: noting,
         restarts: config.runtime.restarts,
         devices: devices.clone(),

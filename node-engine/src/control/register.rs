@@ -167,27 +167,30 @@ impl Registrar {
             return Some(address);
         }
         let found = lookup_host((self.cluster.host.as_str(), 0)).await.ok()?;
-        way_out(found.map(|address| address.ip())).await.map(|(_, own)| own)
+        way_out(&by_preference(found.map(|address| address.ip()).collect())).await.map(|(_, own)| own)
     }
 }
 
-/// Of the cluster's addresses the one that a node speaks to: IPv4 before IPv6, and one that there is a way to before others.
-pub(crate) async fn preferred(addresses: impl Iterator<Item = IpAddr>) -> Option<IpAddr> {
-    let addresses: Vec<IpAddr> = addresses.collect();
-    let (first, way) = (addresses.first().copied(), way_out(addresses.into_iter()).await);
-    way.map(|(cluster, _)| cluster).or(first)
+/// Of the cluster's addresses the one that a node speaks to; the first of them where there is a way to none.
+pub(crate) async fn preferred(addresses: Vec<IpAddr>) -> Option<IpAddr> {
+    let addresses = by_preference(addresses);
+    way_out(&addresses).await.map(|(cluster, _)| cluster).or(addresses.first().copied())
 }
 
-/// The preferred address and the one that packets to it leave from. Nothing is sent to find out.
-async fn way_out(addresses: impl Iterator<Item = IpAddr>) -> Option<(IpAddr, IpAddr)> {
-    let mut addresses: Vec<IpAddr> = addresses.collect();
+/// IPv4 before IPv6.
+fn by_preference(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
     addresses.sort_by_key(IpAddr::is_ipv6);
+    addresses
+}
+
+/// The first address that there is a way to, and the one that packets to it leave from. Nothing is sent to find out.
+async fn way_out(addresses: &[IpAddr]) -> Option<(IpAddr, IpAddr)> {
     for cluster in addresses {
         let unspecified: IpAddr =
             if cluster.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let Ok(socket) = UdpSocket::bind((unspecified, 0)).await else { continue };
-        if socket.connect((cluster, HTTP_PORT)).await.is_ok() {
-            return socket.local_addr().ok().map(|own| (cluster, own.ip()));
+        if socket.connect((*cluster, HTTP_PORT)).await.is_ok() {
+            return socket.local_addr().ok().map(|own| (*cluster, own.ip()));
         }
     }
     None
@@ -228,12 +231,11 @@ mod tests {
     async fn a_cluster_with_two_families_is_spoken_to_over_ipv4() {
         let of = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpAddr>>();
         let both = of(&["::1", "127.0.0.1"]);
-        assert_eq!(preferred(both.clone().into_iter()).await, Some(both[1]));
-        assert_eq!(way_out(both.clone().into_iter()).await, Some((both[1], both[1])));
-        assert_eq!(preferred(both[..1].iter().copied()).await, Some(both[0]));
-        // No way leads there, from anywhere.
-        let lost = of(&["255.255.255.255"]);
-        assert_eq!(preferred(lost.clone().into_iter()).await, Some(lost[0]));
-        assert_eq!(preferred(std::iter::empty()).await, None);
+        assert_eq!(preferred(both.clone()).await, Some(both[1]));
+        assert_eq!(way_out(&by_preference(both.clone())).await, Some((both[1], both[1])));
+        assert_eq!(preferred(of(&["::1"])).await, Some(both[0]));
+        // No way leads to either, from anywhere.
+        assert_eq!(preferred(of(&["ff00::", "255.255.255.255"])).await, of(&["255.255.255.255"]).pop());
+        assert_eq!(preferred(Vec::new()).await, None);
     }
 }

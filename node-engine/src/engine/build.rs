@@ -161,12 +161,13 @@ async fn node(
     // Towards a cluster elsewhere the way there decides, anew at each registration; the way to one in this process leads nowhere.
     let fixed = standalone.is_some() || config.network.uplink.is_some() || config.network.public_ip.is_some();
     let address = if fixed { net.status().await?.address } else { None };
+    let plan = plan(&desired);
     let told = Node {
         facts: facts.clone(),
         usage: usage.borrow().clone(),
         address,
         tunnel_port: config.network.tunnel_port,
-        jobs: plan(&desired).wanted.into_iter().map(|wanted| (wanted.spec.id, wanted.spec.job)).collect(),
+        jobs: plan.wanted.iter().map(|wanted| (wanted.spec.id.clone(), wanted.spec.job.clone())).collect(),
     };
     let (sending, sent) = watch::channel(Sent::default());
     let control = Box::new(Cluster::new(config.cluster.clone(), told).telling(config.telemetry.reports, sending));
@@ -183,6 +184,7 @@ async fn node(
         lock,
         store,
         desired,
+        plan,
         facts,
         runtimes,
         net,
@@ -217,7 +219,7 @@ async fn node(
 /// addresses the one that the registration takes, too: what peers hear of this node and what it thinks itself have to be the same.
 async fn address_of(cluster: &ClusterConfig) -> Option<IpAddr> {
     match tokio::time::timeout(LOOK_UP, lookup_host((cluster.host.as_str(), 0))).await {
-        Ok(Ok(addresses)) => control::preferred(addresses.map(|address| address.ip())).await,
+        Ok(Ok(addresses)) => control::preferred(addresses.map(|address| address.ip()).collect()).await,
         Ok(Err(error)) => {
             tracing::warn!(host = cluster.host, %error, "the cluster's address is not known yet");
             None

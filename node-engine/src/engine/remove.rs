@@ -30,7 +30,7 @@ const AGAIN: Duration = Duration::from_millis(300);
 /// What workloads get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
 /// Where Docker and Podman keep containers, also while they do not run.
-const STORES: [&str; 2] = ["/var/lib/docker", "/var/lib/containers/storage"];
+const STORES: [&str; 2] = [runtimes::DOCKER_DATA, "/var/lib/containers/storage"];
 /// Where systemd notes that the service starts with the machine.
 const ENABLED: &str = "/etc/systemd/system/multi-user.target.wants/node-engine.service";
 /// Taking down asks no size.

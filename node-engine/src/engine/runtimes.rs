@@ -32,7 +32,7 @@ const OTHERS: &str = "containerd-others";
 const TRIAL: Duration = Duration::from_secs(35);
 const RETRY: Duration = Duration::from_millis(250);
 /// Where Docker keeps containers, also while it does not run.
-const DOCKER_DATA: &str = "/var/lib/docker";
+pub(super) const DOCKER_DATA: &str = "/var/lib/docker";
 
 /// What runs workloads here.
 pub(super) struct Runtimes {

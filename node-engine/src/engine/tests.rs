@@ -136,10 +136,12 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
     let net = MemoryNet { subnets: Some(subnets), ..MemoryNet::default() };
     let mut tasks = Tasks::default();
     tasks.spawn("network", net.clone().run(requested, net_drain.clone()));
+    let desired = Desired::open(&config.state_dir);
     let parts = Parts {
         lock: RunLock::take(&config.run_dir).unwrap(),
         store: Store::open(&config.state_dir).unwrap().0,
-        desired: Desired::open(&config.state_dir),
+        plan: plan(&desired),
+        desired,
         facts: NodeFacts { host: "edge-1".into(), ..NodeFacts::default() },
         runtimes: vec![runtime.clone()],
         net: NetManager::new(requests),

@@ -178,7 +178,6 @@ impl Links {
         addresses: Addresses,
     ) -> Result<Veth, LinkError> {
         let veth = self.attach_veth(instance, netns, subnet, addresses).await?;
-        self.forget_neighbours(addresses).await?;
         self.watch(&[(veth.clone(), addresses)]);
         self.ensure_guard(&veth.name).await?;
         Ok(veth)
@@ -187,8 +186,10 @@ impl Links {
     /// Removes the instance's veth. Repeatable.
     pub async fn detach(&self, instance: &InstanceId) -> Result<(), LinkError> {
         self.detach_veth(instance).await?;
-        if let Some(addresses) = self.watched(instance) {
-            self.forget_neighbours(addresses).await?;
+        if let Some(addresses) = self.watched(instance)
+            && let Some(bridge) = self.netlink.link(&self.config.bridge).await?
+        {
+            self.forget_neighbours(bridge.index, addresses).await?;
         }
         self.unwatch(instance).await
     }

@@ -62,11 +62,10 @@ impl Netlink {
 
 impl Links {
     /// Whoever had these addresses on the bridge has them no longer.
-    pub(super) async fn forget_neighbours(&self, addresses: Addresses) -> Result<(), LinkError> {
-        let Some(bridge) = self.netlink.link(&self.config.bridge).await? else { return Ok(()) };
+    pub(super) async fn forget_neighbours(&self, bridge: u32, addresses: Addresses) -> Result<(), LinkError> {
         let v6 = sysctl::has_ipv6().then_some(IpAddr::V6(addresses.v6));
         for address in [Some(IpAddr::V4(addresses.v4)), v6].into_iter().flatten() {
-            self.netlink.forget_neighbour(neighbour(bridge.index, address)).await?;
+            self.netlink.forget_neighbour(neighbour(bridge, address)).await?;
         }
         Ok(())
     }

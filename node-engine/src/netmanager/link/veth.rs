@@ -164,6 +164,9 @@ impl Links {
         let new_mac = create.then(|| stable_mac(&instance.to_string()));
         let mac = furnish(&inside, instance_side, new_mac, subnet, addresses).await?;
         guest::ensure(&inside, netns, INSTANCE_SIDE, self.config.mtu, addresses).await?;
+        if create {
+            self.forget_neighbours(bridge.index, addresses).await?;
+        }
         Ok(Veth { name: host.name, ifindex: host.index, mac })
     }
 

@@ -1,3 +1,5 @@
+use std::net::SocketAddr;
+
 use futures_util::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
@@ -62,15 +64,21 @@ fn check_answer(packet: &str, port: u16) -> Value {
     answer
 }
 
+/// A conversation by polling: what is said at its beginning, and where it goes on.
+async fn polling(address: SocketAddr) -> (Value, String) {
+    let (_, open) = http(address, "GET", "/socket.io/?transport=polling&EIO=4&t=x", "").await;
+    let handshake: Value = serde_json::from_str(open.strip_prefix('0').expect("an open packet")).unwrap();
+    let session = format!("/socket.io/?transport=polling&EIO=4&sid={}", handshake["sid"].as_str().unwrap());
+    (handshake, session)
+}
+
 /// Each ping has an answer that waits for whoever polls.
 #[tokio::test]
 async fn who_says_much_and_listens_to_nothing_is_sent_away() {
     let state = tempfile::tempdir().unwrap();
     let cluster = start(config(state.path())).await;
     let address = cluster.standalone.socketio;
-    let (_, open) = http(address, "GET", "/socket.io/?transport=polling&EIO=4", "").await;
-    let handshake: Value = serde_json::from_str(open.strip_prefix('0').expect("an open packet")).unwrap();
-    let session = format!("/socket.io/?transport=polling&EIO=4&sid={}", handshake["sid"].as_str().unwrap());
+    let (_, session) = polling(address).await;
     assert_eq!(http(address, "POST", &session, "2\u{1e}2").await.0, 200);
     assert_eq!(http(address, "POST", &session, &vec!["2"; 10_000].join("\u{1e}")).await.0, 400);
     let (status, answer) = http(address, "POST", &session, "2").await;
@@ -83,10 +91,8 @@ async fn the_first_generation_registers_by_polling() {
     let state = tempfile::tempdir().unwrap();
     let cluster = start(config(state.path())).await;
     let address = cluster.standalone.socketio;
-    let (_, open) = http(address, "GET", "/socket.io/?transport=polling&EIO=4&t=x", "").await;
-    let handshake: Value = serde_json::from_str(open.strip_prefix('0').expect("open")).unwrap();
+    let (handshake, session) = polling(address).await;
     assert_eq!((&handshake["pingInterval"], &handshake["pingTimeout"]), (&json!(25000), &json!(20000)));
-    let session = format!("/socket.io/?transport=polling&EIO=4&sid={}", handshake["sid"].as_str().unwrap());
     assert_eq!(http(address, "POST", &session, "40/init,").await, (200, "ok".into()));
     let (_, packets) = http(address, "GET", &session, "").await;
     let packets: Vec<&str> = packets.split('\u{1e}').collect();
@@ -103,9 +109,7 @@ async fn the_first_generation_registers_by_polling() {
     for nonsense in
         ["", "4", "42", "42/init", "42/init,", "42/init,{", "42/init,[3]", "42/init,[\"cs1\",\"x\"]", "9", "\u{e4}"]
     {
-        let (_, open) = http(address, "GET", "/socket.io/?transport=polling&EIO=4", "").await;
-        let handshake: Value = serde_json::from_str(&open[1..]).unwrap();
-        let session = format!("/socket.io/?transport=polling&EIO=4&sid={}", handshake["sid"].as_str().unwrap());
+        let (_, session) = polling(address).await;
         assert_eq!(http(address, "POST", &session, nonsense).await.0, 200, "{nonsense:?}");
     }
     cluster.stop().await;
