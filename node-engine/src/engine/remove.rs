@@ -1,9 +1,11 @@
 //! Takes back everything that node-engine has made on this machine, newest first: workloads, network, files. Needs no daemon, and
 //! goes on past what cannot be removed.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -108,7 +110,7 @@ async fn containers(config: &Config, left: &mut Vec<String>) -> bool {
     };
     let runtime = furniture.given_to(docker.clone());
     for look in 1.. {
-        let held = match timeout(ANSWER, docker.adopt()).await {
+        let held = match timeout(ANSWER, runtime.adopt()).await {
             Ok(Ok(held)) => held,
             Ok(Err(_)) if !docker.is_installed() && !STORES.iter().any(|store| Path::new(store).exists()) => {
                 println!("there is no Docker on this machine, so there are no containers");
@@ -162,9 +164,53 @@ async fn stop(runtime: &dyn Runtime, held: Vec<Adopted>, left: &mut Vec<String>)
 }
 
 fn directory(what: &str, path: &Path, left: &mut Vec<String>) {
+    // What is removed with the directory is what is mounted in it, too: a volume is not ours.
+    if let Some(mounted) = mounted_below(path, &fs::read("/proc/self/mountinfo").unwrap_or_default()) {
+        return left.push(format!("{} (something is mounted at {})", path.display(), mounted.display()));
+    }
     match fs::remove_dir_all(path) {
         Ok(()) => println!("removed the {what} {}", path.display()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => left.push(format!("{} ({error})", path.display())),
+    }
+}
+
+/// The first mount point in the directory, of what proc_pid_mountinfo(5) lists.
+fn mounted_below(directory: &Path, mounts: &[u8]) -> Option<PathBuf> {
+    let directory = fs::canonicalize(directory).ok()?;
+    let point = |line: &[u8]| {
+        line.split(|byte| *byte == b' ').nth(4).map(|field| PathBuf::from(OsString::from_vec(plain(field))))
+    };
+    let points = mounts.split(|byte| *byte == b'\n').filter_map(point);
+    points.into_iter().find(|point| point.starts_with(&directory) && *point != directory)
+}
+
+/// Without the octal escapes that keep a path in one word.
+fn plain(mut field: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(field.len());
+    while let Some((first, rest)) = field.split_first() {
+        let escaped = rest.first_chunk::<3>().filter(|_| *first == b'\\');
+        let escaped = escaped.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+        out.push(escaped.unwrap_or(*first));
+        field = if escaped.is_some() { &rest[3..] } else { rest };
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mounted_in_a_directory_is_found() {
+        let dir = tempfile::Builder::new().prefix("state dir").tempdir().expect("a directory");
+        let root = fs::canonicalize(dir.path()).expect("a path");
+        let shown = root.to_str().expect("a name").replace(' ', "\\040");
+        let line = |point: &str| format!("36 35 98:0 /mnt1 {point} rw,noatime master:1 - ext3 /dev/root rw\n");
+        let others = ["/", "/proc", &shown, &format!("{shown}-other/a")].map(line).concat();
+        assert_eq!(mounted_below(&root, others.as_bytes()), None);
+        let volume = others + &line(&format!("{shown}/csi/publish/a/b"));
+        assert_eq!(mounted_below(&root, volume.as_bytes()), Some(root.join("csi/publish/a/b")));
+        assert_eq!(mounted_below(&root.join("missing"), volume.as_bytes()), None);
     }
 }

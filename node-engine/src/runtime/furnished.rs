@@ -1,9 +1,9 @@
 //! What an instance gets from its node whatever runs it: volumes, added files, and privileges where the node's configuration grants
 //! them. A runtime in this wrapping is handed a description whose mounts are made, and knows nothing of where they come from.
 
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 
 use super::volumes::Volumes;
-use super::{Adopted, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
+use super::{Adopted, AdoptedState, Exec, Exit, Follow, Runtime, RuntimeError, Sandbox, Session};
 use crate::model::{
     AddedFile, InstanceDetails, InstanceId, InstanceSpec, InstanceUsage, Mount, ServicePattern, Technology,
 };
@@ -22,7 +22,8 @@ pub struct Furnished {
     inner: Arc<dyn Runtime>,
     volumes: Arc<Volumes>,
     grants: Grants,
-    /// Added files, in a directory for each instance.
+    /// Added files, in a directory for each instance. It is there before anything else that the instance gets, and goes last: by it
+    /// an instance is found of which only that is left.
     files: PathBuf,
 }
 
@@ -58,15 +59,27 @@ impl Furnished {
         let directory = self.files.join(spec.id.to_string());
         let write = |(number, file): (usize, &AddedFile)| {
             let source = directory.join(number.to_string());
-            fs::create_dir_all(&directory)?;
             remove(&source)?;
             let mut made = fs::File::options().create_new(true).write(true).mode(file.mode).open(&source)?;
             made.write_all(file.content.as_bytes())?;
             Ok(Mount { source, target: file.path.clone(), read_only: true })
         };
-        let written: io::Result<Vec<_>> = spec.files.iter().enumerate().map(write).collect();
-        written.map_err(|error| RuntimeError::Step { step: "add files", reason: error.to_string() })
+        spec.files.iter().enumerate().map(write).collect::<io::Result<_>>().map_err(failed("add files"))
     }
+
+    /// Instances of an earlier run that got something.
+    fn furnished(&self) -> Result<Vec<InstanceId>, RuntimeError> {
+        let entries = match fs::read_dir(&self.files) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.map_err(failed("look for added files"))?,
+        };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        Ok(names.filter_map(|name| name.parse().ok()).collect())
+    }
+}
+
+fn failed(step: &'static str) -> impl FnOnce(io::Error) -> RuntimeError {
+    move |error| RuntimeError::Step { step, reason: error.to_string() }
 }
 
 #[async_trait]
@@ -80,6 +93,9 @@ impl Runtime for Furnished {
         if spec.volumes.is_empty() && spec.files.is_empty() {
             return self.inner.prepare(spec).await;
         }
+        // Nobody else on the node may look at what only the instance should have.
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(self.files.join(spec.id.to_string()));
+        made.map_err(failed("add files"))?;
         let mut mounts = self.volumes.publish(&spec.id, &spec.volumes).await?;
         mounts.extend(self.add_files(spec)?);
         self.inner.prepare(&InstanceSpec { mounts, ..spec.clone() }).await
@@ -94,15 +110,22 @@ impl Runtime for Furnished {
         self.inner.stop(instance, grace).await?;
         self.volumes.unpublish(instance).await?;
         match fs::remove_dir_all(self.files.join(instance.to_string())) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(RuntimeError::Step { step: "remove added files", reason: error.to_string() })
-            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove added files")(error)),
             _ => Ok(()),
         }
     }
 
+    /// Also those of which the runtime has nothing any more, and the node has.
     async fn adopt(&self) -> Result<Vec<Adopted>, RuntimeError> {
-        self.inner.adopt().await
+        // Looked for first: what is prepared meanwhile is not left over.
+        let furnished = self.furnished()?;
+        let mut held = self.inner.adopt().await?;
+        for instance in furnished {
+            if held.iter().all(|adopted| adopted.instance != instance) {
+                held.push(Adopted { instance, document: "".into(), state: AdoptedState::Incomplete });
+            }
+        }
+        Ok(held)
     }
 
     async fn usage(&self) -> Result<Vec<InstanceUsage>, RuntimeError> {
@@ -186,5 +209,22 @@ mod tests {
         assert_eq!(fs::read_to_string(&mounts[0].source).expect("the file"), "listen 80\n");
         furnished.stop(&spec.id, Duration::ZERO).await.expect("stopped");
         assert!(!mounts[0].source.exists());
+        assert!(furnished.adopt().await.expect("adopted").is_empty(), "nothing is left");
+    }
+
+    #[tokio::test]
+    async fn what_the_runtime_has_lost_is_held_as_long_as_its_files_are_there() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = AddedFile { path: "/etc/web.conf".into(), content: "listen 80\n".into(), mode: 0o640 };
+        let spec = InstanceSpec { privileged: false, files: vec![file], ..spec() };
+        furnished(dir.path(), &[]).1.prepare(&spec).await.expect("prepared");
+
+        // Ended between the removal of the container and that of its files.
+        let (_, next) = furnished(dir.path(), &[]);
+        let held = next.adopt().await.expect("adopted");
+        let expected = Adopted { instance: spec.id.clone(), document: "".into(), state: AdoptedState::Incomplete };
+        assert_eq!(held, [expected]);
+        next.stop(&spec.id, Duration::ZERO).await.expect("stopped");
+        assert!(next.adopt().await.expect("adopted").is_empty());
     }
 }

@@ -97,7 +97,7 @@ pub struct Sandbox {
 }
 
 /// An instance found at start.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Adopted {
     pub instance: InstanceId,
     /// `InstanceSpec::document` as it was given to `prepare`.
@@ -110,7 +110,7 @@ pub enum AdoptedState {
     Running(Sandbox),
     /// It ended while nobody watched.
     Exited(Exit),
-    /// Prepared and never started, or only half there: to be removed.
+    /// Prepared and never started, or only half there: to be removed. Of what is left of one its description may not be part.
     Incomplete,
 }
 

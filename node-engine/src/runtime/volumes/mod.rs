@@ -13,8 +13,9 @@ mod csi;
 mod host_path;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
+use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
@@ -287,7 +288,7 @@ fn names_in(directory: &Path) -> Vec<String> {
 fn make(directory: &Path) -> Result<(), RuntimeError> {
     let failed =
         |error| RuntimeError::Step { step: "make a mount point", reason: format!("{}: {error}", directory.display()) };
-    fs::create_dir_all(directory).map_err(failed)
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(failed)
 }
 
 /// Never more than an empty directory: whatever is still mounted there is not ours to remove.
