@@ -4,9 +4,10 @@
 //! be read is kept aside under another name and its predecessor is used; subnets are then counted on from further up, because
 //! the latest ones may not be in it and must not be handed out twice.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -73,7 +74,10 @@ impl Saved {
     /// Returns when the text is on the disk.
     pub(super) fn store(&self, text: &str) -> Result<(), SaveError> {
         let new = self.current.with_extension("json.new");
-        let mut out = File::create(&new).map_err(file("create", &new))?;
+        // One left half written may be anybody's to read.
+        let _ = fs::remove_file(&new);
+        let out = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+        let mut out = out.map_err(file("create", &new))?;
         out.write_all(text.as_bytes()).map_err(file("write", &new))?;
         out.sync_all().map_err(file("sync", &new))?;
         // The predecessor is a convenience: without it a save is as good.

@@ -4,7 +4,9 @@
 //! when it is opened, where every page is checked; whatever redb then does, a panic included, comes out as [`Fault::Corrupt`].
 
 use std::collections::BTreeMap;
+use std::fs::{OpenOptions, Permissions};
 use std::io;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -54,6 +56,9 @@ pub(super) enum Fault {
     /// The disk does not do as it is told; it may at another time.
     #[error("{0}")]
     Io(String),
+    /// Some of the disk's blocks cannot be read or written: now, or for good.
+    #[error("{0}")]
+    Lost(String),
     /// What is in the file is not what was written.
     #[error("{0}")]
     Corrupt(String),
@@ -63,9 +68,14 @@ pub(super) enum Fault {
 pub(super) struct Database(redb::Database);
 
 impl Database {
-    /// Opens the file, or makes an empty one, and reads all of it.
+    /// Opens the file, or makes an empty one, and reads all of it. Nobody else may: descriptions have secrets.
     pub(super) fn open(path: &Path) -> Result<(Self, Contents), Fault> {
-        Self::opened(|builder| builder.create(path))
+        Self::opened(|builder| {
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+            // One of an earlier version's.
+            file.set_permissions(Permissions::from_mode(0o600))?;
+            builder.create_with_backend(redb::backends::FileBackend::new(file)?)
+        })
     }
 
     #[cfg(test)]
@@ -146,10 +156,9 @@ fn contained<T>(work: impl FnOnce() -> Result<T, Fault>) -> Result<T, Fault> {
 
 fn fault(error: impl Into<redb::Error>) -> Fault {
     match error.into() {
-        // A directory in its place, or blocks that the disk has lost: other blocks are wanted then.
-        redb::Error::Io(error) if error.raw_os_error() == Some(libc::EIO) || damaged(error.kind()) => {
-            Fault::Corrupt(error.to_string())
-        }
+        redb::Error::Io(error) if error.raw_os_error() == Some(libc::EIO) => Fault::Lost(error.to_string()),
+        // A directory in its place, or less of it than there was.
+        redb::Error::Io(error) if damaged(error.kind()) => Fault::Corrupt(error.to_string()),
         redb::Error::Io(error) => Fault::Io(error.to_string()),
         redb::Error::DatabaseAlreadyOpen => Fault::Io("another process has it open".into()),
         redb::Error::PreviousIo => Fault::Io("an earlier write has failed".into()),

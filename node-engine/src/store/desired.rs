@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::book::{Book, Order, Verdict};
 use super::database::{Contents, Database, Fault, Put};
@@ -36,6 +37,8 @@ pub enum Fact {
 
 /// Deletions that are remembered while the disk cannot be read; more than a node has instances.
 const MOST_GONE: usize = 4096;
+/// How long blocks that hold what is wanted are tried again before they count as lost, with what was in them.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The open database. Its methods block until the disk has what they were given.
 #[derive(Debug)]
@@ -47,6 +50,8 @@ pub struct Desired {
     behind: Option<String>,
     /// What is on the disk could not be read so far; these were deleted meanwhile.
     unread: Option<BTreeSet<InstanceId>>,
+    /// Since when some of its blocks cannot be.
+    unreadable: Option<Instant>,
     aside: Option<PathBuf>,
 }
 
@@ -54,7 +59,8 @@ impl Desired {
     /// Opens what is kept in `dir`. Always comes back: where nothing can be read it is empty, and not [`complete`](Self::complete).
     pub fn open(dir: &Path) -> Self {
         let (path, book) = (dir.join(FILE), Book::default());
-        let mut desired = Self { path, database: None, book, behind: None, unread: Some(BTreeSet::new()), aside: None };
+        let unread = Some(BTreeSet::new());
+        let mut desired = Self { path, database: None, book, behind: None, unread, unreadable: None, aside: None };
         match Database::open(&desired.path) {
             Ok((database, contents)) => {
                 desired.read(&contents);
@@ -222,8 +228,16 @@ impl Desired {
     /// Lets go of a file that is of no more use as it is.
     fn give_up(&mut self, fault: Fault) {
         self.database = None;
-        let (Fault::Io(reason) | Fault::Corrupt(reason)) = &fault;
-        if let Fault::Corrupt(_) = fault {
+        let (reason, lost) = match &fault {
+            Fault::Io(reason) => (reason, false),
+            Fault::Corrupt(reason) => (reason, true),
+            // A cable, or a disk that wakes up; and what is in memory is written to other blocks at once.
+            Fault::Lost(reason) => {
+                let since = *self.unreadable.get_or_insert_with(Instant::now);
+                (reason, self.unread.is_none() || since.elapsed() >= PATIENCE)
+            }
+        };
+        if lost {
             self.unread = None;
             let aside = free_name_aside(&self.path);
             match std::fs::rename(&self.path, &aside) {

@@ -23,7 +23,7 @@ nix::ioctl_read!(shut_down, b'X', 125, u32);
 #[test]
 #[ignore = "needs root"]
 fn what_was_acknowledged_before_a_power_cut_is_there_after_it() {
-    let cuts = size("NODE_ENGINE_CUTS", 5);
+    let cuts = size("NODE_ENGINE_TEST_CUTS", 5);
     let dir = tempfile::tempdir().unwrap();
     let (image, disk) = (dir.path().join("image"), dir.path().join("disk"));
     std::fs::create_dir(&disk).unwrap();

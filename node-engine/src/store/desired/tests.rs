@@ -189,6 +189,32 @@ fn what_could_not_be_read_at_the_start_is_not_written_over() {
 }
 
 #[test]
+fn blocks_that_cannot_be_read_are_lost_only_after_a_while() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut before = Desired::open(dir.path());
+    before.orders(&[deploy(0, "a", None)]);
+    drop(before);
+    let unread = || {
+        let mut desired = Desired::open(dir.path());
+        (desired.book, desired.unread) = (Book::default(), Some(BTreeSet::new()));
+        desired
+    };
+    let mut desired = unread();
+    desired.give_up(Fault::Lost("input/output error".into()));
+    assert!(desired.behind().is_some() && desired.aside().is_none());
+    desired.retry();
+    assert_eq!((wanted(&desired), desired.behind()), (vec!["0:a".to_owned()], None), "the disk was only asleep");
+    drop(desired);
+
+    let mut desired = unread();
+    desired.unreadable = Instant::now().checked_sub(PATIENCE);
+    desired.give_up(Fault::Lost("input/output error".into()));
+    assert!(desired.aside().is_some(), "what cannot be read for so long never can");
+    desired.retry();
+    assert_eq!((desired.behind(), wanted(&desired).len()), (None, 0));
+}
+
+#[test]
 fn a_damaged_file_is_kept_aside_and_what_is_wanted_is_then_unknown() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join(FILE);
@@ -326,7 +352,7 @@ fn the_book_is_bounded() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(size("NODE_ENGINE_DAMAGES", 64)))]
+    #![proptest_config(ProptestConfig::with_cases(size("NODE_ENGINE_TEST_DAMAGES", 64)))]
     /// Whatever is in the file, a start comes of it, and nothing that was not written.
     #[test]
     fn damage_never_panics_and_never_prevents_a_start(
