@@ -18,6 +18,9 @@ const MAX_DEPTH: usize = 32;
 const MAX_MEMBERS: usize = 1024;
 const EXCERPT: usize = 120;
 
+/// Members whose values may be secrets, or hold some: of these an error says no more than what kind of value it is.
+const SECRETS: [&str; 7] = ["added_files", "cmd", "commands", "config", "content", "environment", "volumes"];
+
 /// Why a message was not understood.
 #[derive(Debug, thiserror::Error)]
 pub enum Malformed {
@@ -28,7 +31,7 @@ pub enum Malformed {
     #[error("not UTF-8 text")]
     NotText,
     #[error("not a JSON object: {0}")]
-    NotAnObject(#[source] serde_json::Error),
+    NotAnObject(String),
     #[error("member `{0}` is missing")]
     Missing(&'static str),
     #[error("member `{member}` is not {expected}: {found}")]
@@ -53,8 +56,14 @@ impl<'a> Members<'a> {
 
     fn of(text: &'a str) -> Result<Self, Malformed> {
         let mut parser = serde_json::Deserializer::from_str(text);
-        let members = parser.deserialize_map(MembersVisitor).map_err(Malformed::NotAnObject)?;
-        parser.end().map_err(Malformed::NotAnObject)?;
+        let found = |error: serde_json::Error| match kind(text) {
+            // What is wrong with an object is told without its values; what is another kind of value would be repeated.
+            "an object" => Malformed::NotAnObject(error.to_string()),
+            _ if !error.is_data() => Malformed::NotAnObject(error.to_string()),
+            other => Malformed::NotAnObject(format!("it is {other}")),
+        };
+        let members = parser.deserialize_map(MembersVisitor).map_err(found)?;
+        parser.end().map_err(found)?;
         Ok(members)
     }
 
@@ -77,8 +86,7 @@ impl<'a> Members<'a> {
         expected: &'static str,
     ) -> Result<Option<T>, Malformed> {
         let Some(text) = self.get(member) else { return Ok(None) };
-        let found = |_| Malformed::Member { member, expected, found: excerpt(text.as_bytes()) };
-        serde_json::from_str(text).map(Some).map_err(found)
+        serde_json::from_str(text).map(Some).map_err(|_| wrong(member, expected, text))
     }
 
     pub(crate) fn text(&self, member: &'static str) -> Result<Option<String>, Malformed> {
@@ -105,16 +113,12 @@ impl<'a> Members<'a> {
         if text.starts_with('"') {
             let inner: String = self.read(member, expected)?.unwrap_or_default();
             let number = inner.trim().parse();
-            return number.map(Some).map_err(|_| Malformed::Member {
-                member,
-                expected,
-                found: excerpt(text.as_bytes()),
-            });
+            return number.map(Some).map_err(|_| wrong(member, expected, text));
         }
         let number: f64 = self.read(member, expected)?.unwrap_or_default();
         // Up to 2^53 every whole f64 is exact; nothing a cluster counts is larger.
         if !(0.0..=9_007_199_254_740_992.0).contains(&number) || number.fract() != 0.0 {
-            return Err(Malformed::Member { member, expected, found: excerpt(text.as_bytes()) });
+            return Err(wrong(member, expected, text));
         }
         Ok(Some(number as u64))
     }
@@ -131,11 +135,7 @@ impl<'a> Members<'a> {
     pub(crate) fn entries(&self) -> Result<Vec<(String, String)>, Malformed> {
         let text = |(name, raw): (&String, &&RawValue)| match serde_json::from_str(raw.get()) {
             Ok(text) => Ok((name.clone(), text)),
-            Err(_) => Err(Malformed::Member {
-                member: "config",
-                expected: "texts by name",
-                found: excerpt(raw.get().as_bytes()),
-            }),
+            Err(_) => Err(wrong("config", "texts by name", raw.get())),
         };
         self.0.iter().map(text).collect()
     }
@@ -144,6 +144,23 @@ impl<'a> Members<'a> {
     pub(crate) fn objects(&self, member: &'static str) -> Result<Vec<Members<'a>>, Malformed> {
         let entries: Vec<&'a RawValue> = self.read(member, "a list")?.unwrap_or_default();
         entries.into_iter().map(|raw| Self::of(raw.get())).collect()
+    }
+}
+
+fn wrong(member: &'static str, expected: &'static str, text: &str) -> Malformed {
+    let found = if SECRETS.contains(&member) { format!("it is {}", kind(text)) } else { excerpt(text.as_bytes()) };
+    Malformed::Member { member, expected, found }
+}
+
+/// What kind of JSON value this is, by its first character.
+fn kind(text: &str) -> &'static str {
+    match text.trim_start().as_bytes().first() {
+        Some(b'{') => "an object",
+        Some(b'[') => "a list",
+        Some(b'"') => "a text",
+        Some(b't' | b'f') => "true or false",
+        Some(b'n') => "null",
+        _ => "a number",
     }
 }
 

@@ -231,8 +231,22 @@ fn without_a_name_nobody_can_be_answered() {
 
 #[test]
 fn secrets_stay_out_of_errors() {
-    let error = deploy(job_with("environment", "[\"OK=1\", \"=hunter2\"]").as_bytes(), None).unwrap_err();
-    assert!(!error.to_string().contains("hunter2"), "{error}");
+    for (member, value) in [
+        ("environment", r#"["OK=1", "=hunter2"]"#),
+        ("environment", r#"{"TOKEN": "hunter2"}"#),
+        ("environment", r#"["TOKEN=hunter2", 7]"#),
+        ("environment", r#""TOKEN=hunter2""#),
+        ("cmd", r#""login --password hunter2""#),
+        ("volumes", r#"["hunter2"]"#),
+        ("volumes", r#"[{"volume_id": "v", "csi_driver": "d", "config": {"key": ["hunter2"]}}]"#),
+        ("volumes", r#"[{"volume_id": "v", "csi_driver": "d", "config": "key=hunter2"}]"#),
+        ("added_files", r#"[{"path": "/etc/key", "content": {"key": "hunter2"}}]"#),
+    ] {
+        let error = deploy(job_with(member, value).as_bytes(), None).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("hunter2"), "{member} {value}: {error}");
+    }
+    let whole = deploy(br#""hunter2""#, None).unwrap_err();
+    assert!(!whole.to_string().contains("hunter2"), "{whole}");
 }
 
 #[test]

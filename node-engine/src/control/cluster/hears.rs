@@ -102,7 +102,8 @@ impl Session {
                 return Unacknowledged::default();
             }
             Err(error) => {
-                warn!(%error, message = excerpt(payload), "a control message that cannot be carried out");
+                // Not the message: it may hold secrets.
+                warn!(%error, "a control message that cannot be carried out");
                 if let OrderError::Deploy(refused) = &error
                     && let Some(instance) = refused.instance.clone()
                 {

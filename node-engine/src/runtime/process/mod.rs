@@ -67,7 +67,7 @@ impl ProcessRuntime {
     }
 
     fn launch(&self, spec: &InstanceSpec) -> Result<Launch, RuntimeError> {
-        let mut environment = surroundings::environment(spec);
+        let mut environment: Vec<_> = surroundings::environment(spec).collect();
         if !environment.iter().any(|variable| variable.starts_with("PATH=")) {
             environment.push(format!("PATH={PATH}"));
         }

@@ -163,7 +163,7 @@ impl Runtime for WasmRuntime {
         let directory = self.instances.of(&spec.id);
         let (root, mounts) = root(&directory, &spec.mounts)?;
         let arguments = std::iter::once(name(&spec.image)).chain(spec.command.iter().cloned()).collect();
-        let environment = surroundings::environment(spec);
+        let environment = surroundings::environment(spec).collect();
         let order = Order { arguments, environment, ports, root, memory_mib: spec.limits.memory_mib, user };
         order.write(&directory).map_err(|error| step("write its order", &error))?;
         let sandbox = self.keeper.make(spec).await?;
