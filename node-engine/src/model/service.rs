@@ -173,8 +173,10 @@ pub struct InstanceSpec {
     pub technology: Technology,
     /// Image reference; comma-separated URLs for unikernels; a program of the node, or nothing, for processes.
     pub image: String,
-    /// Replaces the image's command when not empty.
+    /// Replaces all that the image says to run, when not empty.
     pub command: Vec<String>,
+    /// The command follows the image's entry point instead, as the first generation had it.
+    pub beside_entrypoint: bool,
     /// `NAME=value`.
     pub environment: Vec<String>,
     pub ports: Vec<PortMapping>,
@@ -208,6 +210,7 @@ impl InstanceSpec {
             technology,
             image: String::new(),
             command: Vec::new(),
+            beside_entrypoint: false,
             environment: Vec::new(),
             ports: Vec::new(),
             platform: None,

@@ -49,8 +49,8 @@ pub enum DeployFault {
     Directory(String),
     #[error("device {0} is neither the name of a device nor vendor/class=name")]
     Device(String),
-    #[error("environment entry {0} is not of the form NAME=value")]
-    Environment(String),
+    #[error("entry {0} of `environment` has no name")]
+    Environment(usize),
     #[error("port mapping {text}: {reason} (expected host:container/tcp|udp, several joined by `;`)")]
     Port { text: String, reason: &'static str },
     #[error("volume {id}: {reason}")]
@@ -94,7 +94,8 @@ pub(super) fn read(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec
 fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployFault> {
     let technology = technology(members)?.unwrap_or(Technology::Container);
     let mut command = members.texts("cmd")?;
-    if command.is_empty() {
+    let beside_entrypoint = command.is_empty();
+    if beside_entrypoint {
         command = first_generation_command(members)?;
     }
     if command.iter().any(|word| word.contains('\0')) {
@@ -109,6 +110,7 @@ fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, De
         job: job(members),
         image,
         technology,
+        beside_entrypoint: beside_entrypoint && !command.is_empty(),
         command,
         environment: environment(members)?,
         ports: ports(members)?,
@@ -192,8 +194,14 @@ pub(super) fn technology(members: &Members<'_>) -> Result<Option<Technology>, De
 }
 
 fn image(members: &Members<'_>, technology: &Technology) -> Result<String, DeployFault> {
-    let offered = members.texts("vm_images")?;
-    let image = if *technology == Technology::Unikernel && !offered.is_empty() {
+    let unikernel = *technology == Technology::Unikernel;
+    let mut offered = if unikernel { members.texts("vm_images")? } else { Vec::new() };
+    if unikernel && offered.is_empty() {
+        // Clusters join the list.
+        let joined = members.said("image")?.unwrap_or_default();
+        offered = joined.split(',').filter(|image| !image.is_empty()).map(str::to_owned).collect();
+    }
+    let image = if unikernel && !offered.is_empty() {
         for_this_machine(&offered, &members.texts("arch")?)?
     } else {
         match members.said("image")? {
@@ -210,7 +218,7 @@ fn image(members: &Members<'_>, technology: &Technology) -> Result<String, Deplo
     Ok(image)
 }
 
-/// `vm_images` has one entry for each of `arch`; where that says nothing, all of them stay on offer.
+/// There is one image for each of `arch`; where that says nothing, all of them stay on offer.
 fn for_this_machine(images: &[String], architectures: &[String]) -> Result<String, DeployFault> {
     if architectures.is_empty() {
         return Ok(images.join(","));
@@ -245,14 +253,13 @@ fn first_generation_command(members: &Members<'_>) -> Result<Vec<String>, Deploy
 
 fn environment(members: &Members<'_>) -> Result<Vec<String>, DeployFault> {
     let entries = members.texts("environment")?;
-    for entry in &entries {
+    for (number, entry) in (1..).zip(&entries) {
         if entry.contains('\0') {
             return Err(DeployFault::Nul("the environment"));
         }
-        // Only the name is repeated: values may be secrets.
-        if entry.split_once('=').is_none_or(|(name, _)| name.is_empty()) {
-            let name = entry.split('=').next().unwrap_or_default();
-            return Err(DeployFault::Environment(excerpt(name.as_bytes())));
+        // None of it is repeated: it may be a secret. A name alone takes away what the image says of it.
+        if entry.is_empty() || entry.starts_with('=') {
+            return Err(DeployFault::Environment(number));
         }
     }
     Ok(entries)
@@ -381,6 +388,8 @@ pub struct Document {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cmd: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub port: String,
@@ -423,7 +432,8 @@ impl From<&InstanceSpec> for Document {
             instance_number: spec.id.number,
             virtualization: spec.technology.to_string(),
             image: spec.image.clone(),
-            cmd: spec.command.clone(),
+            cmd: if spec.beside_entrypoint { Vec::new() } else { spec.command.clone() },
+            commands: if spec.beside_entrypoint { spec.command.clone() } else { Vec::new() },
             environment: spec.environment.clone(),
             port: ports.join(";"),
             platform: spec.platform.clone(),

@@ -190,7 +190,9 @@ impl Holder {
     fn surroundings(&self, spec: &InstanceSpec, servers: &[String]) -> Result<Vec<Mount>, RuntimeError> {
         let name = surroundings::host_name(&spec.id);
         let resolver: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-        let hosts = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n");
+        let own = format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n");
+        let known = surroundings::known_hosts().into_iter().map(|(address, name)| format!("{address}\t{name}\n"));
+        let hosts: String = std::iter::once(own).chain(known).collect();
         let directory = self.directory(&spec.id);
         let written = || -> io::Result<Vec<Mount>> {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory)?;

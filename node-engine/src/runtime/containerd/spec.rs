@@ -76,10 +76,12 @@ pub(super) fn check(spec: &InstanceSpec) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-/// The command, the description's over the image's.
+/// What runs: the description's, or else the image's.
 pub(super) fn command(spec: &InstanceSpec, image: &Process) -> Result<Vec<String>, RuntimeError> {
     let arguments = if spec.command.is_empty() { image.cmd.clone().unwrap_or_default() } else { spec.command.clone() };
-    let command: Vec<_> = image.entrypoint.iter().flatten().cloned().chain(arguments).collect();
+    let whole = !spec.command.is_empty() && !spec.beside_entrypoint;
+    let entrypoint = image.entrypoint.iter().flatten().filter(|_| !whole);
+    let command: Vec<_> = entrypoint.cloned().chain(arguments).collect();
     if command.first().is_none_or(String::is_empty) {
         let reason = "neither the image nor the description says what to run".into();
         return Err(RuntimeError::Refused { what: "cmd", reason });
@@ -137,8 +139,9 @@ impl Order<'_> {
     /// The image's, and over them the description's.
     fn environment(&self) -> Vec<String> {
         let name = |variable: &str| variable.split('=').next().unwrap_or_default().to_owned();
-        let given = surroundings::environment(self.spec);
-        let kept = |variable: &&String| !given.iter().any(|over| name(over) == name(variable));
+        let given: Vec<_> = surroundings::environment(self.spec).collect();
+        let over: Vec<_> = given.iter().map(|variable| name(variable)).chain(surroundings::unset(self.spec)).collect();
+        let kept = |variable: &&String| !over.contains(&name(variable));
         let mut all: Vec<_> = self.image.env.iter().flatten().filter(kept).cloned().collect();
         all.extend(given.iter().cloned());
         if !all.iter().any(|variable| variable.starts_with("PATH=")) {
@@ -328,10 +331,15 @@ mod tests {
         };
         let made = document(&over, &image()).expect("good");
         let process = &made["process"];
-        assert_eq!(process["args"], json!(["/entry", "other"]));
+        assert_eq!(process["args"], json!(["other"]));
         assert_eq!(process["env"], json!(["PATH=/bin", "A=own", "HOSTNAME=x"]));
         assert_eq!(process["user"], json!({"uid": 0, "gid": 7, "additionalGids": []}));
         assert_eq!(process["capabilities"]["effective"].as_array().map(Vec::len), Some(14));
+
+        let first_generation = InstanceSpec { beside_entrypoint: true, environment: vec!["A".into()], ..over };
+        let made = document(&first_generation, &image()).expect("good");
+        assert_eq!(made["process"]["args"], json!(["/entry", "other"]));
+        assert_eq!(made["process"]["env"], json!(["PATH=/bin", "HOSTNAME=instance-3"]), "a name alone takes it away");
     }
 
     #[test]

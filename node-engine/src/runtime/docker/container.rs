@@ -31,6 +31,8 @@ pub(super) fn sandbox_name(instance: &InstanceId) -> String {
 }
 
 pub(super) fn sandbox(spec: &InstanceSpec, dns: Vec<String>) -> ContainerCreateBody {
+    let extra_hosts: Vec<_> =
+        surroundings::known_hosts().into_iter().map(|(address, name)| format!("{name}:{address}")).collect();
     ContainerCreateBody {
         hostname: Some(surroundings::host_name(&spec.id)),
         image: Some(PAUSE.into()),
@@ -38,8 +40,9 @@ pub(super) fn sandbox(spec: &InstanceSpec, dns: Vec<String>) -> ContainerCreateB
         labels: Some(labels(spec, ROLE_SANDBOX)),
         host_config: Some(HostConfig {
             network_mode: Some("none".into()),
-            // The workload takes over host name and resolver with the network.
+            // The workload takes over host name, resolver and known hosts with the network.
             dns: Some(dns),
+            extra_hosts: Some(extra_hosts).filter(|hosts| !hosts.is_empty()),
             cap_drop: Some(vec!["ALL".into()]),
             readonly_rootfs: Some(true),
             log_config: Some(HostConfigLogConfig { typ: Some("none".into()), config: None }),
@@ -71,12 +74,19 @@ pub(super) fn workload(spec: &InstanceSpec, sandbox: &str, cpus: u32) -> Contain
     });
     let requests: Vec<DeviceRequest> = (spec.limits.vgpus > 0).then_some(gpus).into_iter().chain(cdi).collect();
     let log_options = [("max-size", "10m"), ("max-file", "2")];
+    // An entry point of its own also takes the place of the image's command.
+    let (entrypoint, arguments) = match spec.command.split_first() {
+        Some((program, arguments)) if !spec.beside_entrypoint => (Some(vec![program.clone()]), arguments),
+        _ => (None, spec.command.as_slice()),
+    };
     ContainerCreateBody {
         image: Some(spec.image.clone()),
-        cmd: (!spec.command.is_empty()).then(|| spec.command.clone()),
+        entrypoint,
+        cmd: (!arguments.is_empty()).then(|| arguments.to_vec()),
         user: spec.user.clone(),
         working_dir: spec.directory.clone(),
-        env: Some(surroundings::environment(spec)),
+        // To the engine, too, a name alone takes away what the image says of it.
+        env: Some(surroundings::environment(spec).chain(surroundings::unset(spec)).collect()),
         labels: Some(labels(spec, ROLE_WORKLOAD)),
         host_config: Some(HostConfig {
             network_mode: Some(format!("container:{sandbox}")),
@@ -161,6 +171,19 @@ pub(super) mod tests {
         assert_eq!(host.privileged, None, "privileged adds a device and no more");
         assert_eq!(host.devices.map(|devices| devices.len()), Some(1));
         assert_eq!(host.device_requests.map(|requests| requests[0].count), Some(Some(1)));
+    }
+
+    #[test]
+    fn a_command_is_all_that_runs_unless_it_is_of_the_first_generation() {
+        let words = |words: &[&str]| Some(words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>());
+        let command = vec!["sh".to_owned(), "-c".into(), "true".into()];
+        let whole = InstanceSpec { command, ..spec(3) };
+        let asked = workload(&whole, "sandbox", 4);
+        assert_eq!((asked.entrypoint, asked.cmd), (words(&["sh"]), words(&["-c", "true"])));
+        let asked = workload(&InstanceSpec { beside_entrypoint: true, ..whole }, "sandbox", 4);
+        assert_eq!((asked.entrypoint, asked.cmd), (None, words(&["sh", "-c", "true"])));
+        let asked = workload(&spec(3), "sandbox", 4);
+        assert_eq!((asked.entrypoint, asked.cmd), (None, None));
     }
 
     #[test]
