@@ -124,6 +124,9 @@ struct Fresh {
     outcome: Outcome,
 }
 
+/// Peers of the reference system end with the first packet to this port.
+const DEADLY: [u8; 2] = [0xff; 2];
+
 #[derive(Clone, Copy, Default)]
 enum Outcome {
     #[default]
@@ -199,7 +202,7 @@ fn open<T: Tables>(
     if slot.peer == 0 {
         let receiver = tables.endpoint(&slot.namespace).ok_or(DropReason::NoInstance)?;
         (flow.ifindex, flow.mac) = (receiver.ifindex, Mac(receiver.mac));
-    } else if !tcp && key.protocol != u32::from(UDP) {
+    } else if !tcp && key.protocol != u32::from(UDP) || key.destination_port == DEADLY {
         let peer = tables.peer(slot.peer).ok_or(DropReason::NoInstance)?;
         if peer.flags & PEER_OURS == 0 {
             return Err(DropReason::PeerProtocol);

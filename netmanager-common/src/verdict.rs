@@ -57,7 +57,7 @@ pub enum DropReason {
     NotOurs = 4,
     /// The outer source is not the node of the inner source.
     ForeignSource = 5,
-    /// The peer takes only TCP and UDP.
+    /// The peer takes only TCP and UDP, and neither to port 65535.
     PeerProtocol = 6,
     /// A table was full.
     TableFull = 7,

@@ -73,8 +73,8 @@ fn reason(reason: DropReason) -> Words {
             "if the sender is behind a NAT set network.relax_source; else somebody forges packets",
         ),
         DropReason::PeerProtocol => dropped(
-            "the instance is on a node of the reference system, which takes only TCP and UDP",
-            "run node-engine on that node, or do without echo requests",
+            "the instance is on a node of the reference system, which takes only TCP and UDP, and ends at port 65535",
+            "run node-engine on that node, or do without echo requests and that port",
         ),
         DropReason::TableFull => {
             dropped("a table of flows was full", "look for the client with very many flows in `node-engine net flows`")
