@@ -60,7 +60,8 @@ enum Answer {
     Unfollowed(Route, String),
     /// The lane has done what it had.
     Lane(Vec<Event>),
-    LeasesKept,
+    /// Or not: which, and why.
+    LeasesKept(Result<(), (Leases, String)>),
     Looked(Look, Result<Vec<FlowRow>, DatapathError>, Vec<(u32, Tally)>),
     /// How many connections had been asked for, and what became of those of some slots.
     Sampled(u32, Vec<(u32, Tally)>),
@@ -124,6 +125,8 @@ struct Actor {
     /// The newest leases, where they are not in the file yet.
     leases: Option<Leases>,
     writing: bool,
+    /// Why they could not be written the last time.
+    unkept: Option<String>,
     moved: u32,
     failure: Option<anyhow::Error>,
 }
@@ -274,6 +277,7 @@ impl Actor {
             self.core.travels();
         }
         self.event(Event::Tick);
+        self.write_leases();
     }
 
     /// Where there is a choice, who answers and who does not. Nothing is read while nobody begins a connection.
@@ -371,10 +375,7 @@ impl Actor {
                 events.into_iter().for_each(|event| self.event(event));
                 self.run_lane();
             }
-            Ok(Answer::LeasesKept) => {
-                self.writing = false;
-                self.write_leases();
-            }
+            Ok(Answer::LeasesKept(written)) => self.wrote_leases(written),
             Ok(Answer::Looked(look, flows, tallies)) => self.show(look, flows, &tallies),
             Ok(Answer::Sampled(asked, tallies)) => self.sampled(asked, tallies),
             Ok(Answer::Counted(flows)) => self.counted(flows),
@@ -564,11 +565,28 @@ impl Actor {
         self.writing = true;
         let file = self.lease_file.clone();
         self.work.spawn_blocking(move || {
-            if let Err(error) = leases.write(&file) {
-                tracing::warn!(%error, "leases cannot be kept: a restart will connect instances anew");
-            }
-            Answer::LeasesKept
+            Answer::LeasesKept(leases.write(&file).map_err(|error| (leases, error.to_string())))
         });
+    }
+
+    /// What could not be written is tried again at the next tick, if there is nothing newer by then.
+    fn wrote_leases(&mut self, written: Result<(), (Leases, String)>) {
+        self.writing = false;
+        match written {
+            Ok(()) => {
+                if self.unkept.take().is_some() {
+                    tracing::info!("leases are kept again");
+                }
+                self.write_leases();
+            }
+            Err((leases, reason)) => {
+                if self.unkept.as_ref() != Some(&reason) {
+                    tracing::warn!(reason, "leases cannot be kept: a restart would connect instances anew");
+                }
+                self.unkept = Some(reason);
+                self.leases.get_or_insert(leases);
+            }
+        }
     }
 
     fn look_for_uplink(&mut self) {

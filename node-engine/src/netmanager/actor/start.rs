@@ -115,6 +115,7 @@ pub(in crate::netmanager) async fn start(
         lease_file,
         leases: None,
         writing: false,
+        unkept: None,
         moved: 0,
         failure: None,
     };

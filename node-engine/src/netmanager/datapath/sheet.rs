@@ -6,7 +6,7 @@
 //! ```
 //!
 //! One call of `pwrite` makes or ends a row, so that a process that is killed leaves a row or none. A file that cannot be written is
-//! given up, and removed: half of the rows would be worse than none.
+//! removed, since half of the rows would be worse than none, and made anew as soon as all of them have room.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -16,6 +16,7 @@ use std::io::{self, Read};
 use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::Pod;
 use foldhash::quality::RandomState;
@@ -24,6 +25,8 @@ use super::ebpf::version_name;
 use super::{Capacity, pod};
 
 const PAGE: usize = 4_096;
+/// How long a file that cannot be written is left alone.
+const RETRY: Duration = Duration::from_secs(10);
 /// Of a record: what says that there is a row, and that it is whole.
 const CHECK: usize = 4;
 
@@ -46,11 +49,19 @@ pub(super) fn ensure_directory(root: &Path, capacity: Capacity) -> io::Result<Pa
 pub(super) struct Sheet<K, V> {
     rows: HashMap<K, (V, u32), RandomState>,
     file: Option<Records<K, V>>,
+    lost: Option<Lost>,
+}
+
+/// The file that should be there.
+struct Lost {
+    path: PathBuf,
+    /// When it is tried again to write all rows.
+    retry: Instant,
 }
 
 impl<K, V> Default for Sheet<K, V> {
     fn default() -> Self {
-        Self { rows: HashMap::default(), file: None }
+        Self { rows: HashMap::default(), file: None, lost: None }
     }
 }
 
@@ -65,7 +76,7 @@ impl<K: Pod + Eq + Hash, V: Pod> Sheet<K, V> {
                 file.free.push(other);
             }
         }
-        Ok(Self { rows, file: Some(file) })
+        Ok(Self { rows, file: Some(file), lost: None })
     }
 
     pub(super) fn get(&self, key: &K) -> Option<V> {
@@ -85,6 +96,7 @@ impl<K: Pod + Eq + Hash, V: Pod> Sheet<K, V> {
     }
 
     pub(super) fn insert(&mut self, key: K, value: V) {
+        self.heal();
         let known = self.rows.get(&key).map(|(_, at)| *at);
         let at = self.file.as_mut().map_or(0, |file| known.unwrap_or_else(|| file.place()));
         self.rows.insert(key, (value, at));
@@ -109,10 +121,40 @@ impl<K: Pod + Eq + Hash, V: Pod> Sheet<K, V> {
     fn keep(&mut self, write: impl FnOnce(&mut Records<K, V>) -> io::Result<()>) {
         let Some(file) = &mut self.file else { return };
         if let Err(error) = write(file) {
-            tracing::warn!(%error, file = %file.path.display(), "rows are kept in memory only: a restart will break connections");
-            let _ = std::fs::remove_file(&file.path);
+            let path = std::mem::take(&mut file.path);
+            tracing::warn!(%error, file = %path.display(), "rows are kept in memory only: a restart would break connections");
+            let _ = std::fs::remove_file(&path);
             self.file = None;
+            self.lost = Some(Lost { path, retry: Instant::now() + RETRY });
         }
+    }
+
+    /// Where the file was lost, writes all rows to another, from time to time.
+    fn heal(&mut self) {
+        let Some(lost) = self.lost.as_mut().filter(|lost| lost.retry <= Instant::now()) else { return };
+        // It takes as long as there are rows, in which no packet is carried.
+        lost.retry = Instant::now() + RETRY;
+        let path = lost.path.clone();
+        let written = self.write_all(path.clone());
+        match written {
+            Ok(file) => {
+                tracing::info!(file = %path.display(), "rows are kept in their file again");
+                self.file = Some(file);
+                self.lost = None;
+            }
+            // It was told when it was lost.
+            Err(_) => drop(std::fs::remove_file(&path)),
+        }
+    }
+
+    fn write_all(&mut self, path: PathBuf) -> io::Result<Records<K, V>> {
+        let mut file = Records::open(path)?;
+        file.file.set_len(0)?;
+        for (key, (value, at)) in &mut self.rows {
+            *at = file.place();
+            file.write(*at, key, value)?;
+        }
+        Ok(file)
     }
 }
 
@@ -283,5 +325,16 @@ mod tests {
         sheet.insert(2, 2);
         assert_eq!((sheet.get(&1), sheet.get(&2)), (Some(1), Some(2)));
         assert!(!scratch.path().join("t").exists());
+
+        sheet.remove(&1);
+        sheet.insert(3, 3);
+        assert!(!scratch.path().join("t").exists(), "it is not tried for every row");
+        if let Some(lost) = &mut sheet.lost {
+            lost.retry = Instant::now();
+        }
+        sheet.insert(4, 4);
+        sheet.remove(&3);
+        let again = Sheet::<u32, u64>::open(scratch.path(), "t").unwrap();
+        assert_eq!((again.len(), again.get(&2), again.get(&4)), (2, Some(2), Some(4)), "there is room again");
     }
 }

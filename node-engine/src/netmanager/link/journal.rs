@@ -81,6 +81,8 @@ pub(super) struct Journal {
     notes: Vec<Undo>,
     file: File,
     lines: usize,
+    /// The last line may be half of one: what is written after it would be lost with it.
+    torn: bool,
     /// Tests end the work here, as a kill would: after the note, before the change.
     #[cfg(test)]
     notes_until_stop: Option<usize>,
@@ -107,6 +109,7 @@ impl Journal {
             notes,
             file,
             lines,
+            torn: false,
             #[cfg(test)]
             notes_until_stop: None,
         })
@@ -176,13 +179,16 @@ impl Journal {
 
     fn append(&mut self, sign: char, undo: &Undo) -> Result<(), LinkError> {
         let write = |journal: &mut Self| {
-            if !journal.path.exists() {
+            if journal.torn || !journal.path.exists() {
                 journal.file = write_anew(&journal.path, &journal.boot, &journal.notes)?;
                 journal.lines = journal.notes.len();
             }
+            journal.torn = true;
             journal.file.write_all(format!("{sign} {undo}\n").as_bytes())?;
             journal.lines += 1;
-            journal.file.sync_data()
+            journal.file.sync_data()?;
+            journal.torn = false;
+            Ok(())
         };
         write(self).map_err(|error| failed(&self.path, &error))
     }
@@ -414,6 +420,20 @@ mod tests {
         journal.note(note("1", "0")).unwrap();
         journal.note(note("1", "1")).unwrap();
         assert_eq!(Journal::open(dir.path()).unwrap().to_undo(), [note("1", "0")]);
+    }
+
+    /// As a full disk leaves it.
+    #[test]
+    fn half_a_line_takes_no_other_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = Journal::open(dir.path()).unwrap();
+        journal.note(link("a")).unwrap();
+        fs::OpenOptions::new().append(true).open(dir.path().join("journal")).unwrap().write_all(b"+ li").unwrap();
+        let whole = std::mem::replace(&mut journal.file, File::open("/dev/full").unwrap());
+        journal.note(link("b")).unwrap_err();
+        drop(whole);
+        journal.note(link("c")).unwrap();
+        assert_eq!(Journal::open(dir.path()).unwrap().to_undo(), [link("c"), link("a")]);
     }
 
     #[test]

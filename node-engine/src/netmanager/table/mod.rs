@@ -90,6 +90,8 @@ pub struct ServiceTable {
     drain: Duration,
     now: Duration,
     refusals: Refusals,
+    /// It was said that the cluster's services have addresses that this node does not carry.
+    told_elsewhere: bool,
 }
 
 /// What was measured of nodes and instances.
@@ -146,6 +148,7 @@ impl ServiceTable {
             drain: Duration::ZERO,
             now: Duration::ZERO,
             refusals: Refusals::default(),
+            told_elsewhere: false,
         }
     }
 
@@ -432,6 +435,16 @@ impl ServiceTable {
     fn replace(&mut self, name: ServiceName, answer: &TableAnswer, known: bool) {
         let sifted = sift(answer, &self.nets);
         self.refusals.range += sifted.out_of_range;
+        if let Some(address) = sifted.elsewhere
+            && !std::mem::replace(&mut self.told_elsewhere, true)
+        {
+            let ServiceNets { v4, v6 } = self.nets;
+            tracing::warn!(
+                service = %name, %address,
+                "the cluster's services have addresses outside of {}/{} and {}/{}, which go nowhere: set network.service_v4 or \
+                 network.service_v6 to the cluster's (172.30.0.0/16 in the first generation)", v4.0, v4.1, v6.0, v6.1
+            );
+        }
         self.refusals.duplicate += sifted.duplicate;
         self.sequence += 1;
         let entry = self.entries.entry(name.clone()).or_default();

@@ -55,6 +55,8 @@ pub(super) struct Sifted {
     pub(super) semantics: BTreeMap<Addr, Policy>,
     /// Addresses out of range: of hosts, namespaces, instances or services.
     pub(super) out_of_range: u64,
+    /// The first address of an instance or a service that is not in the networks of services.
+    pub(super) elsewhere: Option<IpAddr>,
     /// A number or an address that an earlier row of the answer has.
     pub(super) duplicate: u64,
 }
@@ -75,6 +77,9 @@ pub(super) fn sift(answer: &TableAnswer, nets: &ServiceNets) -> Sifted {
         }
         let mut sides = Vec::with_capacity(2);
         for (namespace, instance) in pairs(row.namespace, row.instance) {
+            if !nets.contain(instance) {
+                sifted.elsewhere.get_or_insert(instance);
+            }
             if !is_unicast(namespace) || nets.contain(namespace) || !nets.contain(instance) || !is_unicast(instance) {
                 sifted.out_of_range += 1;
                 continue;
@@ -91,6 +96,7 @@ pub(super) fn sift(answer: &TableAnswer, nets: &ServiceNets) -> Sifted {
             if nets.contain(semantic.address) && is_unicast(semantic.address) {
                 sifted.semantics.entry(semantic.address.into()).or_insert(semantic.policy);
             } else {
+                sifted.elsewhere.get_or_insert(semantic.address);
                 sifted.out_of_range += 1;
             }
         }
@@ -208,6 +214,8 @@ mod tests {
             let sifted = sift(&TableAnswer { query: None, service: None, rows: vec![row] }, &nets());
             assert_eq!(sifted.rows.iter().map(|row| row.sides.len()).sum::<usize>(), sides, "{what}");
             assert_eq!(sifted.out_of_range, refused, "{what}");
+            let elsewhere = matches!(what, "instance is outside" | "semantic address outside");
+            assert_eq!(sifted.elsewhere.is_some(), elsewhere, "{what}");
             assert!(sifted.semantics.keys().all(|address| *address == Addr::v4([10, 30, 0, 9])), "{what}");
         }
     }
