@@ -525,11 +525,17 @@ impl From<RuntimeError> for Failure {
             RuntimeError::Unavailable(_) => Hope::Soon,
             RuntimeError::Image { reason, .. } if is_final(&reason) => Hope::None,
             RuntimeError::Image { .. } => Hope::Later,
-            RuntimeError::Step { .. } if reason.contains("no space left") => Hope::Later,
+            RuntimeError::Step { .. } if passes(&reason) => Hope::Later,
             RuntimeError::Refused { .. } | RuntimeError::Unknown(_) | RuntimeError::Step { .. } => Hope::None,
         };
         Self { reason, hope }
     }
+}
+
+/// What a machine says that has run out of something, and may have it again. Engines say it in their own letters.
+fn passes(reason: &str) -> bool {
+    let reason = reason.to_ascii_lowercase();
+    ["no space left", "too many open files", "disk quota exceeded"].iter().any(|word| reason.contains(word))
 }
 
 /// What a registry says of an image that it will not have in a minute either.
