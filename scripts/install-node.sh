@@ -32,7 +32,7 @@ if [ ! -x "$binary" ]; then
     exit 1
 fi
 case $cluster in
-    *[!A-Za-z0-9.:_-]*) echo "install-node.sh: $cluster is not HOST[:PORT]" >&2; exit 2 ;;
+    *[!]A-Za-z0-9.:_/[-]*) echo "install-node.sh: $cluster is not HOST[:PORT]" >&2; exit 2 ;;
 esac
 
 install -d -m 755 "$root/usr/local/bin" "$root/usr/local/lib/node-engine" "$root/etc/node-engine" "$root/etc/systemd/system"
@@ -51,11 +51,18 @@ if [ ! -e "$config" ]; then
     install -m 644 "$here/config.toml" "$config"
 fi
 if [ -n "$cluster" ]; then
-    if grep -q '^host *=' "$config"; then
-        sed -i "s|^host *=.*|host = \"$cluster\"|" "$config"
-    else
-        sed -i "s|^\[cluster\]$|[cluster]\nhost = \"$cluster\"|" "$config"
-    fi
+    # In the table [cluster], wherever that is; a port of before would win over the one that is named now.
+    awk -v host="$cluster" '
+        /^[ \t]*\[/ { header = 1; inside = ($0 ~ /^[ \t]*\[[ \t]*cluster[ \t]*\][ \t\r]*(#.*)?$/) }
+        inside && /^[ \t]*(host|port)[ \t]*=/ { next }
+        { print }
+        inside && header && !named { print "host = \"" host "\""; named = 1 }
+        { header = 0 }
+        END { if (!named) print "\n[cluster]\nhost = \"" host "\"" }
+    ' "$config" >"$config.new"
+    # Written into, so that owner and mode stay.
+    cat "$config.new" >"$config"
+    rm -f "$config.new"
 fi
 echo "installed $("$root/usr/local/bin/node-engine" version 2>/dev/null || echo node-engine) to $root/usr/local/bin; configuration in $config"
 
@@ -68,6 +75,10 @@ if [ "$start" = yes ]; then
     systemctl enable node-engine
     systemctl restart node-engine
     echo "started: \`node-engine status\` says how it is"
+elif systemctl is-active --quiet node-engine; then
+    echo "the version before runs until: systemctl restart node-engine"
+elif [ -n "$cluster" ]; then
+    echo "start it, now and with the machine: systemctl enable --now node-engine"
 else
     echo "name the cluster in $config, then: systemctl enable --now node-engine"
 fi

@@ -46,11 +46,26 @@ fn a_node_is_installed_and_installed_again() {
     assert!(dir.path().join("etc/systemd/system/node-engine.service").exists());
 
     fs::write(&config, format!("node_name = \"kept\"\n{}", fs::read_to_string(&config).unwrap())).unwrap();
-    for cluster in ["c.example:10100", "192.0.2.1"] {
+    for cluster in ["c.example:10100", "192.0.2.1", "[2001:db8::1]:10100"] {
         assert!(install(&["--cluster", cluster]).status.success());
         check_config(&config, Some(cluster));
     }
     assert!(fs::read_to_string(&config).unwrap().contains("node_name = \"kept\""));
+    // However somebody has written it.
+    for before in [
+        "[cluster] # ours\r\nport = 10000\r\n  host=\"old\"\r\n[network]\r\n",
+        "  [ cluster ]\n[network]\ntunnel_port = 50105\n",
+        "[network]\n",
+        "",
+    ] {
+        fs::write(&config, before).unwrap();
+        assert!(install(&["--cluster", "c.example:10100"]).status.success());
+        check_config(&config, Some("c.example:10100"));
+        let text = fs::read_to_string(&config).unwrap();
+        assert!(!text.contains("10000") && !text.contains("old"), "{text}");
+        assert_eq!(text.contains("tunnel_port"), before.contains("tunnel_port"));
+    }
+    assert!(!config.with_extension("toml.new").exists());
 
     assert_eq!(install(&["--cluster", "a|b"]).status.code(), Some(2));
     assert_eq!(install(&["--fly"]).status.code(), Some(2));
