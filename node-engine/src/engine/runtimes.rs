@@ -241,7 +241,9 @@ async fn runs(direct: &ContainerdRuntime, config: &Config) -> bool {
     if !direct.makes() {
         return false;
     }
-    let there = || config.runtime.containerd.socket().is_some_and(|socket| socket.exists());
+    // One that was named comes, maybe later in the boot.
+    let named = matches!(config.runtime.containerd, ContainerdChoice::At(_));
+    let there = || named || config.runtime.containerd.socket().is_some_and(|socket| socket.exists());
     let deadline = Instant::now() + STARTING;
     loop {
         match timeout_at(deadline + TRIAL, direct.try_out()).await.unwrap_or_else(|_| Err(silent())) {

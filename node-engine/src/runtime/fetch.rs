@@ -21,6 +21,8 @@ const LARGEST: u64 = 1 << 30;
 /// What all kept images of one kind together may fill.
 const KEPT: u64 = 4 << 30;
 const CONNECT: Duration = Duration::from_secs(10);
+/// So long after the last byte nobody downloads any more.
+const CUT_SHORT: Duration = Duration::from_secs(3600);
 /// Without a byte for so long a download is over.
 const SILENCE: Duration = Duration::from_secs(30);
 
@@ -106,8 +108,13 @@ fn source(image: &str) -> Result<Source<'_>, String> {
 async fn download(url: &str, kept: &Path, digest: Option<&str>) -> Result<(), String> {
     // An error means that one is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let client =
-        Client::builder().connect_timeout(CONNECT).read_timeout(SILENCE).build().map_err(|error| chain(&error))?;
+    let client = || Client::builder().connect_timeout(CONNECT).read_timeout(SILENCE);
+    let client = match client().build() {
+        Ok(client) => client,
+        // Small machines have no roots of trust, and this needs none.
+        Err(_) if url.starts_with("http://") => client().tls_certs_only([]).build().map_err(|error| chain(&error))?,
+        Err(error) => return Err(format!("{} (are CA certificates installed?)", chain(&error))),
+    };
     let mark = beside(kept, "etag");
     let mut request = client.get(url);
     if let (true, Some(tag)) = (kept.exists(), known_tag(&mark)) {
@@ -213,10 +220,19 @@ fn touch(path: &Path) {
     let _ = File::options().append(true).open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
 
-/// Removes what was not used for longest until the rest fits.
+/// Removes what was not used for longest until the rest fits, and what a download that was cut short has left.
 fn prune(cache: &Path, keep: &Path, limit: u64) {
-    let files = fs::read_dir(cache).into_iter().flatten().flatten().map(|entry| entry.path());
+    let files: Vec<_> = fs::read_dir(cache).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    let (parts, files): (Vec<_>, Vec<_>) = files.into_iter().partition(|path| is_part(path));
+    for part in parts {
+        let written = fs::metadata(&part).and_then(|file| file.modified());
+        // One that goes on is written to all the while.
+        if written.is_ok_and(|written| written.elapsed().is_ok_and(|silence| silence > CUT_SHORT)) {
+            let _ = fs::remove_file(&part);
+        }
+    }
     let mut known: Vec<_> = files
+        .into_iter()
         .filter(|path| path != keep && path.extension() == keep.extension())
         .filter_map(|path| fs::metadata(&path).ok().map(|file| (file.modified().ok(), file.len(), path)))
         .collect();
@@ -232,6 +248,11 @@ fn prune(cache: &Path, keep: &Path, limit: u64) {
             let _ = fs::remove_file(beside(&path, "etag"));
         }
     }
+}
+
+/// Of a download that goes on, or did when the daemon was killed.
+fn is_part(path: &Path) -> bool {
+    path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| extension.starts_with("part"))
 }
 
 /// `<key>.tar.etag` for `<key>.tar.gz`, `<key>.etag` for `<key>.wasm`.
