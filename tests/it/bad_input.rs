@@ -9,6 +9,9 @@ use lab::topology::{Lab, Plan};
 use lab::traffic::Flows;
 use lab::wait::until_true;
 
+/// How often a stranger sends each datagram of a dozen.
+const TIMES: &str = "5000";
+
 each_datapath!(bad_commands_and_datagrams_change_nothing);
 
 fn bad_commands_and_datagrams_change_nothing(datapath: Datapath) {
@@ -117,7 +120,10 @@ fn send_bad_datagrams(lab: &Lab, number: u8) {
     let random: String =
         (0..1_400_u32).map(|at| format!("{:02x}", (at.wrapping_mul(2_654_435_761) >> 24) as u8)).collect();
     let mut command = lab.lan.command(built("lab").expect("built"));
-    command.args(["datagrams", &format!("198.18.0.{number}:50103"), "50"]);
-    command.args(["", "00", "45", "60", "f0", "4500", &forged, cut_v6, &options, &fragment, &random]);
-    output(&mut command).expect("sent");
+    // A hello like those of nodes, which nobody here has introduced.
+    let hello = "9e6e0101000000010102030405060708";
+    command.args(["datagrams", &format!("198.18.0.{number}:50103"), TIMES]);
+    command.args(["", "00", "45", "60", "f0", "4500", &forged, cut_v6, &options, &fragment, &random, hello]);
+    let answers = output(&mut command).expect("sent");
+    assert_eq!(answers.trim(), "0 answers", "a stranger learns nothing");
 }

@@ -43,6 +43,7 @@ mod process;
 mod restart;
 mod soak;
 mod standalone;
+mod storage;
 mod survive;
 mod underlay;
 mod unikernel;

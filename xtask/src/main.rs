@@ -75,6 +75,10 @@ enum Task {
         /// Only unit tests; no lab
         #[arg(long, conflicts_with = "scenario")]
         unit: bool,
+        /// Tests of faults at their full size (72 hours without a cluster, 200 power cuts, 10,000 damaged files, 5 minutes without a
+        /// broker): an hour
+        #[arg(long, conflicts_with_all = ["scenario", "rung", "target"])]
+        full: bool,
         /// The unit tests of another machine (armv7), in an emulator of its processor, without those that need root
         #[arg(long, conflicts_with_all = ["scenario", "rung"])]
         target: Option<Target>,
@@ -133,7 +137,9 @@ fn main() -> ExitCode {
         Task::Lint { ebpf: true } => ebpf::clippy(),
         Task::Lint { ebpf: false } => lint::run(),
         Task::Tidy => tidy::run(),
-        Task::Test { scenario, rung, unit, target } => test::run(&test::Selection { scenario, rung, unit, target }),
+        Task::Test { scenario, rung, unit, full, target } => {
+            test::run(&test::Selection { scenario, rung, unit, full, target })
+        }
         Task::Demo => demo::run(),
         Task::Bench { arguments } => bench::run(&arguments),
         Task::Fuzz { target, runs, minutes, keep } => fuzz::fuzz(&fuzz::Plan { target, runs, minutes, keep }),

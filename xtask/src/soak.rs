@@ -22,8 +22,8 @@ pub(crate) struct Options {
     /// in the kernel are laid out otherwise take over from each other; docker-hang (a minute), docker-away (two); descriptors: the
     /// daemon gets no more; line-loses-5, line-loses-30, line-doubles, line-delays, line-crawls, line-mute, line-deaf, line-half-open:
     /// between a node and the broker. Or undo: a daemon that dies while it sets up or deploys, and what it has made is undone; or
-    /// steps: it dies, fails, panics and waits at each step of a deployment and of a deletion; or load: no
-    /// fault, but as many instances as a node takes
+    /// steps: it dies, fails, panics and waits at each step of a deployment and of a deletion; moments: it dies at any moment of
+    /// either; or load: no fault, but as many instances as a node takes
     #[arg(long)]
     only: Option<String>,
     /// The daemon of `--only load`, where it is not this build's: as it is handed out, say

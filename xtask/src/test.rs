@@ -17,6 +17,8 @@ pub(crate) struct Selection {
     /// Every scenario of the overlay, on this rung alone.
     pub(crate) rung: Option<Rung>,
     pub(crate) unit: bool,
+    /// Tests of faults as often, and for as long, as they are meant to be.
+    pub(crate) full: bool,
     /// Of another machine, in an emulator of its processor: the tests beside the code that need no more than a user's rights.
     pub(crate) target: Option<Target>,
 }
@@ -43,6 +45,16 @@ impl Rung {
         }
     }
 }
+
+/// What tests of faults ask how often or how long; without an answer they are as short as every run can bear.
+const FULL: [(&str, &str); 6] = [
+    ("NODE_ENGINE_TEST_AWAY_HOURS", "72"),
+    ("NODE_ENGINE_TEST_AWAY", "300"),
+    ("NODE_ENGINE_TEST_CUTS", "200"),
+    ("NODE_ENGINE_TEST_DAMAGES", "10000"),
+    ("NODE_ENGINE_TEST_REPORTS", "200000"),
+    ("NODE_ENGINE_TEST_ROUNDS", "20"),
+];
 
 /// Sums of libtest's result lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,7 +88,7 @@ fn everything(selection: &Selection) -> Result<Tally> {
 
     let mut tally = Tally::default();
     if selection.scenario.is_none() && selection.rung.is_none() {
-        tally.add(unit_tests()?);
+        tally.add(unit_tests(selection.full)?);
     }
     if !selection.unit {
         match (&selection.scenario, selection.rung) {
@@ -132,7 +144,7 @@ pub(crate) fn lab() -> Command {
 
 /// The tests beside the code, those that need root included, inside a simulated host: its own interfaces, mounts, processes and
 /// dockerd, so that whatever a test leaves or breaks is gone with it.
-fn unit_tests() -> Result<Tally> {
+fn unit_tests(full: bool) -> Result<Tally> {
     let build = |verb: &[&str]| {
         let mut command = cargo();
         command.args(["test", "--workspace", "--exclude", "lab", "--exclude", "netmanager-ebpf"]).args(verb);
@@ -143,6 +155,7 @@ fn unit_tests() -> Result<Tally> {
     let mut command = lab();
     command.args(["host-run", "--"]).arg(tests.get_program()).args(tests.get_args());
     command.env("NODE_ENGINE_TEST_DOCKER", "/var/run/docker.sock");
+    command.envs(FULL.into_iter().filter(|_| full));
     counted(&mut command)
 }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::chance::Chance;
 use super::{Options, Report, check};
@@ -25,13 +25,18 @@ const BOUND: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(10);
 /// What has not died may first find out: a container is given ten seconds to end, and a deployment that failed is repeated.
 const PATIENCE: Duration = Duration::from_secs(40);
+/// A daemon is killed at most so many milliseconds after it was told something.
+const WITHIN: usize = 2_500;
 /// A point that is not reached within this time is not on the way.
 const REACHED: Duration = Duration::from_secs(15);
 
-struct Case {
-    deletes: bool,
-    point: String,
-    act: &'static str,
+/// Where a daemon is disturbed, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Case {
+    pub deletes: bool,
+    pub point: String,
+    /// One of `kill`, `error`, `panic`, `delay`.
+    pub act: &'static str,
 }
 
 impl fmt::Display for Case {
@@ -40,7 +45,8 @@ impl fmt::Display for Case {
     }
 }
 
-fn cases() -> Vec<Case> {
+/// All there are.
+pub fn cases() -> Vec<Case> {
     let points = |deletes: bool| {
         let names = if deletes { DELETE.as_slice() } else { DEPLOY.as_slice() };
         names.iter().flat_map(move |name| {
@@ -53,51 +59,96 @@ fn cases() -> Vec<Case> {
     all.flat_map(|(deletes, point)| ACTS.map(|act| Case { deletes, point: point.clone(), act })).collect()
 }
 
-/// Runs all of them once, in an order of chance, and prints what happens.
-pub fn run(options: &Options) -> Result<Report> {
+/// Runs these once, in an order of chance, and prints what happens.
+pub fn run(options: &Options, mut cases: Vec<Case>) -> Result<Report> {
     println!("steps: seed {}, {:?}", options.seed, options.length);
     let mut lab = Lab::prepare(&Plan::new(1, options.datapath))?;
     let fault = lab.directory().join("fault");
     lab.nodes[0].set("LAB_FAULT", &fault.to_string_lossy());
     lab.nodes[0].start_and_join()?;
     let mut chance = Chance::new(options.seed);
-    let mut cases = cases();
     let (begin, most) = (Instant::now(), options.times.unwrap_or(u32::MAX));
     let mut report = Report { seed: options.seed, faults: 0, broken: Vec::new() };
-    let mut unreached = 0;
     while !cases.is_empty() && begin.elapsed() < options.length && report.faults < most {
         let case = cases.swap_remove(chance.below(cases.len()));
         let done = strike(&mut lab, &case, report.faults, &fault).with_context(|| format!("{case}"));
-        let said = match &done {
-            Ok(Some(took)) => format!("well after {:.1} s", took.as_secs_f64()),
-            Ok(None) => "not on the way".to_owned(),
-            Err(error) => format!("{error:#}"),
-        };
-        println!("{:>5.0} s  {case}: {said}", begin.elapsed().as_secs_f64());
-        unreached += u32::from(matches!(done, Ok(None)));
-        report.faults += 1;
-        if done.is_err() {
-            println!("{}", lab.nodes[0].log());
-            report.broken.push(said);
-            // What comes next is not to suffer from it.
-            let name = name(report.faults - 1);
-            let _ = fs::remove_file(&fault);
-            let _ = lab.cluster.delete(&name);
-            if well(&lab, &name, Some(0), PATIENCE, Instant::now()).is_err() {
-                break;
-            }
+        let _ = fs::remove_file(&fault);
+        if !told(&lab, &mut report, &format!("{:>5.0} s  {case}", begin.elapsed().as_secs_f64()), done) {
+            break;
         }
     }
-    println!("steps: {} times, {unreached} not on the way, {} not well", report.faults, report.broken.len());
+    println!("steps: {} times, {} not well", report.faults, report.broken.len());
     Ok(report)
+}
+
+/// Kills the daemon at a moment of chance after it was told to deploy or to delete, again and again, and prints what happens.
+pub fn moments(options: &Options) -> Result<Report> {
+    println!("moments: seed {}, {:?}", options.seed, options.length);
+    let mut lab = Lab::start(&Plan::new(1, options.datapath))?;
+    let mut chance = Chance::new(options.seed);
+    let (begin, most) = (Instant::now(), options.times.unwrap_or(u32::MAX));
+    let mut report = Report { seed: options.seed, faults: 0, broken: Vec::new() };
+    while begin.elapsed() < options.length && report.faults < most {
+        let (deletes, moment) = (chance.below(2) == 1, Duration::from_millis(chance.below(WITHIN) as u64));
+        let what =
+            format!("killed {} ms into a {}", moment.as_millis(), if deletes { "deletion" } else { "deployment" });
+        let done = interrupt(&mut lab, deletes, moment, report.faults).with_context(|| what.clone());
+        if !told(&lab, &mut report, &format!("{:>5.0} s  {what}", begin.elapsed().as_secs_f64()), done) {
+            break;
+        }
+    }
+    println!("moments: {} times, {} not well", report.faults, report.broken.len());
+    Ok(report)
+}
+
+/// Prints and counts what came of one. False where the next could not be told from it.
+fn told(lab: &Lab, report: &mut Report, what: &str, done: Result<Duration>) -> bool {
+    let said = match &done {
+        Ok(took) => format!("well after {:.1} s", took.as_secs_f64()),
+        Err(error) => format!("{error:#}"),
+    };
+    println!("{what}: {said}");
+    report.faults += 1;
+    if done.is_ok() {
+        return true;
+    }
+    println!("{}", lab.nodes[0].log());
+    report.broken.push(said);
+    // What comes next is not to suffer from it.
+    let name = name(report.faults - 1);
+    let _ = lab.cluster.delete(&name);
+    well(lab, &name, Some(0), PATIENCE, Instant::now()).is_ok()
+}
+
+fn interrupt(lab: &mut Lab, deletes: bool, moment: Duration, number: u32) -> Result<Duration> {
+    let name = name(number);
+    let deploy = Deploy { name: &name, ports: &["8080:80"], ..Deploy::default() };
+    if deletes {
+        lab.deploy(&deploy, 1)?;
+        well(lab, &name, Some(1), PATIENCE, Instant::now())?;
+        lab.cluster.delete(&name)?;
+    } else {
+        lab.cluster.deploy(&deploy)?;
+    }
+    thread::sleep(moment);
+    lab.nodes[0].kill()?;
+    lab.nodes[0].start()?;
+    let from = Instant::now();
+    let took =
+        if deletes { well(lab, &name, Some(0), BOUND + GRACE, from)? } else { well(lab, &name, None, BOUND, from)? };
+    if !deletes {
+        lab.cluster.delete(&name)?;
+        well(lab, &name, Some(0), PATIENCE, Instant::now())?;
+    }
+    Ok(took)
 }
 
 fn name(number: u32) -> String {
     format!("step{number}")
 }
 
-/// How long it took until all was well; `None` where the point is not on the way.
-fn strike(lab: &mut Lab, case: &Case, number: u32, fault: &Path) -> Result<Option<Duration>> {
+/// How long it took until all was well.
+fn strike(lab: &mut Lab, case: &Case, number: u32, fault: &Path) -> Result<Duration> {
     let name = name(number);
     let deploy = Deploy { name: &name, ports: &["8080:80"], ..Deploy::default() };
     if case.deletes {
@@ -114,9 +165,9 @@ fn strike(lab: &mut Lab, case: &Case, number: u32, fault: &Path) -> Result<Optio
     while fault.exists() && asked.elapsed() < REACHED {
         thread::sleep(Duration::from_millis(10));
     }
-    let reached = fs::remove_file(fault).is_err();
+    ensure!(fs::remove_file(fault).is_err(), "the daemon does not come by this point within {REACHED:?}");
     let mut bound = PATIENCE;
-    if reached && case.act == "kill" {
+    if case.act == "kill" {
         lab.nodes[0].ends()?;
         lab.nodes[0].start()?;
         let stops = case.deletes && ["stored", "stop"].contains(&case.point.as_str());
@@ -129,7 +180,7 @@ fn strike(lab: &mut Lab, case: &Case, number: u32, fault: &Path) -> Result<Optio
         lab.cluster.delete(&name)?;
         well(lab, &name, Some(0), PATIENCE, Instant::now())?;
     }
-    Ok(reached.then_some(took))
+    Ok(took)
 }
 
 /// Waits until the node has what the cluster has, and the cluster so many of this service; `None`: as many as it likes, that neither

@@ -27,7 +27,7 @@ async fn statuses(broker: &mut Broker, count: usize) -> BTreeMap<String, u32> {
     heard
 }
 
-/// In paused time, of which a day passes as fast as what is done in it. Full size: `NODE_ENGINE_AWAY_HOURS=72`.
+/// In paused time, of which a day passes as fast as what is done in it. Full size: `NODE_ENGINE_TEST_AWAY_HOURS=72`.
 #[tokio::test]
 async fn a_broker_that_is_away_for_days_costs_samples_and_no_status() {
     const INSTANCES: u64 = 300;
@@ -35,7 +35,7 @@ async fn a_broker_that_is_away_for_days_costs_samples_and_no_status() {
     broker.switches.refuse.store(true, Ordering::Relaxed);
     broker.hang_up();
     running.disconnected().await;
-    let (away, begin) = (Duration::from_secs(3_600 * size("NODE_ENGINE_AWAY_HOURS", 6)), Instant::now());
+    let (away, begin) = (Duration::from_secs(3_600 * size("NODE_ENGINE_TEST_AWAY_HOURS", 6)), Instant::now());
     tokio::time::pause();
     for number in 0.. {
         if begin.elapsed() >= away && number >= INSTANCES {
@@ -58,7 +58,7 @@ async fn a_broker_that_is_away_for_days_costs_samples_and_no_status() {
     running.end().await;
 }
 
-/// Late by less than the silence that is taken for death, and then never. Full size: `NODE_ENGINE_REPORTS=200000`, which alone also
+/// Late by less than the silence that is taken for death, and then never. Full size: `NODE_ENGINE_TEST_REPORTS=200000`, which alone also
 /// looks at the memory of the process.
 #[tokio::test]
 async fn acknowledgements_that_come_late_or_never_hold_up_nobody() {
@@ -78,7 +78,7 @@ async fn acknowledgements_that_come_late_or_never_hold_up_nobody() {
     statuses(&mut broker, INSTANCES as usize).await;
 
     broker.switches.keep_acks.store(true, Ordering::Relaxed);
-    let (usual, full) = (5_000, size("NODE_ENGINE_REPORTS", 0));
+    let (usual, full) = (5_000, size("NODE_ENGINE_TEST_REPORTS", 0));
     let (before, began) = (resident(), Instant::now());
     let mut said = BTreeSet::new();
     for number in 0..full.max(usual) {

@@ -175,7 +175,7 @@ async fn a_long_outage_ends_with_a_registration() {
     let outage = tokio::time::Instant::now();
     // Said and not sent: it waits for the broker.
     running.say(status("web", Status::Failed)).await;
-    let away = Duration::from_secs(size("NODE_ENGINE_AWAY", 12));
+    let away = Duration::from_secs(size("NODE_ENGINE_TEST_AWAY", 12));
     tokio::time::sleep_until(outage + away).await;
     mosquitto.up().await;
     // In either order: both answers are on their way at once.
@@ -216,35 +216,37 @@ async fn a_retained_message_that_is_too_long_does_not_end_the_node() {
     running.end().await;
 }
 
-/// A certificate authority, a broker's certificate and a node's, made by the openssl program in `directory`.
-async fn certificates(directory: &Path) {
+/// Certificate authorities, and certificates of the first of them, made by the openssl program in `directory`.
+async fn certificates(directory: &Path, names: &[&str]) {
     let openssl = async |arguments: &str| {
         let mut process = Process::new("openssl");
         process.args(arguments.split(' ')).current_dir(directory).stdout(Stdio::null()).stderr(Stdio::null());
         assert!(process.status().await.expect("openssl is installed").success(), "{arguments}");
     };
-    openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.crt -days 2 -subj /CN=ca").await;
+    for name in ["ca", "other"] {
+        openssl(&format!(
+            "req -x509 -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.crt -days 2 -subj /CN={name}"
+        ))
+        .await;
+    }
     std::fs::write(directory.join("names"), "subjectAltName=IP:127.0.0.1").unwrap();
-    for name in ["broker", "node"] {
+    for name in names {
         openssl(&format!("req -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}")).await;
         let sign = "-CA ca.crt -CAkey ca.key -CAcreateserial -days 2 -extfile names";
         openssl(&format!("x509 -req -in {name}.csr -out {name}.crt {sign}")).await;
     }
 }
 
-#[tokio::test]
-#[ignore = "needs mosquitto and openssl"]
-async fn a_broker_with_mutual_tls_lets_in_who_has_a_certificate() {
-    let directory = tempfile::tempdir().unwrap();
-    let file = |name: &str| directory.path().join(name);
-    certificates(directory.path()).await;
+/// A broker with mutual TLS, whose certificate is `broker`, and whatever else `setup` says.
+async fn with_tls(directory: &Path, setup: &str) -> Mosquitto {
     let mut mosquitto = Mosquitto::unused();
+    let file = |name: &str| directory.join(name).display().to_string();
     let setup = format!(
-        "listener {} 127.0.0.1\nallow_anonymous true\ncafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate true\n",
+        "listener {} 127.0.0.1\ncafile {}\ncertfile {}\nkeyfile {}\nrequire_certificate true\n{setup}\n",
         mosquitto.port,
-        file("ca.crt").display(),
-        file("broker.crt").display(),
-        file("broker.key").display(),
+        file("ca.crt"),
+        file("broker.crt"),
+        file("broker.key"),
     );
     std::fs::write(file("broker.conf"), setup).unwrap();
     for name in ["ca.crt", "broker.crt", "broker.key", "."] {
@@ -253,18 +255,74 @@ async fn a_broker_with_mutual_tls_lets_in_who_has_a_certificate() {
         let mode = std::fs::Permissions::from_mode(if name == "." { 0o755 } else { 0o644 });
         std::fs::set_permissions(file(name), mode).unwrap();
     }
-    mosquitto.run(&["-c", file("broker.conf").to_str().unwrap()]).await;
+    mosquitto.run(&["-c", &file("broker.conf")]).await;
+    mosquitto
+}
 
+fn identity(directory: &Path, name: &str, authority: &str) -> MqttTls {
+    let file = |kind: &str| directory.join(format!("{name}.{kind}"));
+    MqttTls { certificate: file("crt"), key: file("key"), ca: Some(directory.join(format!("{authority}.crt"))) }
+}
+
+#[tokio::test]
+#[ignore = "needs mosquitto and openssl"]
+async fn a_broker_with_mutual_tls_lets_in_who_has_a_certificate() {
+    let directory = tempfile::tempdir().unwrap();
+    certificates(directory.path(), &["broker", "node"]).await;
+    let mosquitto = with_tls(directory.path(), "allow_anonymous true").await;
     let manager = Manager::start(mosquitto.port, true).await;
-    let tls = MqttTls { certificate: file("node.crt"), key: file("node.key"), ca: Some(file("ca.crt")) };
+    let tls = identity(directory.path(), "node", "ca");
     let mut running = start(ClusterConfig { mqtt_tls: Some(tls.clone()), ..config(manager.port) });
     running.connected().await;
     running.end().await;
 
-    let keyless = MqttTls { key: file("nowhere.key"), ..tls };
+    // Whoever the broker is: it is not the one whose authority this node was told of.
+    let other = identity(directory.path(), "node", "other");
+    let mut running = start(ClusterConfig { mqtt_tls: Some(other), ..config(manager.port) });
+    running.registered().await;
+    let trusted = timeout(Duration::from_secs(3), running.connected()).await;
+    assert!(trusted.is_err(), "a broker of another authority is not believed");
+    running.end().await;
+
+    let keyless = MqttTls { key: directory.path().join("nowhere.key"), ..tls };
     let cluster = Cluster::new(ClusterConfig { mqtt_tls: Some(keyless), ..config(manager.port) }, node());
     let (commands, _heard) = channel(1);
     let (_say, reports) = channel(1);
     let error = Box::new(cluster).run(commands, reports, Drain::new(LONG)).await.unwrap_err();
     assert!(error.to_string().contains("nowhere.key"), "{error}");
+}
+
+/// By the list that operators are given: `docs/mosquitto.acl`.
+#[tokio::test]
+#[ignore = "needs mosquitto and openssl"]
+async fn another_nodes_certificate_orders_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    certificates(directory.path(), &["broker", "cluster", "node", "rogue"]).await;
+    let list = directory.path().join("list");
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/mosquitto.acl"), &list).unwrap();
+    let setup = format!("use_identity_as_username true\nacl_file {}", list.display());
+    let mosquitto = with_tls(directory.path(), &setup).await;
+    let manager = Manager::start(mosquitto.port, true).await;
+    let tls = identity(directory.path(), "node", "ca");
+    let mut running = start(ClusterConfig { mqtt_tls: Some(tls), ..config(manager.port) });
+    running.connected().await;
+
+    let topic = format!("nodes/{NODE}/control/deploy");
+    let order = async |name: &str, job: &str, times: usize| {
+        let tls = super::super::tls::client_config(&identity(directory.path(), name, "ca")).unwrap();
+        let address =
+            Address { host: "127.0.0.1".into(), port: mosquitto.port, client_id: name.into(), tls: Some(tls) };
+        let mut link = Link::open(&address);
+        assert!(matches!(timeout(LONG, link.event()).await.unwrap(), LinkEvent::Up));
+        for _ in 0..times {
+            let published = link.publish(topic.clone(), self::job(job)).unwrap();
+            assert_eq!(timeout(LONG, published).await.unwrap(), Outcome::Acknowledged, "it is not told");
+        }
+    };
+    order("rogue", "forged", 10_000).await;
+    order("cluster", "web", 1).await;
+    assert_eq!(running.deploy().await.id, instance("web"), "the first order that was heard is the cluster's");
+    // And what nodes say gets through.
+    running.say(status("web", Status::Running)).await;
+    running.end().await;
 }

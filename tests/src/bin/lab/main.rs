@@ -15,6 +15,9 @@ use lab::host::{Docker, Host};
 use lab::node::Datapath;
 use lab::scratch::{self, Scratch};
 
+/// How long an answer to datagrams is waited for after the last.
+const ANSWER: Duration = Duration::from_millis(1_500);
+
 const USAGE: &str = "usage: lab demo                       two nodes and a cluster on this machine, step by step
        lab footprint DAEMON [--short]  what a daemon costs an idle node
        lab soak [OPTION VALUE]...      faults and operations at random on two nodes under traffic (see `cargo xtask soak --help`)
@@ -92,17 +95,25 @@ fn host_run(command: &[&str]) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(status.code().unwrap_or(1)).unwrap_or(1)))
 }
 
+/// Sends all of them so often, and prints how many datagrams came back.
 fn datagrams(to: &str, times: u32, payloads: &[&str]) -> Result<()> {
+    let digits = |payload: &&str| -> Result<Vec<u8>> {
+        let bytes: Result<_, _> = (0..payload.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(payload.get(at..at + 2).unwrap_or("odd"), 16))
+            .collect();
+        bytes.with_context(|| format!("{payload:?} is not a row of bytes"))
+    };
+    let payloads = payloads.iter().map(digits).collect::<Result<Vec<_>>>()?;
     let socket = UdpSocket::bind("0.0.0.0:0").context("cannot open a socket")?;
     for _ in 0..times {
-        for payload in payloads {
-            let bytes: Result<Vec<u8>, _> = (0..payload.len())
-                .step_by(2)
-                .map(|at| u8::from_str_radix(payload.get(at..at + 2).unwrap_or("odd"), 16))
-                .collect();
-            let bytes = bytes.with_context(|| format!("{payload:?} is not a row of bytes"))?;
-            socket.send_to(&bytes, to).with_context(|| format!("cannot send to {to}"))?;
+        for payload in &payloads {
+            socket.send_to(payload, to).with_context(|| format!("cannot send to {to}"))?;
         }
     }
+    socket.set_read_timeout(Some(ANSWER)).context("cannot wait for an answer")?;
+    let mut buffer = [0; 2048];
+    let answers = std::iter::from_fn(|| socket.recv(&mut buffer).ok()).take(1_000).count();
+    println!("{answers} answers");
     Ok(())
 }

@@ -7,9 +7,11 @@ use lab::load;
 use lab::node::Datapath;
 use lab::soak::{self, Options};
 
-/// No faults under traffic: the daemon dies, and what it has made is undone; or it fails at a step, and puts that right.
+/// No faults under traffic: the daemon dies, and what it has made is undone; or it fails at a step, or dies at any moment, and puts
+/// that right.
 const UNDO: &str = "undo";
 const STEPS: &str = "steps";
+const MOMENTS: &str = "moments";
 /// No fault at all: as many instances as a node takes.
 const LOAD: &str = "load";
 
@@ -27,7 +29,8 @@ pub(crate) fn run(options: &[&str]) -> Result<()> {
             "--seconds" => wanted.length = Duration::from_secs(number()?),
             "--seed" => wanted.seed = number()?,
             "--only" if *value == UNDO => run = soak::undo::run,
-            "--only" if *value == STEPS => run = soak::steps::run,
+            "--only" if *value == STEPS => run = |options| soak::steps::run(options, soak::steps::cases()),
+            "--only" if *value == MOMENTS => run = soak::steps::moments,
             "--only" if *value == LOAD => full = true,
             "--daemon" => daemon = Some(value.into()),
             "--only" => wanted.only = Some(value.parse()?),
