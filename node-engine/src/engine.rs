@@ -39,6 +39,7 @@ use crate::runtime::Runtime;
 use crate::standalone::ClusterApi;
 use crate::store::{Desired, Fate, Store};
 use crate::telemetry::devices::watch::Inventory;
+use crate::telemetry::readings::Readings;
 use crate::workload::{self, Plan, Wanted, Workload};
 use node::RunningNode;
 use notify::Notify;
@@ -141,7 +142,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         workload: workload.clone(),
         net: net.clone(),
         usage,
-        devices,
+        readings: Readings::new(devices),
         sent,
         roots: config.telemetry.roots.clone(),
         link: linked,
