@@ -11,7 +11,8 @@ use crate::metrics::{Process, Snapshot};
 use crate::netmanager::datapath::{Kind, explain};
 
 /// States that are told also where nobody is in them: an alert compares with nothing else.
-const STATES: [&str; 8] = ["preparing", "attaching", "starting", "running", "stopping", "failed", "dead", "completed"];
+const STATES: [&str; 9] =
+    ["absent", "preparing", "attaching", "starting", "running", "stopping", "failed", "dead", "completed"];
 
 pub(super) async fn snapshot(node: &RunningNode) -> Snapshot {
     // A part that has stopped shows as missing; the supervisor is about to say why.

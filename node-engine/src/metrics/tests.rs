@@ -249,7 +249,22 @@ fn what_is_shipped_asks_for_names_that_are_exported() {
     assert_eq!(panels.iter().filter(asks).count(), panels.len(), "a panel without a question");
 }
 
-/// Prometheus' own tool, where it is installed, reads both files and the exposition.
+/// A cluster deletes what has failed: only the events still tell of it.
+#[test]
+fn alert_rules_ask_for_kinds_of_events_that_there_are() {
+    let rules = include_str!("../../../docs/monitoring/alerts.yml");
+    let kinds = rules.split("kind=").skip(1).filter_map(|rest| rest.split('"').nth(1));
+    let asked: BTreeSet<&str> = kinds.flat_map(|kinds| kinds.split('|')).collect();
+    let told = EventKind::ALL.map(EventKind::word);
+    for kind in &asked {
+        assert!(told.contains(kind), "nothing is ever {kind}");
+    }
+    for kind in ["failed", "dead", "exited", "out-of-memory"] {
+        assert!(asked.contains(kind), "{kind} is not among {asked:?}");
+    }
+}
+
+/// Prometheus' own tool, where it is installed, reads both files and the exposition, and the rules tell of what they are for.
 #[test]
 #[ignore = "needs promtool (package prometheus)"]
 fn prometheus_itself_finds_nothing_to_complain_about() {
@@ -266,7 +281,10 @@ fn prometheus_itself_finds_nothing_to_complain_about() {
     let said = check.wait_with_output().unwrap();
     let complaint = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
     assert!(said.status.success() && complaint.trim().is_empty(), "{complaint}");
-    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/monitoring/alerts.yml");
-    let said = Command::new("promtool").args(["check", "rules", rules]).output().unwrap();
-    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    for (what, file) in [("check", "/../docs/monitoring/alerts.yml"), ("test", "/tests/fixtures/alerts.yml")] {
+        let file = format!("{}{file}", env!("CARGO_MANIFEST_DIR"));
+        let said = Command::new("promtool").args([what, "rules", file.as_str()]).output().unwrap();
+        let complaint = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+        assert!(said.status.success(), "{complaint}");
+    }
 }
