@@ -60,6 +60,7 @@ fn daemon(snapshot: &Snapshot) -> Vec<Family> {
 
 fn machine(snapshot: &Snapshot) -> Vec<Family> {
     let usage = &snapshot.usage;
+    // What nobody can fill may be full for ever.
     let disk = |value: fn(&crate::model::DiskUsage) -> u64| {
         let sample = |disk: &crate::model::DiskUsage| {
             let labels = vec![
@@ -69,7 +70,7 @@ fn machine(snapshot: &Snapshot) -> Vec<Family> {
             ];
             (labels, value(disk) as f64)
         };
-        usage.disks.iter().map(sample).collect::<Vec<_>>()
+        usage.disks.iter().filter(|disk| !disk.read_only).map(sample).collect::<Vec<_>>()
     };
     let network = |value: fn(&crate::model::NetworkUsage) -> u64| {
         let sample =

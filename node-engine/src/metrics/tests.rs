@@ -183,6 +183,16 @@ fn the_number_of_series_is_bounded() {
 }
 
 #[test]
+fn a_file_system_that_nobody_can_fill_has_no_series() {
+    let mut snapshot = everything();
+    let root = snapshot.usage.disks[0].clone();
+    snapshot.usage.disks.push(DiskUsage { mount_point: "/sysroot".into(), read_only: true, ..root });
+    let text = encode(&snapshot, Format::Prometheus);
+    let told: Vec<&str> = text.lines().filter(|line| line.starts_with("node_engine_filesystem_avail_bytes{")).collect();
+    assert!(told.len() == 1 && told[0].contains(r#"mountpoint="/""#), "{told:?}");
+}
+
+#[test]
 fn a_scraper_gets_the_format_it_asks_for() {
     let newest = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
     assert_eq!(Format::accepted(newest), Format::OpenMetrics);
