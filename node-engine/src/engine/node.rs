@@ -55,6 +55,7 @@ pub(super) struct NoNode {
 impl NodeApi for RunningNode {
     async fn status(&self) -> Status {
         let link = self.link.borrow().clone();
+        let sent = *self.sent.borrow();
         // A part that has stopped shows as missing; the supervisor is about to say why.
         let network = self.net.status().await.ok();
         let running =
@@ -80,7 +81,8 @@ impl NodeApi for RunningNode {
             network: network.map(network_status),
             usage: Some(usage_status(&self.usage.borrow())),
             running,
-            sent_today: sent_today(&self.sent.borrow()),
+            sent_today: sent_today(&sent),
+            reports_dropped: sent.dropped,
         }
     }
 

@@ -44,6 +44,11 @@ fn daemon(snapshot: &Snapshot) -> Vec<Family> {
             sent(|snapshot, purpose| snapshot.sent.total(purpose).messages),
         ),
         counter(
+            "reports_dropped",
+            "Reports to the cluster that were given up: void by a newer one or a lost connection, or without room",
+            bare(snapshot.sent.dropped as f64),
+        ),
+        counter(
             "events",
             "What has happened on this node since the daemon began, by kind, as `node-engine events` shows it",
             snapshot

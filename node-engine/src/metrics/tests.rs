@@ -11,6 +11,7 @@ use crate::model::{
 fn everything() -> Snapshot {
     let mut sent = Sent::default();
     sent.add(Purpose::Job, 10, 1);
+    sent.dropped = 4;
     let counters = InstanceCounters {
         cpu_nanoseconds: Some(1_500_000_000),
         throttled_nanoseconds: Some(1),
@@ -111,6 +112,7 @@ fn series_say_what_the_snapshot_does_in_base_units() {
         r#"node_engine_instance_cpu_seconds_total{service="app.default.web.test",number="0",technology="docker"} 1.5"#,
         r#"node_engine_overlay_dropped_packets_total{reason="drop_unknown"} 6.0"#,
         r#"node_engine_sent_bytes_total{purpose="job"} 10.0"#,
+        "node_engine_reports_dropped_total 4.0",
         r#"node_engine_events_total{kind="out-of-memory"} 2.0"#,
         r#"node_engine_sensor_value{sensor="bme280",channel="temp",unit="celsius"} 21.5"#,
         r#"node_engine_gpu_usage_ratio{gpu="0",name="a \"fast\"\\one\n",driver="nvidia"} 0.0"#,
