@@ -24,7 +24,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, anyhow};
-use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::MissedTickBehavior;
 
@@ -39,6 +38,7 @@ use crate::runtime::Runtime;
 use crate::standalone::ClusterApi;
 use crate::store::{Desired, Fate, Store};
 use crate::telemetry::devices::watch::Inventory;
+use crate::telemetry::readings::Readings;
 use crate::workload::{self, Plan, Wanted, Workload};
 use node::RunningNode;
 use notify::Notify;
@@ -141,7 +141,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         workload: workload.clone(),
         net: net.clone(),
         usage,
-        devices,
+        readings: Readings::new(devices),
         sent,
         roots: config.telemetry.roots.clone(),
         link: linked,
@@ -149,11 +149,11 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         kept: keeping,
     });
     if let Some(address) = config.telemetry.metrics {
-        let listener = TcpListener::bind(address).await.with_context(|| format!("serve metrics at {address}"))?;
-        tasks.spawn("metrics", metrics(listener, node.clone(), drain.clone()));
+        tasks.adopt("metrics", tokio::spawn(api::metrics::serve(address, node.clone(), drain.clone())));
     }
     if let Some(url) = config.telemetry.otlp.clone() {
-        tasks.spawn("collector", collector(node.clone(), url, config.telemetry.otlp_every, drain.clone()));
+        let every = config.telemetry.otlp_every;
+        tasks.adopt("collector", tokio::spawn(api::collector::push(node.clone(), url, every, drain.clone())));
     }
     let api = Api { node, cluster: cluster.ok_or_else(|| config.cluster.host.clone()) };
     tasks.spawn("local API", serve(listener, api, drain.clone()));
@@ -235,14 +235,6 @@ fn plan(desired: &Desired) -> Plan {
 
 async fn serve(listener: api::OwnerListener, api: Api, drain: Drain) -> anyhow::Result<()> {
     api::serve(listener, api, drain).await.context("serve the local API")
-}
-
-async fn metrics(listener: TcpListener, node: Arc<RunningNode>, drain: Drain) -> anyhow::Result<()> {
-    api::metrics::serve(listener, node, drain).await.context("serve metrics")
-}
-
-async fn collector(node: Arc<RunningNode>, url: String, every: Duration, drain: Drain) -> anyhow::Result<()> {
-    api::collector::push(node, url, every, drain).await.context("tell a collector metrics")
 }
 
 #[cfg(test)]

@@ -77,6 +77,8 @@ pub struct Status {
     pub running: usize,
     /// What was sent to the cluster today (in UTC), by purpose.
     pub sent_today: Vec<SentStatus>,
+    /// Reports to the cluster that were given up since the daemon began.
+    pub reports_dropped: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

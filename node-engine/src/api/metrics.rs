@@ -1,6 +1,8 @@
 //! Metrics for scrapers: on the socket like everything else, and over TCP where that is configured. There nothing else is answered.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -16,15 +18,42 @@ use super::{Api, NodeApi};
 use crate::drain::Drain;
 use crate::metrics::{self, Format};
 
+/// Between two tries to have the address.
+const RETRY: Duration = Duration::from_secs(10);
+
 pub(super) async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Result<Response, Refused> {
     Ok(scraped(&*api.node, &headers).await?)
 }
 
-/// Answers scrapers until the drain begins.
-///
-/// # Errors
-/// If the listener fails for good.
-pub async fn serve(listener: TcpListener, node: Arc<dyn NodeApi>, drain: Drain) -> std::io::Result<()> {
+/// Answers scrapers at `address` until the drain begins. One that is taken, or not there yet, is tried again for ever: that nobody can
+/// scrape a node is no reason for it to end.
+pub async fn serve(address: SocketAddr, node: Arc<dyn NodeApi>, drain: Drain) {
+    let mut complaint: Option<String> = None;
+    while !drain.begun() {
+        let served = match TcpListener::bind(address).await {
+            Ok(listener) => {
+                if complaint.take().is_some() {
+                    tracing::info!(%address, "metrics are served now");
+                }
+                answer(listener, node.clone(), drain.clone()).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
+            let reason = error.to_string();
+            if complaint.as_ref() != Some(&reason) {
+                tracing::warn!(%address, reason, "metrics cannot be served there, trying again for ever");
+                complaint = Some(reason);
+            }
+        }
+        tokio::select! {
+            _ = drain.wait() => return,
+            () = tokio::time::sleep(RETRY) => {}
+        }
+    }
+}
+
+async fn answer(listener: TcpListener, node: Arc<dyn NodeApi>, drain: Drain) -> std::io::Result<()> {
     let answer = async |State(node): State<Arc<dyn NodeApi>>, headers: HeaderMap| -> Result<Response, Refused> {
         Ok(scraped(&*node, &headers).await?)
     };

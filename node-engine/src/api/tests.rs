@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::JoinHandle;
 
 use super::client::{Client, ClientError};
@@ -12,12 +13,17 @@ use crate::model::ServiceName;
 use crate::standalone::{ClusterApiError, Target};
 
 /// A node with the instances it was given; logs say what was asked.
-struct MemoryNode(Vec<InstanceId>);
+#[derive(Default)]
+pub(super) struct MemoryNode {
+    pub(super) instances: Vec<InstanceId>,
+    /// It never says how it fares.
+    pub(super) silent: bool,
+}
 
 #[async_trait]
 impl NodeApi for MemoryNode {
     async fn status(&self) -> dto::Status {
-        dto::Status { version: "1.2.3".into(), running: self.0.len(), ..dto::Status::default() }
+        dto::Status { version: "1.2.3".into(), running: self.instances.len(), ..dto::Status::default() }
     }
 
     async fn instances(&self) -> Result<Vec<dto::Instance>, NodeApiError> {
@@ -26,21 +32,28 @@ impl NodeApi for MemoryNode {
             number: id.number,
             ..dto::Instance::default()
         };
-        Ok(self.0.iter().map(instance).collect())
+        Ok(self.instances.iter().map(instance).collect())
     }
 
     async fn explain(&self, instance: InstanceId) -> Result<dto::Explanation, NodeApiError> {
-        if !self.0.contains(&instance) {
+        if !self.instances.contains(&instance) {
             return Err(NodeApiError::UnknownInstance(instance));
         }
         Ok(dto::Explanation { number: instance.number, wanted: "run".into(), ..dto::Explanation::default() })
     }
 
     async fn logs(&self, instance: InstanceId, tail: usize) -> Result<Vec<u8>, NodeApiError> {
-        if !self.0.contains(&instance) {
+        if !self.instances.contains(&instance) {
             return Err(NodeApiError::UnknownInstance(instance));
         }
         Ok(format!("{tail} of {instance}\u{1b}").into_bytes())
+    }
+
+    async fn metrics(&self) -> Result<crate::metrics::Snapshot, NodeApiError> {
+        if self.silent {
+            std::future::pending::<()>().await;
+        }
+        Ok(crate::metrics::Snapshot::default())
     }
 
     async fn flows(&self, choice: NetChoice) -> Result<dto::net::Page<dto::net::Flow>, NodeApiError> {
@@ -143,7 +156,8 @@ struct Daemon {
 fn daemon(cluster: Result<Arc<dyn ClusterApi>, String>, instances: &[&str]) -> Daemon {
     let dir = tempfile::tempdir().unwrap();
     let lock = RunLock::take(dir.path()).unwrap();
-    let node = MemoryNode(instances.iter().map(|text| text.parse().unwrap()).collect());
+    let instances = instances.iter().map(|text| text.parse().unwrap()).collect();
+    let node = MemoryNode { instances, silent: false };
     let drain = Drain::new(Duration::from_secs(5));
     let served = tokio::spawn(serve(lock.listen().unwrap(), Api { node: Arc::new(node), cluster }, drain.clone()));
     Daemon { client: Client::new(&lock.socket()).unwrap(), drain, served, _lock: lock, dir }
@@ -252,8 +266,26 @@ async fn serving_ends_with_the_drain() {
     tokio::time::timeout(Duration::from_secs(10), daemon.served).await.unwrap().unwrap().unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_address_for_metrics_that_is_taken_is_tried_until_it_is_free() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, drain) = (taken.local_addr().unwrap(), Drain::new(Duration::from_secs(5)));
+    let serving = tokio::spawn(metrics::serve(address, Arc::new(MemoryNode::default()), drain.clone()));
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(!serving.is_finished());
+    drop(taken);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    tokio::time::resume();
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(Duration::from_secs(10), stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("node_engine_cluster_connected 0.0"), "{answer}");
+    drain.begin();
+    tokio::time::timeout(Duration::from_secs(10), serving).await.unwrap().unwrap();
+}
+
 async fn raw(run_dir: &Path, request: &str) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::UnixStream::connect(run_dir.join("api.sock")).await.unwrap();
     stream.write_all(request.as_bytes()).await.unwrap();
     stream.shutdown().await.unwrap();

@@ -144,6 +144,11 @@ fn status(status: &Status) -> String {
     let sent: Vec<String> =
         status.sent_today.iter().map(|sent| format!("{} {}", sent.purpose, bytes(sent.bytes))).collect();
     pairs.push(("sent today", sent.join(", ")));
+    let dropped = match status.reports_dropped {
+        0 => String::new(),
+        number => format!("{number} reports since the start"),
+    };
+    pairs.push(("given up", dropped));
     for warning in status.network.iter().flat_map(|network| &network.warnings) {
         pairs.push(("warning", warning.clone()));
     }
@@ -279,6 +284,7 @@ mod tests {
             usage: Some(UsageStatus { cpu_percent: 12.4, cpus: 2, memory_total_mib: 2048, ..UsageStatus::default() }),
             running: 1,
             sent_today: vec![SentStatus { purpose: "information".into(), messages: 2, bytes: 2048 }],
+            reports_dropped: 7,
         };
         assert_eq!(
             status(&known),
@@ -294,6 +300,7 @@ mod tests {
              cpu          12% of 2 CPUs\n\
              memory       0% used, 0 MiB of 2.0 GiB available\n\
              sent today   information 2.0 KiB\n\
+             given up     7 reports since the start\n\
              \n\
              PACKETS  COUNT\n\
              sent     3\n"

@@ -261,6 +261,7 @@ impl Session {
         let mut timer = Box::pin(sleep_until(Instant::now()));
         while !self.is_over() {
             self.advance();
+            self.count_dropped();
             match self.next(&commands, &mut reports, &stop, &mut timer).await {
                 Event::Report(Some(report)) => self.report(report),
                 Event::Report(None) => self.reports_over = true,
@@ -295,6 +296,11 @@ impl Session {
         if let Some(link) = self.link.take().filter(|_| self.up_since.is_some()) {
             link.close(left.min(Duration::from_secs(1))).await;
         }
+    }
+
+    fn count_dropped(&self) {
+        let dropped = self.outbox.dropped;
+        self.sent.send_if_modified(|sent| std::mem::replace(&mut sent.dropped, dropped) != dropped);
     }
 
     /// Told to stop, and nothing left to say or nobody to say it to.

@@ -19,7 +19,7 @@ use crate::metrics::Snapshot;
 use crate::model::{Event, InstanceId, NodeFacts, NodeUsage, Purpose, Sent};
 use crate::netmanager::{NetManager, NetStatus};
 use crate::runtime::{Exec, Follow, RuntimeError, Session};
-use crate::telemetry::devices::watch::Inventory;
+use crate::telemetry::readings::Readings;
 use crate::workload::{self, InstanceInfo, Wanting, Workload, WorkloadError};
 
 /// A node at work.
@@ -33,7 +33,8 @@ pub(super) struct RunningNode {
     pub(super) workload: Workload,
     pub(super) net: NetManager,
     pub(super) usage: watch::Receiver<NodeUsage>,
-    pub(super) devices: watch::Receiver<Inventory>,
+    /// What sensors say.
+    pub(super) readings: Readings,
     /// What was said to the cluster.
     pub(super) sent: watch::Receiver<Sent>,
     pub(super) roots: Roots,
@@ -54,6 +55,7 @@ pub(super) struct NoNode {
 impl NodeApi for RunningNode {
     async fn status(&self) -> Status {
         let link = self.link.borrow().clone();
+        let sent = *self.sent.borrow();
         // A part that has stopped shows as missing; the supervisor is about to say why.
         let network = self.net.status().await.ok();
         let running =
@@ -79,7 +81,8 @@ impl NodeApi for RunningNode {
             network: network.map(network_status),
             usage: Some(usage_status(&self.usage.borrow())),
             running,
-            sent_today: sent_today(&self.sent.borrow()),
+            sent_today: sent_today(&sent),
+            reports_dropped: sent.dropped,
         }
     }
 

@@ -1,19 +1,18 @@
 //! The snapshot that metrics are made of.
 
 use std::collections::BTreeMap;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::{SysconfVar, sysconf};
 
 use super::node::RunningNode;
 use crate::metrics::{Process, Snapshot};
-use crate::model::Sample;
 use crate::netmanager::datapath::{Kind, explain};
-use crate::telemetry::devices;
 
 /// States that are told also where nobody is in them: an alert compares with nothing else.
-const STATES: [&str; 8] = ["preparing", "attaching", "starting", "running", "stopping", "failed", "dead", "completed"];
+const STATES: [&str; 9] =
+    ["absent", "preparing", "attaching", "starting", "running", "stopping", "failed", "dead", "completed"];
 
 pub(super) async fn snapshot(node: &RunningNode) -> Snapshot {
     // A part that has stopped shows as missing; the supervisor is about to say why.
@@ -33,7 +32,7 @@ pub(super) async fn snapshot(node: &RunningNode) -> Snapshot {
         Some((kind, name, value))
     });
     let instances = node.workload.usage().await.unwrap_or_default();
-    let samples = samples(node).await;
+    let samples = node.readings.now().await;
     Snapshot {
         version: env!("CARGO_PKG_VERSION"),
         architecture: node.facts.architecture.clone(),
@@ -50,21 +49,6 @@ pub(super) async fn snapshot(node: &RunningNode) -> Snapshot {
         samples,
         process: process(),
     }
-}
-
-/// What everything attached says now.
-async fn samples(node: &RunningNode) -> Vec<Sample> {
-    let attached = node.devices.borrow().clone();
-    let read = tokio::task::spawn_blocking(move || {
-        let sample = |device: &crate::model::Device| Sample {
-            device: device.name.clone(),
-            kind: device.kind,
-            time: SystemTime::now(),
-            readings: devices::read(device),
-        };
-        attached.iter().filter(|device| !device.channels.is_empty()).map(sample).collect()
-    });
-    read.await.unwrap_or_default()
 }
 
 fn process() -> Process {

@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 
 use super::*;
 use crate::api::client::Client;
+use crate::config::TelemetryConfig;
 use crate::model::{Addresses, Command, InstanceId, NodeIdentity, Receipt, Status, Technology};
 use crate::netmanager::{Lease, Request};
 use crate::runtime::memory::MemoryRuntime;
@@ -109,6 +110,10 @@ struct Node {
 
 /// A node in this directory, started.
 async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node {
+    start_telling(dir, runtime, on_exit, TelemetryConfig::default()).await
+}
+
+async fn start_telling(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit, telemetry: TelemetryConfig) -> Node {
     let sources = crate::config::Sources {
         file: Some("/dev/null".into()),
         environment: Default::default(),
@@ -122,6 +127,7 @@ async fn start(dir: &Path, runtime: Arc<MemoryRuntime>, on_exit: OnExit) -> Node
         run_dir: dir.join("run"),
         state_dir: dir.join("state"),
         on_exit,
+        telemetry,
         ..crate::config::load(&sources).unwrap().config
     };
     let (drain, net_drain) = (Drain::new(Duration::from_secs(10)), Drain::new(Duration::from_secs(10)));
@@ -343,6 +349,23 @@ async fn a_part_that_ends_unasked_ends_the_daemon_and_leaves_workloads() {
     let error = node.end().await.unwrap_err();
     assert_eq!(format!("{error:#}"), "the control plane has ended unasked: the key cannot be read");
     assert_eq!(runtime.instances().len(), 1);
+}
+
+#[tokio::test]
+async fn that_nobody_hears_of_metrics_is_no_reason_to_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let telemetry = TelemetryConfig {
+        metrics: Some(taken.local_addr().unwrap()),
+        // Nobody listens there.
+        otlp: Some("http://127.0.0.1:1/v1/metrics".into()),
+        ..TelemetryConfig::default()
+    };
+    let mut node = start_telling(dir.path(), runtime(), OnExit::Leave, telemetry).await;
+    node.deploy(WEB).await;
+    node.runs(WEB).await;
+    node.drain.begin();
+    node.end().await.unwrap();
 }
 
 #[tokio::test]

@@ -44,6 +44,11 @@ fn daemon(snapshot: &Snapshot) -> Vec<Family> {
             sent(|snapshot, purpose| snapshot.sent.total(purpose).messages),
         ),
         counter(
+            "reports_dropped",
+            "Reports to the cluster that were given up: void by a newer one or a lost connection, or without room",
+            bare(snapshot.sent.dropped as f64),
+        ),
+        counter(
             "events",
             "What has happened on this node since the daemon began, by kind, as `node-engine events` shows it",
             snapshot
@@ -60,6 +65,7 @@ fn daemon(snapshot: &Snapshot) -> Vec<Family> {
 
 fn machine(snapshot: &Snapshot) -> Vec<Family> {
     let usage = &snapshot.usage;
+    // What nobody can fill may be full for ever.
     let disk = |value: fn(&crate::model::DiskUsage) -> u64| {
         let sample = |disk: &crate::model::DiskUsage| {
             let labels = vec![
@@ -69,7 +75,7 @@ fn machine(snapshot: &Snapshot) -> Vec<Family> {
             ];
             (labels, value(disk) as f64)
         };
-        usage.disks.iter().map(sample).collect::<Vec<_>>()
+        usage.disks.iter().filter(|disk| !disk.read_only).map(sample).collect::<Vec<_>>()
     };
     let network = |value: fn(&crate::model::NetworkUsage) -> u64| {
         let sample =

@@ -11,6 +11,7 @@ use crate::model::{
 fn everything() -> Snapshot {
     let mut sent = Sent::default();
     sent.add(Purpose::Job, 10, 1);
+    sent.dropped = 4;
     let counters = InstanceCounters {
         cpu_nanoseconds: Some(1_500_000_000),
         throttled_nanoseconds: Some(1),
@@ -111,6 +112,7 @@ fn series_say_what_the_snapshot_does_in_base_units() {
         r#"node_engine_instance_cpu_seconds_total{service="app.default.web.test",number="0",technology="docker"} 1.5"#,
         r#"node_engine_overlay_dropped_packets_total{reason="drop_unknown"} 6.0"#,
         r#"node_engine_sent_bytes_total{purpose="job"} 10.0"#,
+        "node_engine_reports_dropped_total 4.0",
         r#"node_engine_events_total{kind="out-of-memory"} 2.0"#,
         r#"node_engine_sensor_value{sensor="bme280",channel="temp",unit="celsius"} 21.5"#,
         r#"node_engine_gpu_usage_ratio{gpu="0",name="a \"fast\"\\one\n",driver="nvidia"} 0.0"#,
@@ -183,6 +185,16 @@ fn the_number_of_series_is_bounded() {
 }
 
 #[test]
+fn a_file_system_that_nobody_can_fill_has_no_series() {
+    let mut snapshot = everything();
+    let root = snapshot.usage.disks[0].clone();
+    snapshot.usage.disks.push(DiskUsage { mount_point: "/sysroot".into(), read_only: true, ..root });
+    let text = encode(&snapshot, Format::Prometheus);
+    let told: Vec<&str> = text.lines().filter(|line| line.starts_with("node_engine_filesystem_avail_bytes{")).collect();
+    assert!(told.len() == 1 && told[0].contains(r#"mountpoint="/""#), "{told:?}");
+}
+
+#[test]
 fn a_scraper_gets_the_format_it_asks_for() {
     let newest = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3,*/*;q=0.1";
     assert_eq!(Format::accepted(newest), Format::OpenMetrics);
@@ -249,7 +261,22 @@ fn what_is_shipped_asks_for_names_that_are_exported() {
     assert_eq!(panels.iter().filter(asks).count(), panels.len(), "a panel without a question");
 }
 
-/// Prometheus' own tool, where it is installed, reads both files and the exposition.
+/// A cluster deletes what has failed: only the events still tell of it.
+#[test]
+fn alert_rules_ask_for_kinds_of_events_that_there_are() {
+    let rules = include_str!("../../../docs/monitoring/alerts.yml");
+    let kinds = rules.split("kind=").skip(1).filter_map(|rest| rest.split('"').nth(1));
+    let asked: BTreeSet<&str> = kinds.flat_map(|kinds| kinds.split('|')).collect();
+    let told = EventKind::ALL.map(EventKind::word);
+    for kind in &asked {
+        assert!(told.contains(kind), "nothing is ever {kind}");
+    }
+    for kind in ["failed", "dead", "exited", "out-of-memory"] {
+        assert!(asked.contains(kind), "{kind} is not among {asked:?}");
+    }
+}
+
+/// Prometheus' own tool, where it is installed, reads both files and the exposition, and the rules tell of what they are for.
 #[test]
 #[ignore = "needs promtool (package prometheus)"]
 fn prometheus_itself_finds_nothing_to_complain_about() {
@@ -266,7 +293,10 @@ fn prometheus_itself_finds_nothing_to_complain_about() {
     let said = check.wait_with_output().unwrap();
     let complaint = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
     assert!(said.status.success() && complaint.trim().is_empty(), "{complaint}");
-    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/monitoring/alerts.yml");
-    let said = Command::new("promtool").args(["check", "rules", rules]).output().unwrap();
-    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+    for (what, file) in [("check", "/../docs/monitoring/alerts.yml"), ("test", "/tests/fixtures/alerts.yml")] {
+        let file = format!("{}{file}", env!("CARGO_MANIFEST_DIR"));
+        let said = Command::new("promtool").args([what, "rules", file.as_str()]).output().unwrap();
+        let complaint = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
+        assert!(said.status.success(), "{complaint}");
+    }
 }

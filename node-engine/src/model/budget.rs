@@ -35,11 +35,13 @@ pub struct Volume {
     pub bytes: u64,
 }
 
-/// What was sent since the daemon began, and on the day of the last message.
+/// What was sent since the daemon began, and on the day of the last message; and what was not.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sent {
     /// Days since 1 January 1970, in UTC.
     pub day: u64,
+    /// Reports that were given up since the daemon began: a newer one or a lost connection made them void, or there was no room.
+    pub dropped: u64,
     today: [Volume; 5],
     total: [Volume; 5],
 }

@@ -165,6 +165,8 @@ pub struct DiskUsage {
     pub file_system: String,
     pub total_bytes: u64,
     pub available_bytes: u64,
+    /// Nobody fills it.
+    pub read_only: bool,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]

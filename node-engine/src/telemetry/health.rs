@@ -9,9 +9,6 @@ use crate::model::{Device, DeviceKind, NodeHealth, Pressure, Unit, Wear};
 /// Temperatures and storage devices that are told of at most.
 const MOST: usize = 64;
 
-/// The kernel's name for each of them (w1_therm).
-const W1_MONITOR: &str = "w1_slave_temp";
-
 /// Bits of the firmware's word about throttling (Raspberry Pi, `vcgencmd get_throttled`).
 const UNDER_VOLTAGE: u64 = 1 << 0;
 const CAPPED: u64 = 1 << 1;
@@ -62,11 +59,12 @@ fn pressure(roots: &Roots, resource: &'static str) -> Option<Pressure> {
     Some(Pressure { resource, some_percent, full_percent, some_microseconds, full_microseconds })
 }
 
-/// Of the machine itself. Thermometers on a wire (where the kernel has them among the hardware monitors, too) measure something else, and
+/// Of the machine itself. Thermometers on a wire (which older kernels have among the hardware monitors alone) measure something else, and
 /// take the better part of a second each.
 fn temperatures(devices: &[Device]) -> Vec<(String, f64)> {
-    let own =
-        devices.iter().filter(|device| device.kind != DeviceKind::OneWire && !device.name.starts_with(W1_MONITOR));
+    let own = devices
+        .iter()
+        .filter(|device| device.kind != DeviceKind::OneWire && !device.name.starts_with(devices::W1_MONITOR));
     let told = own.flat_map(|device| {
         let readings = devices::read_those(device, |channel| channel.unit == Unit::Celsius);
         readings.into_iter().map(|reading| match reading.channel.as_str() {

@@ -52,20 +52,26 @@ impl Host {
     }
 }
 
-/// One entry a device: a device that is mounted many times (bind mounts) is reported at its first mount point.
 pub(super) fn disks(disks: &Disks) -> Vec<DiskUsage> {
+    distinct(disks.iter().map(|disk| DiskUsage {
+        device: disk.name().to_string_lossy().into_owned(),
+        mount_point: disk.mount_point().to_string_lossy().into_owned(),
+        file_system: disk.file_system().to_string_lossy().into_owned(),
+        total_bytes: disk.total_space(),
+        available_bytes: disk.available_space(),
+        read_only: disk.is_read_only(),
+    }))
+}
+
+/// One entry a device: a device that is mounted many times (bind mounts) is reported at its first mount point, and at the first where it can
+/// be written. The roots of containers come and go, and what they take is on a device that is told of.
+fn distinct(disks: impl Iterator<Item = DiskUsage>) -> Vec<DiskUsage> {
     let mut seen = HashSet::new();
+    let of_container = |disk: &DiskUsage| disk.file_system == "overlay" && disk.mount_point != "/";
     disks
-        .iter()
-        .filter(|disk| disk.total_space() > 0 && seen.insert(disk.name().to_owned()))
+        .filter(|disk| disk.total_bytes > 0 && !of_container(disk))
+        .filter(|disk| seen.insert((disk.device.clone(), disk.read_only)))
         .take(MOST_DISKS)
-        .map(|disk| DiskUsage {
-            device: disk.name().to_string_lossy().into_owned(),
-            mount_point: disk.mount_point().to_string_lossy().into_owned(),
-            file_system: disk.file_system().to_string_lossy().into_owned(),
-            total_bytes: disk.total_space(),
-            available_bytes: disk.available_space(),
-        })
         .collect()
 }
 
@@ -161,11 +167,45 @@ mod tests {
     fn disks_are_reported_once_a_device_and_hold_what_they_can() {
         let told = disks(&Disks::new_with_refreshed_list().unwrap());
         assert!(!told.is_empty());
-        let devices: HashSet<_> = told.iter().map(|disk| &disk.device).collect();
+        let devices: HashSet<_> = told.iter().map(|disk| (&disk.device, disk.read_only)).collect();
         assert_eq!(devices.len(), told.len(), "{told:?}");
         for disk in &told {
             assert!(disk.available_bytes <= disk.total_bytes, "{disk:?}");
         }
+    }
+
+    #[test]
+    fn roots_of_containers_are_no_disks_and_that_of_the_machine_is() {
+        let disk = |(device, mount_point, file_system, read_only): (&str, &str, &str, bool)| DiskUsage {
+            device: device.into(),
+            mount_point: mount_point.into(),
+            file_system: file_system.into(),
+            total_bytes: 1,
+            available_bytes: 0,
+            read_only,
+        };
+        let told = |mounts: &[(&str, &str, &str, bool)]| -> Vec<String> {
+            distinct(mounts.iter().copied().map(disk)).into_iter().map(|disk| disk.mount_point).collect()
+        };
+        assert_eq!(
+            told(&[
+                ("/dev/sda2", "/", "ext4", false),
+                ("/dev/sda2", "/var/lib", "ext4", false),
+                ("overlay", "/var/lib/docker/overlay2/a/merged", "overlay", false),
+                ("/dev/sda1", "/boot", "vfat", false),
+            ]),
+            ["/", "/boot"]
+        );
+        // An image that is booted, and what is written beside it.
+        assert_eq!(
+            told(&[
+                ("overlay", "/", "overlay", true),
+                ("/dev/sda3", "/sysroot", "ext4", true),
+                ("/dev/sda3", "/var", "ext4", false),
+                ("overlay", "/var/lib/docker/overlay2/a/merged", "overlay", false),
+            ]),
+            ["/", "/sysroot", "/var"]
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What the node has and uses. One task samples the host and its GPUs, offers the latest sample to whoever watches, and reports it
 //! to the cluster at the cluster's pace. Samples are never queued: one that finds no room is superseded by the next. Others keep the
-//! list of what is attached, follow a receiver of positions, and tell the cluster what sensors say.
+//! list of what is attached, follow a receiver of positions, and tell the cluster what sensors say; [`readings`] says it to whoever asks.
 
 mod clock;
 pub mod devices;
@@ -9,6 +9,7 @@ mod gpu;
 pub mod hardware;
 mod health;
 mod host;
+pub mod readings;
 mod roots;
 mod sensors;
 mod slow;

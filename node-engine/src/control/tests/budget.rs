@@ -68,3 +68,15 @@ async fn what_has_hardly_changed_is_not_told_and_everything_told_is_counted() {
     assert!(counted.day > 20_000, "days since 1970");
     running.end().await;
 }
+
+#[tokio::test]
+async fn what_nobody_is_there_for_is_given_up_and_counted() {
+    let (sending, mut sent) = watch::channel(Sent::default());
+    let running = run(Cluster::new(config(1), node()).telling(ReportChoice::Full, sending));
+    for cpu_percent in [10.0, 20.0, 30.0] {
+        running.say(usage_of(cpu_percent)).await;
+    }
+    let counted = timeout(LONG, sent.wait_for(|sent| sent.dropped == 3)).await.expect("in time").is_ok();
+    assert!(counted);
+    running.end().await;
+}

@@ -140,6 +140,7 @@ async fn hardware_and_metrics_are_those_of_this_machine() {
         "node_engine_cluster_connected 0.0",
         "node_engine_instances{state=\"running\"} 1.0",
         "node_engine_instances{state=\"failed\"} 0.0",
+        "node_engine_instances{state=\"absent\"} 0.0",
         "node_engine_instance_cpu_seconds_total{service=\"app.default.web.default\",number=\"0\",technology=\"docker\"} 1.0",
     ] {
         assert!(metrics.lines().any(|known| known == line), "{line} is not in {metrics}");

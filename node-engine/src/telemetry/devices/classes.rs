@@ -9,6 +9,9 @@ use crate::model::{Channel, Device, DeviceKind, Unit};
 /// Link type of CAN interfaces (if_arp.h).
 const ARPHRD_CAN: u32 = 280;
 
+/// What the kernel calls each hardware monitor that is a thermometer on a wire (w1_therm).
+pub(in crate::telemetry) const W1_MONITOR: &str = "w1_slave_temp";
+
 /// Prefix of a hardware monitor's files, what it measures, and how many base units its unit is (kernel document hwmon/sysfs-interface).
 const HWMON: [(&str, Unit, f64); 8] = [
     ("temp", Unit::Celsius, 1e-3),
@@ -22,13 +25,22 @@ const HWMON: [(&str, Unit, f64); 8] = [
 ];
 
 pub(super) fn hwmon(roots: &Roots) -> Vec<Device> {
-    let monitors = entries(roots.sys.join("class/hwmon")).into_iter().map(|(entry, path)| {
+    let monitors = entries(roots.sys.join("class/hwmon")).into_iter().filter_map(|(entry, path)| {
         let name = text(path.join("name")).unwrap_or(entry);
+        if is_told_by_its_wire(&path, &name) {
+            return None;
+        }
         let driver = link(path.join("device/driver")).filter(|driver| *driver != name);
         let description = driver.map_or_else(|| name.clone(), |driver| format!("{name} ({driver})"));
-        Device { channels: monitored(&path), ..device(DeviceKind::Hwmon, name, description) }
+        Some(Device { channels: monitored(&path), ..device(DeviceKind::Hwmon, name, description) })
     });
     monitors.filter(|monitor| !monitor.channels.is_empty()).collect()
+}
+
+/// The thermometer on a wire is told of as such; to read it twice would take twice the better part of a second. Older kernels read it
+/// here alone.
+fn is_told_by_its_wire(monitor: &Path, name: &str) -> bool {
+    name == W1_MONITOR && monitor.join("device/temperature").exists()
 }
 
 fn monitored(monitor: &Path) -> Vec<Channel> {

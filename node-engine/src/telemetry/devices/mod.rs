@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 use super::roots::{Roots, number};
 use crate::model::{Channel, Device, DeviceKind, Reading, Unit};
 
+pub(super) use classes::W1_MONITOR;
+
 /// Devices, and channels of one, that are told of at most.
 const MOST_DEVICES: usize = 256;
 const MOST_CHANNELS: usize = 64;

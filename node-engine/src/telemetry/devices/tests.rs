@@ -132,6 +132,24 @@ fn what_cannot_be_read_is_left_out_and_what_goes_is_gone() {
     assert!(after.iter().all(|device| device.name != "coretemp-2"), "the other one has the name now");
 }
 
+/// Its monitor is among those of the board.
+#[test]
+fn a_thermometer_on_a_wire_is_told_of_once() {
+    let (fixture, devices) = found();
+    let thermometers = |devices: &[Device]| -> Vec<String> {
+        let names = devices.iter().map(|device| device.name.clone());
+        names.filter(|name| name.starts_with("w1")).collect()
+    };
+    assert_eq!(thermometers(&devices), ["w1-28-0316a2795aff", "w1-29-00000012ab34"]);
+    assert_eq!(read(get(&devices, "w1-28-0316a2795aff")).len(), 1);
+    // As a kernel before 5.8 has it.
+    std::fs::remove_file(fixture.sys.join("bus/w1/devices/28-0316a2795aff/temperature")).unwrap();
+    let older = scan(&fixture);
+    assert_eq!(thermometers(&older), ["w1-28-0316a2795aff", "w1-29-00000012ab34", "w1_slave_temp"]);
+    assert_eq!(read(get(&older, "w1-28-0316a2795aff")), []);
+    assert_eq!(read(get(&older, "w1_slave_temp")).len(), 1);
+}
+
 #[test]
 fn names_are_fit_for_topics_and_unique() {
     let named = named(["A b/c#+", "", "x", "x", "x", "ü"].iter().map(|name| device(DeviceKind::Usb, *name, "")));
