@@ -31,6 +31,11 @@ fn stronger_sources_win() {
     let legacy: Pairs = &[("PUBLIC_WORKER_PORT", "1002")];
     let both: Pairs = &[("PUBLIC_WORKER_PORT", "1002"), ("NODE_ENGINE_TUNNEL_PORT", "1003")];
     let flag = [("network.tunnel_port", "1004")];
+    let docker = |config: &Config| config.runtime.docker_host.clone().unwrap_or_default();
+    let named = "[runtime]\ndocker_host = \"/file.sock\"";
+    check(named, &[("DOCKER_HOST", "/theirs.sock")], &[], docker, "/theirs.sock");
+    let both_hosts: Pairs = &[("DOCKER_HOST", "/theirs.sock"), ("NODE_ENGINE_DOCKER_HOST", "/ours.sock")];
+    check(named, both_hosts, &[], docker, "/ours.sock");
     check("", &[], &[], port, "50103");
     check(file, &[], &[], port, "1001");
     check(file, legacy, &[], port, "1002");
