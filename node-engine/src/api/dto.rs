@@ -112,6 +112,8 @@ pub struct ClusterStatus {
     pub generation: String,
     /// This process is the cluster.
     pub standalone: bool,
+    /// Why there is no connection, or was none before this one; empty where nothing has gone wrong.
+    pub last_error: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
