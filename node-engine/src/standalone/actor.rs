@@ -18,6 +18,7 @@ use super::client::{COMMAND, Heard, RESULT, Said};
 use super::core::{Core, Table};
 use super::documents::{self, Moved, Order};
 use super::inventory::{Moment, NodeFacts};
+use super::keeping::{Due, Keeping, News};
 use super::saved::{self, SaveError, Saved};
 use super::{ClusterApi, ClusterApiError, Target, reports, views};
 
@@ -162,15 +163,19 @@ struct Turn {
     waiting: VecDeque<Said>,
     dropped: u64,
     answers: Vec<Answer>,
-    /// The last save did not succeed; the next one is due even where nothing changed.
-    unsaved: bool,
+    keeping: Keeping,
 }
 
 impl Actor {
     /// Runs until the stop begins, and then keeps the state once more.
     pub(super) async fn run(mut self, stop: Drain) -> Result<(), SaveError> {
-        let mut turn =
-            Turn { started: Instant::now(), waiting: VecDeque::new(), dropped: 0, answers: Vec::new(), unsaved: true };
+        let mut turn = Turn {
+            started: Instant::now(),
+            waiting: VecDeque::new(),
+            dropped: 0,
+            answers: Vec::new(),
+            keeping: Keeping::new(),
+        };
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -213,15 +218,10 @@ impl Actor {
     /// Saves, answers, and queues what is to be published, in this order: an id or a subnet that could be forgotten is not given.
     async fn settle(&mut self, turn: &mut Turn) {
         let effects = self.core.take_effects();
-        let mut kept = Ok(());
-        if effects.save || turn.unsaved {
-            kept = self.save().await;
-            turn.unsaved = kept.is_err();
-            if let Err(error) = &kept {
-                tracing::error!(error = error as &dyn std::error::Error, "the cluster's state cannot be kept");
-            }
+        if effects.save {
+            turn.keeping.changed();
         }
-        let kept = kept.map_err(Arc::new);
+        let kept = self.keep(turn).await;
         for answer in turn.answers.drain(..) {
             answer(kept.clone());
         }
@@ -232,6 +232,29 @@ impl Actor {
             let (topic, payload) = documents::publication(&message, self.core.cluster_id.as_str());
             turn.say(Said { topic, payload });
         }
+    }
+
+    /// Saves what is not on the disk, where it is time to. An error may be that of a try before.
+    async fn keep(&self, turn: &mut Turn) -> Result<(), Arc<SaveError>> {
+        match turn.keeping.due(!turn.answers.is_empty(), Instant::now()) {
+            Due::Nothing => return Ok(()),
+            Due::Wait(error) => return Err(error),
+            Due::Save => {}
+        }
+        let kept = self.save().await.map_err(Arc::new);
+        match (turn.keeping.tried(&kept, Instant::now()), &kept) {
+            (News::WorksAgain, _) => tracing::info!("the cluster's state is kept again"),
+            (News::Fails, Err(error)) => {
+                let error: &SaveError = error;
+                tracing::error!(
+                    error = error as &dyn std::error::Error,
+                    "the cluster's state cannot be kept, trying again for ever"
+                );
+            }
+            (News::Nothing, Err(error)) => tracing::debug!(%error, "the cluster's state cannot be kept"),
+            (News::Nothing | News::Fails, Ok(())) => {}
+        }
+        kept
     }
 
     async fn save(&self) -> Result<(), SaveError> {

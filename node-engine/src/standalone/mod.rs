@@ -21,6 +21,7 @@ mod core;
 mod documents;
 mod http;
 mod inventory;
+mod keeping;
 mod reports;
 mod saved;
 mod schedule;
