@@ -209,7 +209,7 @@ pub struct LogsQuery {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeployQuery {
-    /// 1 where it is not given.
+    /// Where it is not given, what the description says, or else 1.
     pub replicas: Option<u32>,
     /// Id or name of the node that shall run them.
     pub on: Option<String>,

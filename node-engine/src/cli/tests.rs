@@ -171,6 +171,8 @@ fn deploy_takes_a_file_or_an_image_with_a_name() {
         "deploy f --image i --name n",
         "deploy --image i --name a.b",
         "deploy f --memory 1",
+        "deploy f --replicas 0",
+        "deploy f --replicas many",
     ] {
         assert!(task(bad).is_err(), "{bad}");
     }

@@ -38,6 +38,7 @@ pub(super) enum Request {
     Order { order: Order, reply: oneshot::Sender<Result<Vec<InstanceId>, ClusterApiError>> },
     Nodes(oneshot::Sender<Vec<ClusterNode>>),
     Instances(oneshot::Sender<Vec<ClusterInstance>>),
+    Services(oneshot::Sender<Vec<ServiceName>>),
     Table { query: Query, reply: oneshot::Sender<Table> },
 }
 
@@ -103,16 +104,24 @@ impl ClusterApi for Manager {
     async fn deploy(
         &self,
         document: Vec<u8>,
-        replicas: u32,
+        replicas: Option<u32>,
         on: Option<String>,
     ) -> Result<Vec<InstanceId>, ClusterApiError> {
-        let order = match documents::order(&document, &self.cluster)? {
-            Order::Deploy { request, replicas: said, on: place } => {
-                Order::Deploy { request, replicas: replicas.max(said), on: on.or(place) }
-            }
-            other => other,
+        let refuse = |reason: String| ClusterApiError::Document { reason };
+        let other = |command: &str| refuse(format!("it orders to {command}, which `node-engine {command}` does"));
+        let (request, said, place) = match documents::order(&document, &self.cluster)? {
+            Order::Deploy { request, replicas, on } => (request, replicas, on),
+            Order::Delete(_) => return Err(other("delete")),
+            Order::Replicate { .. } => return Err(other("replicate")),
+            Order::Move { .. } => return Err(other("move")),
         };
-        self.order(order).await
+        let replicas = replicas.unwrap_or(said);
+        if replicas == 0 {
+            return Err(refuse(
+                "0 replicas are nothing to deploy; `node-engine replicate` takes instances away".into(),
+            ));
+        }
+        self.order(Order::Deploy { request, replicas, on: on.or(place) }).await
     }
 
     async fn delete(&self, target: Target) -> Result<Vec<InstanceId>, ClusterApiError> {
@@ -136,6 +145,11 @@ impl ClusterApi for Manager {
     async fn instances(&self) -> Result<Vec<ClusterInstance>, ClusterApiError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Request::Instances(reply), answer).await
+    }
+
+    async fn services(&self) -> Result<Vec<ServiceName>, ClusterApiError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Services(reply), answer).await
     }
 }
 
@@ -306,6 +320,7 @@ impl Actor {
             }
             Request::Nodes(reply) => drop(reply.send(views::nodes(&self.core, turn.now()))),
             Request::Instances(reply) => drop(reply.send(views::instances(&self.core))),
+            Request::Services(reply) => drop(reply.send(self.core.services.keys().cloned().collect())),
             Request::Table { query, reply } => drop(reply.send(self.core.table(query))),
         }
     }
