@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use node_engine::cli::{Cli, LogChoice, Task, environment, shown_upgrade};
 use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
-use node_engine::{drain::Drain, engine, heap};
+use node_engine::{drain::Drain, engine, heap, output};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -48,8 +48,8 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let done: anyhow::Result<()> = match task {
         Task::Supervise(..) | Task::KeepLog(_) | Task::Interpret(..) => unreachable!("returned above"),
         Task::Version => {
-            println!("node-engine {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
+            let version = concat!("node-engine ", env!("CARGO_PKG_VERSION"), "\n");
+            output::print(version.as_bytes()).context("write the version").map(drop)
         }
         Task::Ask(question) => {
             trace(log, "warn")?;
@@ -64,7 +64,7 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
         Task::Upgrade { sources, socket, json } => {
             trace(log, "error")?;
             let found = multi_thread()?.block_on(engine::upgrade(config::load(&sources), &socket))?;
-            print!("{}", shown_upgrade(&found, json));
+            output::print(shown_upgrade(&found, json).as_bytes()).context("write what was found")?;
             return Ok(if found.hitless { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Daemon(sources) => {
