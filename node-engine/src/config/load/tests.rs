@@ -1,5 +1,6 @@
 //! Layering, as rows of *given file, environment, flags → then this setting*.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use super::*;
@@ -180,6 +181,23 @@ fn every_setting_is_read_from_the_file() {
     assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));
     assert_eq!((config.runtime.privileged.len(), config.runtime.volume_drivers.len()), (1, 1));
     assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
+}
+
+/// The file that is installed is where settings are looked up.
+#[test]
+fn the_skeleton_shows_every_setting_and_nothing_that_is_not_one() {
+    let skeleton = include_str!("../../../../scripts/config.toml");
+    let setting = |line: &'static str| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line);
+    let shown: String = skeleton.lines().map(setting).flat_map(|line| [line, "\n"]).collect();
+    let table: toml::Table = shown.parse().unwrap();
+    let keys = |(name, value): (&String, &toml::Value)| match value.as_table() {
+        Some(table) => table.keys().map(|key| format!("{name}.{key}")).collect::<Vec<_>>(),
+        None => vec![name.clone()],
+    };
+    let keys: BTreeSet<String> = table.iter().flat_map(keys).collect();
+    let known: BTreeSet<String> = SETTINGS.iter().map(|setting| setting.key.to_owned()).collect();
+    assert_eq!(keys, known);
+    load_text(&shown).unwrap();
 }
 
 #[test]
