@@ -10,6 +10,7 @@ mod table;
 mod upgrade;
 mod watch;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -17,8 +18,13 @@ use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
 
 use crate::api::Selector;
 use crate::api::dto::upgrade::Upgrade;
-use crate::config::{self, Flag, Sources};
+use crate::config::{self, Flag, Origin, Sources};
 use crate::runtime::containerd::KEEP_LOG;
+
+/// What the environment may name that is no setting of the daemon.
+const CONFIG: &str = "NODE_ENGINE_CONFIG";
+const SOCKET: &str = "NODE_ENGINE_SOCKET";
+const LOG: &str = "NODE_ENGINE_LOG";
 
 /// The daemon on every machine of an edge cluster: runs workloads, connects them, reports the node.
 ///
@@ -37,14 +43,14 @@ pub struct Cli {
 
 #[derive(Clone, Debug, Default, Args)]
 struct SharedArgs {
-    /// Socket of the daemon to ask [default: api.sock in the run directory]
-    #[arg(long, global = true, value_name = "PATH", env = "NODE_ENGINE_SOCKET")]
+    /// Socket of the daemon to ask [default: api.sock in the run directory] [env: NODE_ENGINE_SOCKET]
+    #[arg(long, global = true, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Tell more: -v each turn taken, -vv everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// What is logged, such as `debug` or `info,node_engine::control=trace`
-    #[arg(long, global = true, value_name = "FILTER", env = "NODE_ENGINE_LOG")]
+    /// What is logged, such as `debug` or `info,node_engine::control=trace` [env: NODE_ENGINE_LOG]
+    #[arg(long, global = true, value_name = "FILTER")]
     log: Option<String>,
 }
 
@@ -87,8 +93,8 @@ pub struct DaemonArgs {
     /// How often an instance that falls is started again in its place before the cluster is told; 0: never [default: 5]
     #[arg(long, value_name = "N")]
     restart_limit: Option<String>,
-    /// Configuration file [default: /etc/node-engine/config.toml]
-    #[arg(long, value_name = "FILE", env = "NODE_ENGINE_CONFIG")]
+    /// Configuration file [default: /etc/node-engine/config.toml] [env: NODE_ENGINE_CONFIG]
+    #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 }
 
@@ -294,34 +300,54 @@ pub struct Question {
 /// What is logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogChoice {
-    pub filter: Option<String>,
+    /// A filter that somebody has written, and where.
+    pub filter: Option<(Origin, String)>,
     pub verbose: u8,
 }
 
+/// Variables by name.
+pub type Environment = BTreeMap<String, String>;
+
+/// Of this process, and below it what the service manager gives the daemon: whoever asks or removes it means the same node. Variables that
+/// are not text are nobody's setting.
+pub fn environment() -> Environment {
+    let mut environment = config::environment_file(Path::new(config::ENVIRONMENT_FILE));
+    let own = std::env::vars_os();
+    environment.extend(own.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))));
+    environment
+}
+
 impl Cli {
-    pub fn log(&self) -> LogChoice {
-        LogChoice { filter: self.shared.log.clone(), verbose: self.shared.verbose }
+    /// What was typed counts more than what the environment says.
+    pub fn log(&self, environment: &Environment) -> LogChoice {
+        let SharedArgs { log, verbose, .. } = &self.shared;
+        let filter = match (log, verbose) {
+            (Some(filter), _) => Some((Origin::Flag("--log"), filter.clone())),
+            (None, 0) => said(environment, LOG).map(|filter| (Origin::Environment(LOG), filter.to_owned())),
+            (None, _) => None,
+        };
+        LogChoice { filter, verbose: *verbose }
     }
 
     /// Sorts what was typed by what it asks for.
     ///
     /// # Errors
     /// Where options of the daemon stand before a command that does not take them.
-    pub fn task(self) -> Result<Task, clap::Error> {
+    pub fn task(self, environment: &Environment) -> Result<Task, clap::Error> {
         let Self { daemon, shared, command } = self;
         let command = match command {
-            None => return Ok(Task::Daemon(daemon.sources())),
-            Some(Command::Run(args)) => return Ok(Task::Daemon(daemon.under(args).sources())),
+            None => return Ok(Task::Daemon(daemon.sources(environment))),
+            Some(Command::Run(args)) => return Ok(Task::Daemon(daemon.under(args).sources(environment))),
             Some(Command::Standalone(args)) => {
-                let sources = daemon.under(args.daemon.clone()).sources();
+                let sources = daemon.under(args.daemon.clone()).sources(environment);
                 return Ok(Task::Standalone(sources, args.choice()));
             }
             Some(Command::Uninstall { daemon: args, purge }) => {
-                return Ok(Task::Uninstall { sources: daemon.under(args).sources(), purge });
+                return Ok(Task::Uninstall { sources: daemon.under(args).sources(environment), purge });
             }
             Some(Command::Upgrade { daemon: args, output, .. }) => {
-                let sources = daemon.under(args).sources();
-                let socket = shared.socket.unwrap_or_else(|| default_socket(&sources));
+                let sources = daemon.under(args).sources(environment);
+                let socket = shared.socket(&sources);
                 return Ok(Task::Upgrade { sources, socket, json: output.json });
             }
             Some(Command::Supervise { stage, directory, own }) => return Ok(Task::Supervise(stage, directory, own)),
@@ -359,7 +385,7 @@ impl Cli {
             | Command::KeepLog { .. }
             | Command::Interpret { .. } => unreachable!("returned above"),
         };
-        let socket = shared.socket.unwrap_or_else(|| default_socket(&daemon.sources()));
+        let socket = shared.socket(&daemon.sources(environment));
         Ok(Task::Ask(Question { socket, command: ask }))
     }
 }
@@ -379,9 +405,22 @@ impl Question {
     }
 }
 
+impl SharedArgs {
+    /// The socket that was named, or else where the daemon of this machine is configured to listen. A configuration that cannot be read is
+    /// the daemon's trouble.
+    fn socket(self, sources: &Sources) -> PathBuf {
+        if let Some(named) = self.socket.or_else(|| said(&sources.environment, SOCKET).map(PathBuf::from)) {
+            return named;
+        }
+        let run_dir = config::load(sources).map(|loaded| loaded.config.run_dir);
+        run_dir.as_deref().unwrap_or(Path::new("/run/node-engine")).join("api.sock")
+    }
+}
+
 impl DaemonArgs {
-    fn sources(&self) -> Sources {
-        Sources { file: self.config.clone(), environment: environment(), flags: self.flags() }
+    fn sources(&self, environment: &Environment) -> Sources {
+        let file = self.config.clone().or_else(|| said(environment, CONFIG).map(PathBuf::from));
+        Sources { file, environment: environment.clone(), flags: self.flags() }
     }
 
     fn flags(&self) -> Vec<Flag> {
@@ -438,19 +477,9 @@ impl StandaloneArgs {
     }
 }
 
-/// Of this process, and below it what the service manager gives the daemon: whoever asks or removes it means the same node. Variables that
-/// are not text are nobody's setting.
-fn environment() -> std::collections::BTreeMap<String, String> {
-    let mut environment = config::environment_file(Path::new(config::ENVIRONMENT_FILE));
-    let own = std::env::vars_os();
-    environment.extend(own.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))));
-    environment
-}
-
-/// Where the daemon of this machine is configured to listen. A configuration that cannot be read is the daemon's trouble.
-fn default_socket(sources: &Sources) -> PathBuf {
-    let run_dir = config::load(sources).map(|loaded| loaded.config.run_dir);
-    run_dir.as_deref().unwrap_or(Path::new("/run/node-engine")).join("api.sock")
+/// An empty variable is an unset one, as scripts have it.
+fn said<'a>(environment: &'a Environment, name: &str) -> Option<&'a str> {
+    environment.get(name).map(String::as_str).filter(|value| !value.is_empty())
 }
 
 fn host_and_port(text: &str) -> Result<(String, u16), String> {

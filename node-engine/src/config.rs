@@ -146,7 +146,7 @@ impl DatapathChoice {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RuntimeConfig {
-    /// `None`: the platform's default socket, or `DOCKER_HOST`.
+    /// `None`: the platform's default socket.
     pub docker_host: Option<String>,
     pub containerd: ContainerdChoice,
     /// containerd's namespace for everything of ours.

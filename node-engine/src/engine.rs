@@ -7,6 +7,7 @@
 mod build;
 mod checks;
 mod hardware;
+mod link;
 mod look;
 mod node;
 mod notify;
@@ -40,9 +41,10 @@ use crate::store::{Desired, Fate, Store};
 use crate::telemetry::devices::watch::Inventory;
 use crate::telemetry::readings::Readings;
 use crate::workload::{self, Plan, Wanted, Workload};
+use link::ClusterLink;
 use node::RunningNode;
 use notify::Notify;
-use route::{ClusterLink, Router, Sources};
+use route::{Router, Sources};
 use tasks::Tasks;
 
 pub use build::run;

@@ -17,6 +17,7 @@ pub mod names;
 mod net_dev;
 pub mod netmanager;
 pub mod netns;
+pub mod output;
 pub mod runtime;
 pub mod standalone;
 pub mod store;

@@ -5,9 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use node_engine::cli::{Cli, LogChoice, Task, shown_upgrade};
+use node_engine::cli::{Cli, LogChoice, Task, environment, shown_upgrade};
 use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
-use node_engine::{drain::Drain, engine, heap};
+use node_engine::{drain::Drain, engine, heap, output};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -16,9 +16,11 @@ use tracing_subscriber::EnvFilter;
 const QUIET: &str = "rumqttd=off,netlink_proto=error";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let log = cli.log();
-    let task = cli.task().unwrap_or_else(|error| error.exit());
+    let (task, log) = {
+        let (cli, environment) = (Cli::parse(), environment());
+        let log = cli.log(&environment);
+        (cli.task(&environment).unwrap_or_else(|error| error.exit()), log)
+    };
     if let Task::Supervise(stage, directory, own) = &task {
         return node_engine::runtime::supervised::run(stage, directory, own);
     }
@@ -46,8 +48,8 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let done: anyhow::Result<()> = match task {
         Task::Supervise(..) | Task::KeepLog(_) | Task::Interpret(..) => unreachable!("returned above"),
         Task::Version => {
-            println!("node-engine {}", env!("CARGO_PKG_VERSION"));
-            Ok(())
+            let version = concat!("node-engine ", env!("CARGO_PKG_VERSION"), "\n");
+            output::print(version.as_bytes()).context("write the version").map(drop)
         }
         Task::Ask(question) => {
             trace(log, "warn")?;
@@ -62,7 +64,7 @@ fn run(task: Task, log: &LogChoice) -> anyhow::Result<ExitCode> {
         Task::Upgrade { sources, socket, json } => {
             trace(log, "error")?;
             let found = multi_thread()?.block_on(engine::upgrade(config::load(&sources), &socket))?;
-            print!("{}", shown_upgrade(&found, json));
+            output::print(shown_upgrade(&found, json).as_bytes()).context("write what was found")?;
             return Ok(if found.hitless { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Task::Daemon(sources) => {
@@ -106,14 +108,15 @@ fn load(sources: &Sources) -> Result<config::Config, ConfigError> {
 
 /// Lines on the standard error: with colours on a terminal, without times where the journal adds its own.
 fn trace(log: &LogChoice, usual: &str) -> Result<(), BadFilter> {
-    let text = match (&log.filter, log.verbose) {
-        (Some(filter), _) => filter.clone(),
-        (None, 0) => format!("{usual},{QUIET}"),
-        (None, 1) => format!("info,{QUIET},node_engine=debug"),
-        (None, 2) => "debug,node_engine=trace".into(),
-        (None, _) => "trace".into(),
+    let filter = match (&log.filter, log.verbose) {
+        (Some((origin, text)), _) => {
+            EnvFilter::try_new(text).map_err(|_| BadFilter { origin: origin.clone(), text: text.clone() })?
+        }
+        (None, 0) => EnvFilter::new(format!("{usual},{QUIET}")),
+        (None, 1) => EnvFilter::new(format!("info,{QUIET},node_engine=debug")),
+        (None, 2) => EnvFilter::new("debug,node_engine=trace"),
+        (None, _) => EnvFilter::new("trace"),
     };
-    let filter = EnvFilter::try_new(&text).map_err(|_| BadFilter(text))?;
     let lines = tracing_subscriber::fmt()
         .compact()
         .with_target(log.verbose > 0)
@@ -128,11 +131,15 @@ fn trace(log: &LogChoice, usual: &str) -> Result<(), BadFilter> {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("--log: {0:?} is not a filter such as debug or info,node_engine::control=trace")]
-struct BadFilter(String);
+#[error("{origin}: {text:?} is not a filter such as debug or info,node_engine::control=trace")]
+struct BadFilter {
+    origin: Origin,
+    text: String,
+}
 
 /// Was it the command line that was wrong?
 fn is_usage(error: &anyhow::Error) -> bool {
     let typed = matches!(error.downcast_ref(), Some(ConfigError::Value { origin: Origin::Flag(_), .. }));
-    typed || error.is::<BadFilter>() || matches!(error.downcast_ref(), Some(ConfigError::NoCluster))
+    let filter = matches!(error.downcast_ref(), Some(BadFilter { origin: Origin::Flag(_), .. }));
+    typed || filter || matches!(error.downcast_ref(), Some(ConfigError::NoCluster))
 }

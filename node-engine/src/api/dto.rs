@@ -114,6 +114,8 @@ pub struct ClusterStatus {
     pub generation: String,
     /// This process is the cluster.
     pub standalone: bool,
+    /// Why there is no connection, or was none before this one; empty where nothing has gone wrong.
+    pub last_error: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -209,7 +211,7 @@ pub struct LogsQuery {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeployQuery {
-    /// 1 where it is not given.
+    /// Where it is not given, what the description says, or else 1.
     pub replicas: Option<u32>,
     /// Id or name of the node that shall run them.
     pub on: Option<String>,

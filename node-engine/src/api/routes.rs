@@ -102,7 +102,9 @@ async fn logs(
 pub(super) async fn instance_here(api: &Api, name: &str) -> Result<InstanceId, Refused> {
     let selector: Selector = parse(name)?;
     let known = api.node.instances().await?;
-    one_instance(&selector, &ids(known.iter().map(|known| (&known.service, known.number))))
+    let known = ids(known.iter().map(|known| (&known.service, known.number)));
+    let service = one_service(&selector, known.iter().map(|instance| &instance.service))?;
+    one_instance(&selector, service, &known)
 }
 
 async fn explain(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Explanation>, Refused> {
@@ -160,14 +162,14 @@ async fn deploy(
     let cluster = cluster(&api)?;
     let Query(query) = query?;
     let body = body?;
-    let deployed = cluster.deploy(body.into(), query.replicas.unwrap_or(1), query.on).await?;
+    let deployed = cluster.deploy(body.into(), query.replicas, query.on).await?;
     Ok(changed(&deployed))
 }
 
 async fn take_down(State(api): State<Api>, Path(name): Path<String>) -> Result<Json<Changed>, Refused> {
     let cluster = cluster(&api)?;
     let selector: Selector = parse(&name)?;
-    let service = one_service(&selector, &cluster_ids(cluster).await?)?;
+    let service = one_service(&selector, &cluster.services().await?)?;
     let target = match selector.number {
         Some(number) => Target::Instance(InstanceId { service, number }),
         None => Target::Service(service),
@@ -183,14 +185,16 @@ async fn replicate(State(api): State<Api>, body: Result<Bytes, BytesRejection>) 
         let hint = format!("{selector} is one instance: name the service to replicate");
         return Err(Refused::new(StatusCode::BAD_REQUEST, hint));
     }
-    let service = one_service(&selector, &cluster_ids(cluster).await?)?;
+    let service = one_service(&selector, &cluster.services().await?)?;
     Ok(changed(&cluster.replicate(service, wanted.replicas).await?))
 }
 
 async fn move_instance(State(api): State<Api>, body: Result<Bytes, BytesRejection>) -> Result<Json<Changed>, Refused> {
     let cluster = cluster(&api)?;
     let wanted: Move = json(&body?)?;
-    let instance = one_instance(&parse(&wanted.instance)?, &cluster_ids(cluster).await?)?;
+    let selector: Selector = parse(&wanted.instance)?;
+    let service = one_service(&selector, &cluster.services().await?)?;
+    let instance = one_instance(&selector, service, &cluster_ids(cluster).await?)?;
     Ok(changed(&[cluster.move_instance(instance, wanted.node).await?]))
 }
 
@@ -217,9 +221,16 @@ fn ids<'a>(known: impl Iterator<Item = (&'a String, u32)>) -> Vec<InstanceId> {
     known.filter_map(|(service, number)| Some(InstanceId { service: service.parse().ok()?, number })).collect()
 }
 
-fn one_service(selector: &Selector, known: &[InstanceId]) -> Result<ServiceName, Refused> {
-    selector.service(known.iter().map(|instance| &instance.service)).map_err(|unresolved| match unresolved {
-        Unresolved::Nothing => Refused::new(StatusCode::NOT_FOUND, format!("nothing here is called {selector}")),
+fn one_service<'a>(
+    selector: &Selector,
+    known: impl IntoIterator<Item = &'a ServiceName>,
+) -> Result<ServiceName, Refused> {
+    selector.service(known).map_err(|unresolved| match unresolved {
+        Unresolved::Nothing => {
+            let full = format!("app.default.{}.default", selector.name());
+            let error = format!("nothing here is called {selector}; the full name of a service is such as {full}");
+            Refused::new(StatusCode::NOT_FOUND, error)
+        }
         Unresolved::Ambiguous(services) => {
             let names: Vec<_> = services.iter().map(ToString::to_string).collect();
             let error = format!("{selector} is the name of several services: say which of {}", names.join(", "));
@@ -229,14 +240,13 @@ fn one_service(selector: &Selector, known: &[InstanceId]) -> Result<ServiceName,
 }
 
 /// The number may be left out where the service has one instance.
-fn one_instance(selector: &Selector, known: &[InstanceId]) -> Result<InstanceId, Refused> {
-    let service = one_service(selector, known)?;
+fn one_instance(selector: &Selector, service: ServiceName, known: &[InstanceId]) -> Result<InstanceId, Refused> {
     let numbers: Vec<u32> =
         known.iter().filter(|instance| instance.service == service).map(|instance| instance.number).collect();
     match (selector.number, numbers.as_slice()) {
         (Some(number), _) => Ok(InstanceId { service, number }),
         (None, [number]) => Ok(InstanceId { service, number: *number }),
-        (None, []) => Err(Refused::new(StatusCode::NOT_FOUND, format!("nothing here is called {selector}"))),
+        (None, []) => Err(Refused::new(StatusCode::NOT_FOUND, format!("{service} has no instance here"))),
         (None, many) => {
             let names: Vec<_> = many.iter().map(|number| format!("{}#{number}", service.short())).collect();
             let error = format!("{selector} has {} instances: say which of {}", many.len(), names.join(", "));

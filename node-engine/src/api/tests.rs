@@ -1,5 +1,6 @@
 //! Server and client over a real socket, with a node and a cluster that live in memory.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -83,22 +84,27 @@ impl NodeApi for MemoryNode {
 
 /// A cluster that keeps what was deployed, under the name the description consists of.
 #[derive(Default)]
-struct MemoryCluster(Mutex<Vec<(InstanceId, String)>>);
+struct MemoryCluster {
+    instances: Mutex<Vec<(InstanceId, String)>>,
+    services: Mutex<BTreeSet<ServiceName>>,
+}
 
 #[async_trait]
 impl ClusterApi for MemoryCluster {
     async fn deploy(
         &self,
         document: Vec<u8>,
-        replicas: u32,
+        replicas: Option<u32>,
         on: Option<String>,
     ) -> Result<Vec<InstanceId>, ClusterApiError> {
         let text = String::from_utf8_lossy(&document).into_owned();
         let refused = |error: crate::model::InvalidName| ClusterApiError::Document { reason: error.to_string() };
         let service: ServiceName = text.trim().parse().map_err(refused)?;
-        let new: Vec<_> = (0..replicas).map(|number| InstanceId { service: service.clone(), number }).collect();
+        let number = |number| InstanceId { service: service.clone(), number };
+        let new: Vec<_> = (0..replicas.unwrap_or(1)).map(number).collect();
         let on = on.unwrap_or_default();
-        self.0.lock().unwrap().extend(new.iter().map(|instance| (instance.clone(), on.clone())));
+        self.instances.lock().unwrap().extend(new.iter().map(|instance| (instance.clone(), on.clone())));
+        self.services.lock().unwrap().insert(service);
         Ok(new)
     }
 
@@ -107,23 +113,25 @@ impl ClusterApi for MemoryCluster {
             Target::Service(service) => instance.service == *service,
             Target::Instance(one) => instance == one,
         };
-        let mut held = self.0.lock().unwrap();
+        let mut held = self.instances.lock().unwrap();
         let gone: Vec<_> = held.iter().map(|(instance, _)| instance).filter(|one| meant(one)).cloned().collect();
         held.retain(|(instance, _)| !meant(instance));
-        match (gone.is_empty(), target) {
-            (true, Target::Service(service)) => Err(ClusterApiError::UnknownService(service)),
-            (true, Target::Instance(instance)) => Err(ClusterApiError::UnknownInstance(instance)),
-            (false, _) => Ok(gone),
+        match target {
+            Target::Service(service) if !self.services.lock().unwrap().remove(&service) => {
+                Err(ClusterApiError::UnknownService(service))
+            }
+            Target::Instance(instance) if gone.is_empty() => Err(ClusterApiError::UnknownInstance(instance)),
+            Target::Service(_) | Target::Instance(_) => Ok(gone),
         }
     }
 
     async fn replicate(&self, service: ServiceName, replicas: u32) -> Result<Vec<InstanceId>, ClusterApiError> {
-        self.0.lock().unwrap().retain(|(instance, _)| instance.service != service);
-        self.deploy(service.to_string().into_bytes(), replicas, None).await
+        self.instances.lock().unwrap().retain(|(instance, _)| instance.service != service);
+        self.deploy(service.to_string().into_bytes(), Some(replicas), None).await
     }
 
     async fn move_instance(&self, instance: InstanceId, node: String) -> Result<InstanceId, ClusterApiError> {
-        let mut held = self.0.lock().unwrap();
+        let mut held = self.instances.lock().unwrap();
         let found = held.iter_mut().find(|(one, _)| *one == instance);
         found.ok_or_else(|| ClusterApiError::UnknownInstance(instance.clone()))?.1 = node;
         Ok(instance)
@@ -134,7 +142,7 @@ impl ClusterApi for MemoryCluster {
     }
 
     async fn instances(&self) -> Result<Vec<ClusterInstance>, ClusterApiError> {
-        let held = self.0.lock().unwrap();
+        let held = self.instances.lock().unwrap();
         let instance = |(id, node): &(InstanceId, String)| ClusterInstance {
             service: id.service.to_string(),
             number: id.number,
@@ -142,6 +150,10 @@ impl ClusterApi for MemoryCluster {
             ..ClusterInstance::default()
         };
         Ok(held.iter().map(instance).collect())
+    }
+
+    async fn services(&self) -> Result<Vec<ServiceName>, ClusterApiError> {
+        Ok(self.services.lock().unwrap().iter().cloned().collect())
     }
 }
 
@@ -195,7 +207,8 @@ async fn the_node_is_asked() {
     }
     let unknown = refusal(daemon.client.logs(&selector("web#3"), None).await);
     assert_eq!(unknown, "no instance app.default.web.default.instance.3 on this node");
-    assert_eq!(refusal(daemon.client.logs(&selector("cache"), None).await), "nothing here is called cache");
+    let nothing = "nothing here is called cache; the full name of a service is such as app.default.cache.default";
+    assert_eq!(refusal(daemon.client.logs(&selector("cache"), None).await), nothing);
 }
 
 #[tokio::test]
@@ -236,6 +249,21 @@ async fn a_cluster_is_asked_by_short_names() {
     assert_eq!(refusal(client.delete(&selector(WEB)).await), "no service app.default.web.default in this cluster");
     let refused = refusal(client.deploy("nonsense".into(), None, None).await);
     assert!(refused.starts_with("the description is refused: "), "{refused}");
+}
+
+#[tokio::test]
+async fn a_service_without_instances_is_asked_by_its_short_name_too() {
+    let daemon = daemon(a_cluster(), &[]);
+    let client = &daemon.client;
+    client.deploy(WEB.into(), None, None).await.unwrap();
+    assert!(client.replicate(&selector("web"), 0).await.unwrap().instances.is_empty());
+    let none = refusal(client.move_instance(&selector("web"), "edge-2").await);
+    assert_eq!(none, "app.default.web.default has no instance here");
+    assert_eq!(client.replicate(&selector("web"), 2).await.unwrap().instances.len(), 2);
+    client.replicate(&selector("web"), 0).await.unwrap();
+    assert!(client.delete(&selector("web")).await.unwrap().instances.is_empty());
+    let gone = refusal(client.delete(&selector("web")).await);
+    assert!(gone.starts_with("nothing here is called web; ") && gone.ends_with(WEB), "{gone}");
 }
 
 #[tokio::test]

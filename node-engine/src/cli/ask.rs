@@ -123,6 +123,7 @@ fn status(status: &Status) -> String {
         ("node", status.node.name.clone()),
         ("id", status.node.id.clone()),
         ("cluster", format!("{cluster}, {connection} for {}{generation}", seconds(status.cluster.since_seconds))),
+        ("last error", if status.cluster.connected { String::new() } else { status.cluster.last_error.clone() }),
         ("runs", status.node.technologies.join(", ")),
         ("instances", format!("{} running", status.running)),
     ];
@@ -262,7 +263,7 @@ mod tests {
 
     #[test]
     fn status_says_who_where_and_why() {
-        let known = Status {
+        let mut known = Status {
             version: "0.1.0".into(),
             pid: 7,
             uptime_seconds: 61,
@@ -273,6 +274,7 @@ mod tests {
                 since_seconds: 5,
                 generation: "g4".into(),
                 standalone: false,
+                last_error: "connection refused".into(),
             },
             network: Some(NetworkStatus {
                 datapath: "tun".into(),
@@ -305,6 +307,9 @@ mod tests {
              PACKETS  COUNT\n\
              sent     3\n"
         );
+        known.cluster.connected = false;
+        let lines = "cluster      c.example, not connected for 5s, generation g4\nlast error   connection refused\n";
+        assert!(status(&known).contains(lines), "{}", status(&known));
     }
 
     #[test]

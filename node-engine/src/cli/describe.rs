@@ -40,7 +40,7 @@ pub(super) struct DeployArgs {
     /// Device of the node, by its name in `node-engine hardware` or as vendor/class=name (CDI); may be repeated
     #[arg(long = "device", requires = "image", value_name = "NAME")]
     devices: Vec<String>,
-    /// What runs it: container, unikernel, wasm
+    /// What runs it: container (or docker), containerd, unikernel, wasm, process, or an OCI runtime by its name
     #[arg(long, requires = "image", value_name = "TECHNOLOGY", default_value = "container")]
     technology: String,
     /// It is meant to end: exit code 0 means completed
@@ -53,8 +53,8 @@ pub(super) struct DeployArgs {
     /// How much an instance weighs (0 to 100) where that decides; may be repeated
     #[arg(long = "weight", requires = "image", value_name = "NUMBER=WEIGHT", value_parser = weight)]
     weights: Vec<(u32, u32)>,
-    /// How many instances
-    #[arg(long, value_name = "N")]
+    /// How many instances [default: as many as the description says, or 1]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub(super) replicas: Option<u32>,
     /// Name or id of the node to run on
     #[arg(long, value_name = "NODE")]
@@ -112,6 +112,11 @@ fn read(from: impl Read, shown: &str) -> anyhow::Result<Vec<u8>> {
         bail!("{shown} is longer than {} KiB: it is no description of a service", LARGEST_BODY / 1024);
     }
     Ok(document)
+}
+
+fn at_least_one(text: &str) -> Result<u32, String> {
+    let number = text.parse::<u32>().ok().filter(|number| *number > 0);
+    number.ok_or_else(|| "expected a number from 1 on; `node-engine replicate` takes instances away".into())
 }
 
 fn policy(text: &str) -> Result<Policy, String> {

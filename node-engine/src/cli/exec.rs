@@ -1,6 +1,6 @@
 //! A command in an instance: this terminal becomes its terminal, this process ends with its exit code.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use crate::api::Selector;
 use crate::api::client::{Client, CommandInput, CommandOutput, Piece};
 use crate::api::dto::look::Terminal;
+use crate::output::write;
 
 /// Pieces of input that may wait.
 const PIECES: usize = 16;
@@ -54,6 +55,7 @@ impl ExecArgs {
     }
 }
 
+/// Until the command ends, or the reader has had enough: the command's input ends with this process.
 async fn print(mut output: CommandOutput) -> anyhow::Result<u8> {
     loop {
         let written = match output.next().await? {
@@ -61,13 +63,10 @@ async fn print(mut output: CommandOutput) -> anyhow::Result<u8> {
             Piece::Error(bytes) => write(&mut std::io::stderr().lock(), &bytes),
             Piece::Exit(code) => return Ok(u8::try_from(code).unwrap_or(NO_CODE)),
         };
-        written.context("write what the command says")?;
+        if !written.context("write what the command says")? {
+            return Ok(0);
+        }
     }
-}
-
-fn write(to: &mut impl Write, bytes: &[u8]) -> std::io::Result<()> {
-    to.write_all(bytes)?;
-    to.flush()
 }
 
 /// Carries our input to the command until there is none, and tells it when our terminal changes its size.

@@ -4,8 +4,15 @@ use super::*;
 use crate::cli::ask::Ask;
 
 fn task(line: &str) -> Result<Task, String> {
-    let words = std::iter::once("node-engine").chain(line.split(' ').filter(|word| !word.is_empty()));
-    Cli::try_parse_from(words).and_then(Cli::task).map_err(|error| error.to_string())
+    task_in(line, &Environment::new())
+}
+
+fn task_in(line: &str, environment: &Environment) -> Result<Task, String> {
+    typed(line).and_then(|cli| cli.task(environment)).map_err(|error| error.to_string())
+}
+
+fn typed(line: &str) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once("node-engine").chain(line.split(' ').filter(|word| !word.is_empty())))
 }
 
 fn flags(line: &str) -> Vec<(&'static str, String)> {
@@ -43,7 +50,6 @@ fn every_flag_sets_a_setting_that_exists() {
                 --on-exit stop --state-dir /s --run-dir /r --docker-host unix:///d";
     let Task::Daemon(sources) = task(line).unwrap() else { panic!("not a daemon") };
     assert_eq!(sources.flags.len(), 11);
-    let sources = Sources { environment: Default::default(), ..sources };
     let config = config::load(&sources).unwrap().config;
     assert_eq!(config.cluster.host, "c");
     assert_eq!(config.node_name, "n");
@@ -84,6 +90,53 @@ fn questions_go_to_the_socket_that_was_named() {
     assert_eq!((instance.to_string(), tail, follow), ("web#0".to_owned(), Some(5), false));
 }
 
+/// A service and whoever asks or removes it mean the same node.
+#[test]
+fn what_the_environment_says_counts_for_every_command_until_something_else_is_typed() {
+    let environment: Environment = [
+        (CONFIG, "/dev/null"),
+        (SOCKET, "/e/api.sock"),
+        (LOG, "trace"),
+        ("DOCKER_HOST", "unix:///e/docker.sock"),
+        ("NODE_ENGINE_STATE_DIR", "/e/state"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
+    for line in ["", "run", "standalone", "uninstall", "upgrade --check"] {
+        let (Task::Daemon(sources)
+        | Task::Standalone(sources, _)
+        | Task::Uninstall { sources, .. }
+        | Task::Upgrade { sources, .. }) = task_in(line, &environment).unwrap()
+        else {
+            panic!("{line:?} has no configuration")
+        };
+        assert_eq!(sources.file.as_deref(), Some(Path::new("/dev/null")), "{line:?}");
+        let config = config::load(&sources).unwrap().config;
+        assert_eq!(config.runtime.docker_host.as_deref(), Some("unix:///e/docker.sock"), "{line:?}");
+        assert_eq!(config.state_dir, PathBuf::from("/e/state"), "{line:?}");
+    }
+    let socket = |line: &str, environment: &Environment| match task_in(line, environment).unwrap() {
+        Task::Ask(question) => question.socket,
+        Task::Upgrade { socket, .. } => socket,
+        other => panic!("{line:?} is {other:?}"),
+    };
+    assert_eq!(socket("status", &environment), PathBuf::from("/e/api.sock"));
+    assert_eq!(socket("upgrade --check", &environment), PathBuf::from("/e/api.sock"));
+    assert_eq!(socket("--socket /t/api.sock status", &environment), PathBuf::from("/t/api.sock"));
+    // Set to nothing: not set.
+    let unset = Environment::from([(SOCKET.to_owned(), String::new())]);
+    assert_eq!(socket("--run-dir /x status", &unset), PathBuf::from("/x/api.sock"));
+    // Also where it stands before the command.
+    for line in ["--config /t.toml", "--config /t.toml run", "run --config /t.toml"] {
+        let Ok(Task::Daemon(sources)) = task_in(line, &environment) else { panic!("{line:?} is no daemon") };
+        assert_eq!(sources.file.as_deref(), Some(Path::new("/t.toml")), "{line:?}");
+    }
+    let log = |line: &str| typed(line).unwrap().log(&environment).filter;
+    assert_eq!(log("status"), Some((Origin::Environment(LOG), "trace".to_owned())));
+    assert_eq!(log("status --log info"), Some((Origin::Flag("--log"), "info".to_owned())));
+    assert_eq!(log("status -v"), None);
+}
+
 #[test]
 fn a_run_directory_is_where_its_socket_is() {
     assert_eq!(question("--run-dir /x status").socket, PathBuf::from("/x/api.sock"));
@@ -118,6 +171,8 @@ fn deploy_takes_a_file_or_an_image_with_a_name() {
         "deploy f --image i --name n",
         "deploy --image i --name a.b",
         "deploy f --memory 1",
+        "deploy f --replicas 0",
+        "deploy f --replicas many",
     ] {
         assert!(task(bad).is_err(), "{bad}");
     }

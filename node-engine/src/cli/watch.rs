@@ -1,7 +1,7 @@
 //! What is shown once or again and again. With `--watch` each screen also says how fast things change. On a terminal a screen
 //! replaces the one before; elsewhere they follow each other, and as JSON they are one document a line.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -9,6 +9,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::api::client::ClientError;
+use crate::output;
 
 /// The shortest time between two screens.
 const SHORTEST: f64 = 0.1;
@@ -73,12 +74,7 @@ fn json(text: serde_json::Result<String>) -> String {
 
 /// False where the reader has had enough (`| head`).
 pub(super) fn print(text: &[u8]) -> anyhow::Result<bool> {
-    let mut output = std::io::stdout().lock();
-    match output.write_all(text).and_then(|()| output.flush()) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(error) => Err(error).context("write the answer"),
-    }
+    output::print(text).context("write the answer")
 }
 
 fn pause(text: &str) -> Result<f64, String> {

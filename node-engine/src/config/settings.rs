@@ -17,7 +17,7 @@ use crate::runtime::registries::is_place;
 /// One setting.
 pub(super) struct Setting {
     pub(super) key: &'static str,
-    /// Names in the environment, the strongest first; the others are those of the first generation.
+    /// Names in the environment, the strongest first; the others are those of the first generation, and of other programs.
     pub(super) environment: &'static [&'static str],
     /// Reads the text. The error says what was expected.
     pub(super) set: fn(&mut Draft, &str) -> Result<(), String>,
@@ -169,7 +169,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "runtime.docker_host",
-        environment: &["NODE_ENGINE_DOCKER_HOST"],
+        environment: &["NODE_ENGINE_DOCKER_HOST", "DOCKER_HOST"],
         set: |draft, text| docker_host(text).map(|host| draft.config.runtime.docker_host = Some(host)),
     },
     Setting {

@@ -1,35 +1,47 @@
-//! How long to wait before trying again.
+//! How long to wait before trying again, and what to say meanwhile.
 
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use tokio::time::Instant;
+
+use crate::wire::json::head;
+
 const FIRST: Duration = Duration::from_secs(1);
+
+/// Failures that take turns are each said so often.
+const LATELY: Duration = Duration::from_secs(600);
+/// So many complaints are remembered.
+const MOST: usize = 16;
+/// So much of a text tells what it is about.
+const LONGEST: usize = 256;
 
 /// Doubling waits from one second up to a limit, each shortened by up to half at random, so that the nodes of a cluster that
 /// comes back do not all come at once.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub(crate) struct Backoff {
     longest: Duration,
     failures: u32,
     random: RandomState,
 }
 
 impl Backoff {
-    pub(super) fn up_to_a_minute() -> Self {
+    pub(crate) fn up_to_a_minute() -> Self {
         Self::up_to_seconds(60)
     }
 
-    pub(super) fn up_to_seconds(seconds: u64) -> Self {
+    pub(crate) fn up_to_seconds(seconds: u64) -> Self {
         Self { longest: Duration::from_secs(seconds), failures: 0, random: RandomState::new() }
     }
 
     /// What was tried worked: the next failure starts anew.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.failures = 0;
     }
 
     /// The wait after one more failure.
-    pub(super) fn next(&mut self) -> Duration {
+    pub(crate) fn next(&mut self) -> Duration {
         let dice = self.random.hash_one(self.failures);
         let wait = wait(self.failures, self.longest, dice);
         self.failures = self.failures.saturating_add(1);
@@ -46,21 +58,44 @@ fn wait(failures: u32, longest: Duration, dice: u64) -> Duration {
 
 /// Remembers what was complained about, so that a failure that repeats is said once.
 #[derive(Debug, Default)]
-pub(super) struct Complaints(Option<String>);
+pub(crate) struct Complaints {
+    /// What was said, and when; the last of it at the end.
+    said: VecDeque<(String, Instant)>,
+}
 
 impl Complaints {
-    /// True the first time, and whenever it differs from the last one.
-    pub(super) fn is_new(&mut self, complaint: &str) -> bool {
-        if self.0.as_deref() == Some(complaint) {
+    /// True the first time, and whenever it differs from the one that was said last, unless it was said a short while ago.
+    pub(crate) fn is_new(&mut self, complaint: &str, now: Instant) -> bool {
+        let last = self.said.back().is_some_and(|(last, _)| *last == complaint);
+        let lately = |when: Instant| now.saturating_duration_since(when) < LATELY;
+        if last || self.said.iter().any(|(said, when)| *said == complaint && lately(*when)) {
             return false;
         }
-        self.0 = Some(complaint.to_owned());
+        self.said.retain(|(said, _)| *said != complaint);
+        if self.said.len() == MOST {
+            self.said.pop_front();
+        }
+        self.said.push_back((complaint.to_owned(), now));
         true
     }
 
-    pub(super) fn settle(&mut self) {
-        self.0 = None;
+    /// All is well: whatever comes next is news.
+    pub(crate) fn settle(&mut self) {
+        self.said.clear();
     }
+}
+
+/// What two texts about the same failure have in common: not their numbers, some of which are others with every try (ports, ages).
+pub(crate) fn outline(text: &str) -> String {
+    let mut outline = String::new();
+    for letter in head(text, LONGEST).chars() {
+        match letter {
+            '0'..='9' if outline.ends_with('#') => {}
+            '0'..='9' => outline.push('#'),
+            other => outline.push(other),
+        }
+    }
+    outline
 }
 
 #[cfg(test)]
@@ -91,10 +126,36 @@ mod tests {
 
     #[test]
     fn a_repeated_complaint_is_said_once() {
-        let mut complaints = Complaints::default();
-        let said: Vec<bool> = ["a", "a", "b", "a", "a"].map(|text| complaints.is_new(text)).into();
-        assert_eq!(said, [true, false, true, true, false]);
+        let (mut complaints, begin) = (Complaints::default(), Instant::now());
+        let mut said = |texts: &[&str], minute: u64| -> Vec<bool> {
+            let now = begin + Duration::from_secs(60 * minute);
+            texts.iter().map(|text| complaints.is_new(text, now)).collect()
+        };
+        assert_eq!(said(&["a", "a", "b", "b"], 0), [true, false, true, false]);
+        assert_eq!(said(&["a", "b", "a"], 1), [false; 3], "they take turns");
+        assert_eq!(said(&["c"], 2), [true], "a third one is news all the same");
+        assert_eq!(
+            said(&["a", "a"], 11),
+            [true, false],
+            "so that the last one that was said is not long the wrong one"
+        );
+        assert_eq!(said(&["a"], 500), [false], "it is the same still");
         complaints.settle();
-        assert!(complaints.is_new("a"));
+        assert!(complaints.is_new("a", begin));
+    }
+
+    #[test]
+    fn complaints_that_never_end_are_bounded() {
+        let (mut complaints, now) = (Complaints::default(), Instant::now());
+        for number in 0..10 * MOST {
+            assert!(complaints.is_new(&number.to_string(), now));
+        }
+        assert_eq!(complaints.said.len(), MOST);
+    }
+
+    #[test]
+    fn an_outline_has_no_numbers_and_an_end() {
+        assert_eq!(outline("expired 1234567 s ago: os error 5"), "expired # s ago: os error #");
+        assert_eq!(outline(&"x".repeat(10 * LONGEST)).len(), LONGEST);
     }
 }

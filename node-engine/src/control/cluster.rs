@@ -25,7 +25,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::ControlPlane;
-use super::backoff::{Backoff, Complaints};
+use super::backoff::{Backoff, Complaints, outline};
 use super::encode::{Encoder, Message};
 use super::exception::Exception;
 use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, Unacknowledged, WINDOW};
@@ -38,7 +38,7 @@ use crate::model::{
     Command, Generation, InstanceId, NodeFacts, NodeIdentity, NodeUsage, Query, Report, Sent, ServiceName, TableAnswer,
 };
 use crate::wire::ToNode;
-use crate::wire::json::excerpt;
+use crate::wire::json::{excerpt, head};
 
 /// An outage after which the cluster may have forgotten the node.
 const LONG_OUTAGE: Duration = Duration::from_secs(10);
@@ -48,7 +48,13 @@ const REPEAT: Duration = Duration::from_secs(60);
 
 /// A connection that ends sooner does not end the waiting: an oversized message may come again with every subscription, or
 /// another node of the same name may take the connection over.
-const STABLE: Duration = Duration::from_secs(10);
+pub(crate) const STABLE: Duration = Duration::from_secs(10);
+
+/// So many such connections in a row are no accident.
+pub(crate) const SHORT_LIVED: u32 = 3;
+
+/// So much of an error is told to whoever asks how things stand.
+const LONGEST_TROUBLE: usize = 1024;
 
 /// A try costs a handshake, and everything the cluster says meanwhile is lost: the longest wait is short.
 const LONGEST_RECONNECT: u64 = 5;
@@ -183,6 +189,10 @@ struct Session {
     connected: bool,
     link_backoff: Backoff,
     link_complaints: Complaints,
+    /// Connections in a row that were not stable.
+    short_lived: u32,
+    /// What was told last of why there is no connection.
+    trouble: String,
     operations: FuturesUnordered<BoxFuture<'static, Done>>,
     /// When the broker was last heard while something was outstanding.
     heard_at: Instant,
@@ -236,6 +246,8 @@ impl Session {
             connected: false,
             link_backoff: Backoff::up_to_seconds(LONGEST_RECONNECT),
             link_complaints: Complaints::default(),
+            short_lived: 0,
+            trouble: String::new(),
             operations: FuturesUnordered::new(),
             heard_at: now,
             interests: BTreeSet::new(),
@@ -367,13 +379,15 @@ impl Session {
         let silent = (!self.operations.is_empty()).then(|| self.heard_at + self.silence);
         // Whoever stops begins nothing any more.
         let begins = [self.register_at, self.connect_at].map(|due| due.filter(|_| self.deadline.is_none()));
-        let due = [begins[0], begins[1], silent, self.deadline];
+        let stable = self.up_since.filter(|_| self.short_lived > 0).map(|since| since + STABLE);
+        let due = [begins[0], begins[1], stable, silent, self.deadline];
         due.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))
     }
 
     /// Begins whatever is due.
     fn advance(&mut self) {
         let now = Instant::now();
+        self.settle(now);
         if self.deadline.is_none() {
             if self.registering.is_none() && self.register_at.is_some_and(|due| due <= now) {
                 self.register_at = None;
@@ -403,11 +417,12 @@ impl Session {
             Ok(registration) => registration,
             Err(error) => {
                 let wait = self.register_backoff.next();
-                if self.register_complaints.is_new(error.kind()) {
+                if self.register_complaints.is_new(&error.cause(), Instant::now()) {
                     warn!(%error, "registration failed, trying again for ever");
                 } else {
                     debug!(%error, ?wait, "registration failed");
                 }
+                self.trouble(&error.to_string());
                 self.register_at = Some(Instant::now() + wait);
                 return;
             }
@@ -422,7 +437,7 @@ impl Session {
         self.encoder.address = address;
         self.identity = Some(identity.clone());
         if !same && self.link.is_some() {
-            self.drop_link();
+            self.drop_link("the cluster gave this node another id");
         }
         let subnet = identity.subnet;
         self.tell(Command::Registered(identity));
@@ -483,8 +498,11 @@ impl Session {
     fn up(&mut self) {
         let now = Instant::now();
         let Some(identity) = self.identity.clone() else { return };
-        self.link_complaints.settle();
-        info!(id = %identity.id, dropped = self.outbox.dropped, "connected to the broker");
+        if self.short_lived < SHORT_LIVED {
+            info!(id = %identity.id, dropped = self.outbox.dropped, "connected to the broker");
+        } else {
+            debug!(id = %identity.id, dropped = self.outbox.dropped, "connected to the broker");
+        }
         self.up_since = Some(now);
         self.heard_at = now;
         self.exception.forget();
@@ -512,17 +530,23 @@ impl Session {
 
     fn down(&mut self, reason: &str) {
         let now = Instant::now();
-        let lived = self.up_since.map(|since| now - since);
-        if self.link_complaints.is_new(reason) {
+        self.settle(now);
+        let short = self.up_since.is_some_and(|since| now - since < STABLE);
+        self.short_lived = self.short_lived.saturating_add(u32::from(short));
+        if short && self.short_lived == SHORT_LIVED {
+            warn!(
+                reason,
+                node = self.registrar.facts.host,
+                "connections to the broker end soon: another node may have this name; give each its own (`node_name`)"
+            );
+        } else if self.link_complaints.is_new(&outline(reason), now) {
             warn!(reason, "no connection to the broker, trying again for ever");
         } else {
             debug!(reason, "no connection to the broker");
         }
         let lost_at = *self.lost_at.get_or_insert(now);
-        self.drop_link();
-        if lived.is_some_and(|lived| lived >= STABLE) {
-            self.link_backoff.reset();
-        }
+        self.drop_link(reason);
+        self.trouble(reason);
         self.connect_at = Some(now + self.link_backoff.next());
         // The broker may have moved, or come back to a cluster that has forgotten this node.
         let forgotten = lost_at + LONG_OUTAGE;
@@ -533,7 +557,19 @@ impl Session {
         }
     }
 
-    fn drop_link(&mut self) {
+    /// What goes wrong after a stable connection is news, and worth a try at once.
+    fn settle(&mut self, now: Instant) {
+        if self.up_since.is_none_or(|since| now - since < STABLE) {
+            return;
+        }
+        self.link_backoff.reset();
+        self.link_complaints.settle();
+        if std::mem::take(&mut self.short_lived) >= SHORT_LIVED {
+            info!("the connection to the broker lasts again");
+        }
+    }
+
+    fn drop_link(&mut self, reason: &str) {
         self.link = None;
         self.up_since = None;
         self.operations.clear();
@@ -541,7 +577,22 @@ impl Session {
         self.subscribing = 0;
         self.outbox.lost();
         if std::mem::take(&mut self.connected) {
-            self.tell(Command::Disconnected);
+            head(reason, LONGEST_TROUBLE).clone_into(&mut self.trouble);
+            self.tell(Command::Disconnected(self.trouble.clone()));
+        }
+    }
+
+    /// Tells what is in the way of a connection, where it is something else than before.
+    fn trouble(&mut self, error: &str) {
+        let error = head(error, LONGEST_TROUBLE);
+        if self.trouble == error {
+            return;
+        }
+        error.clone_into(&mut self.trouble);
+        // Only the last of it matters to whoever comes late.
+        match self.inbox.back_mut() {
+            Some(Command::Trouble(last)) => error.clone_into(last),
+            _ => self.tell(Command::Trouble(error.to_owned())),
         }
     }
 
@@ -634,48 +685,4 @@ fn updates_topic(service: &ServiceName) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn session() -> Session {
-        let cluster = ClusterConfig { host: "h".into(), port: None, tls: false, generation: None, mqtt_tls: None };
-        let (facts, public_address) = (NodeFacts::default(), None);
-        let http = http_client(false).expect("a client");
-        let registrar = Registrar { http, cluster, facts, public_address, tunnel_port: 50103 };
-        Session { up_since: Some(Instant::now()), ..Session::new(registrar, NodeUsage::default(), None, SILENCE) }
-    }
-
-    /// What is still to be sent is sent in the order subscriptions, ends of subscriptions.
-    #[tokio::test]
-    async fn an_interest_that_goes_and_comes_back_stays_subscribed() {
-        let service: ServiceName = "app.default.web.test".parse().expect("a name");
-        let topic = updates_topic(&service);
-        let mut session = session();
-        let say = |session: &mut Session, report: fn(ServiceName) -> Report| session.report(report(service.clone()));
-        say(&mut session, Report::InterestAdd);
-        assert_eq!(session.subscribe, [vec![topic.clone()]]);
-        session.subscribe.clear();
-        say(&mut session, Report::InterestRemove);
-        assert_eq!(session.unsubscribe, std::slice::from_ref(&topic));
-        say(&mut session, Report::InterestAdd);
-        assert!(session.subscribe.is_empty() && session.unsubscribe.is_empty(), "the broker has it still");
-        say(&mut session, Report::InterestRemove);
-        session.unsubscribe.clear();
-
-        say(&mut session, Report::InterestAdd);
-        say(&mut session, Report::InterestRemove);
-        assert!(session.subscribe.is_empty() && session.unsubscribe.is_empty(), "the broker never had it");
-        say(&mut session, Report::InterestAdd);
-        assert_eq!(session.subscribe, [vec![topic]]);
-    }
-
-    #[tokio::test]
-    async fn whoever_stops_waits_for_nothing_that_is_not_begun_any_more() {
-        let mut session = session();
-        let now = Instant::now();
-        (session.register_at, session.connect_at) = (Some(now), Some(now));
-        assert_eq!(session.wake_at(), now);
-        session.deadline = Some(now + Duration::from_secs(20));
-        assert_eq!(session.wake_at(), now + Duration::from_secs(20));
-    }
-}
+mod tests;

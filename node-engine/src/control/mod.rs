@@ -1,7 +1,7 @@
 //! The wire to the cluster. A control plane is a pump between the cluster and two closed enums; it holds no state of instances
 //! or networks, decides nothing about them, and never ends because of what the cluster says.
 
-mod backoff;
+pub(crate) mod backoff;
 mod cluster;
 mod encode;
 mod exception;
@@ -14,6 +14,7 @@ pub(crate) mod socketio;
 pub mod tls;
 
 pub use cluster::{Cluster, Node};
+pub(crate) use cluster::{SHORT_LIVED, STABLE};
 pub(crate) use register::preferred;
 
 use async_trait::async_trait;

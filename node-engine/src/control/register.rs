@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tokio::net::{UdpSocket, lookup_host};
 use tracing::debug;
 
+use super::backoff::outline;
 use super::http::{self, HttpError, ask, authority};
 use super::socketio::{self, SocketIoError, TransportError};
 use crate::config::ClusterConfig;
@@ -197,25 +198,37 @@ async fn way_out(addresses: &[IpAddr]) -> Option<(IpAddr, IpAddr)> {
 }
 
 impl RegisterError {
-    /// What stays the same while the same thing is wrong: said once, not with every try.
-    pub(super) fn kind(&self) -> &'static str {
+    /// What stays the same while the same thing is wrong: said once, not with every try. A name that nobody knows, a port where nobody
+    /// listens and a certificate that is not trusted are three things.
+    pub(super) fn cause(&self) -> String {
         match self {
-            Self::Unreachable { .. } => "unreachable",
-            Self::NoSuchPlace(_) => "no such place",
-            Self::Refused { .. } => "refused",
-            Self::Malformed { .. } => "malformed",
+            Self::Unreachable { source, .. } => outline(&innermost(source)),
+            Self::NoSuchPlace(_) => "no such place".into(),
+            Self::Refused { status, .. } => format!("refused with {status}"),
+            Self::Malformed { .. } => "malformed".into(),
             Self::SocketIo { source, .. } => match source {
-                SocketIoError::Transport(TransportError::Http(_)) => "unreachable",
-                SocketIoError::Transport(_) => "no socket.io",
-                SocketIoError::Refused(_) | SocketIoError::Ended => "socket.io refused",
-                SocketIoError::Timeout => "socket.io timeout",
+                SocketIoError::Transport(TransportError::Http(source)) => outline(&innermost(source)),
+                SocketIoError::Transport(TransportError::Socket(source)) => outline(&innermost(source)),
+                SocketIoError::Transport(TransportError::Status { status, .. }) => format!("refused with {status}"),
+                SocketIoError::Transport(_) => "no socket.io".into(),
+                SocketIoError::Refused(_) | SocketIoError::Ended => "socket.io refused".into(),
+                SocketIoError::Timeout => "socket.io timeout".into(),
             },
-            Self::Neither { http, socketio } => match (http.kind(), socketio.kind()) {
-                ("unreachable", "unreachable") => "unreachable",
-                (_, kind) => kind,
-            },
+            Self::Neither { http, socketio } => {
+                let (http, socketio) = (http.cause(), socketio.cause());
+                if http == socketio { http } else { format!("{http}; {socketio}") }
+            }
         }
     }
+}
+
+/// Errors around it only say what was tried.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
 }
 
 /// A client for the cluster manager.
@@ -225,6 +238,8 @@ pub(super) fn http_client(tls: bool) -> Result<reqwest::Client, HttpError> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
 
     #[tokio::test]
@@ -237,5 +252,32 @@ mod tests {
         // No way leads to either, from anywhere.
         assert_eq!(preferred(of(&["ff00::", "255.255.255.255"])).await, of(&["255.255.255.255"]).pop());
         assert_eq!(preferred(Vec::new()).await, None);
+    }
+
+    #[tokio::test]
+    async fn causes_are_told_from_each_other_and_from_the_words_around_them() {
+        let unused = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+        let refused = fails(unused, Some(Generation::G2)).await;
+        assert!(refused.to_lowercase().contains("refused") && !refused.contains("http"), "{refused}");
+        assert_eq!(fails(unused, None).await, refused, "both ways, for one reason");
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move { while listener.accept().await.is_ok() {} });
+        assert_ne!(fails(port, Some(Generation::G2)).await, refused);
+
+        let answered =
+            |status, body: &str| RegisterError::Refused { url: "u".into(), status, body: body.into() }.cause();
+        assert_ne!(answered(401, ""), answered(503, ""));
+        assert_eq!(answered(503, "at 12:00"), answered(503, "at 12:01"));
+    }
+
+    /// Why nobody takes a node in at this port.
+    async fn fails(port: u16, generation: Option<Generation>) -> String {
+        let host = "127.0.0.1".into();
+        let cluster = ClusterConfig { host, port: Some(port), tls: false, generation, mqtt_tls: None };
+        let (http, facts) = (http_client(false).unwrap(), NodeFacts::default());
+        let registrar = Registrar { http, cluster, facts, public_address: None, tunnel_port: 50103 };
+        registrar.register(NodeUsage::default()).await.unwrap_err().cause()
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 
-use super::route::ClusterLink;
+use super::link::ClusterLink;
 use super::{hardware, look, scrape, view};
 use crate::api::dto::hardware::Hardware;
 use crate::api::dto::look::{Inspection, Usage};
@@ -77,6 +77,7 @@ impl NodeApi for RunningNode {
                 since_seconds: link.since.elapsed().as_secs(),
                 generation: link.generation.map(word).unwrap_or_default().into(),
                 standalone: self.standalone,
+                last_error: link.last_error,
             },
             network: network.map(network_status),
             usage: Some(usage_status(&self.usage.borrow())),

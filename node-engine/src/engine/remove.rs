@@ -19,6 +19,7 @@ use crate::api::{RunLock, SocketError};
 use crate::config::Config;
 use crate::netmanager::link::Links;
 use crate::netmanager::{datapath, link_config, pin_dir};
+use crate::output::say;
 use crate::runtime::docker::DockerRuntime;
 use crate::runtime::registries::Registries;
 use crate::runtime::{self, Adopted, Runtime};
@@ -81,11 +82,20 @@ pub async fn uninstall(config: &Config, purge: bool) -> anyhow::Result<()> {
         let these = if left.len() == 1 { "this" } else { "these" };
         bail!("{these} could not be removed, which a second `uninstall` tries again: {}", left.join("; "));
     }
-    println!("nothing of node-engine is left on this machine but its binary and configuration");
+    say(format_args!("nothing of node-engine is left on this machine but {}", remainder(&config.state_dir)));
     if Path::new(ENABLED).exists() {
-        println!("its service still starts with the machine: `systemctl disable node-engine` ends that");
+        say(format_args!("its service still starts with the machine: `systemctl disable node-engine` ends that"));
     }
     Ok(())
+}
+
+/// What an uninstall leaves where nothing went wrong.
+pub(super) fn remainder(state_dir: &Path) -> String {
+    if !state_dir.exists() {
+        return "its binary and configuration".into();
+    }
+    let state_dir = state_dir.display();
+    format!("its binary, its configuration and the state directory {state_dir}, which `uninstall --purge` removes")
 }
 
 /// Links, addresses, rules and programs. Also the end of a daemon that takes everything with it.
@@ -113,7 +123,7 @@ async fn containers(config: &Config, left: &mut Vec<String>) -> bool {
         let held = match timeout(ANSWER, runtime.adopt()).await {
             Ok(Ok(held)) => held,
             Ok(Err(_)) if !docker.is_installed() && !STORES.iter().any(|store| Path::new(store).exists()) => {
-                println!("there is no Docker on this machine, so there are no containers");
+                say(format_args!("there is no Docker on this machine, so there are no containers"));
                 return false;
             }
             Ok(Err(error)) => {
@@ -156,7 +166,7 @@ async fn commands(config: &Config, left: &mut Vec<String>) {
 
 async fn stop(runtime: &dyn Runtime, held: Vec<Adopted>, left: &mut Vec<String>) {
     for adopted in held {
-        println!("removing {}", adopted.instance);
+        say(format_args!("removing {}", adopted.instance));
         if let Err(error) = runtime.stop(&adopted.instance, GRACE).await {
             left.push(format!("{} ({error})", adopted.instance));
         }
@@ -169,7 +179,7 @@ fn directory(what: &str, path: &Path, left: &mut Vec<String>) {
         return left.push(format!("{} (something is mounted at {})", path.display(), mounted.display()));
     }
     match fs::remove_dir_all(path) {
-        Ok(()) => println!("removed the {what} {}", path.display()),
+        Ok(()) => say(format_args!("removed the {what} {}", path.display())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => left.push(format!("{} ({error})", path.display())),
     }

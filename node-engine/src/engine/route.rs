@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task;
 use tokio::time::MissedTickBehavior;
 
-use crate::config::Generation;
+use super::link::ClusterLink;
 use crate::drain::Drain;
 use crate::events::Events;
 use crate::model::{Addresses, Command, EventKind, InstanceId, InstanceSpec, NodeId, Receipt, Report, Status, Subnet};
@@ -25,29 +25,6 @@ use crate::workload::{Note, Workload};
 const BATCH: usize = 256;
 /// What the disk did not take is offered to it again so often.
 const RETRY: Duration = Duration::from_secs(2);
-
-/// How things stand with the cluster.
-#[derive(Clone, Debug)]
-pub(super) struct ClusterLink {
-    pub(super) node: Option<NodeId>,
-    pub(super) generation: Option<Generation>,
-    pub(super) connected: bool,
-    /// When it became so.
-    pub(super) since: Instant,
-}
-
-impl ClusterLink {
-    pub(super) fn new(node: Option<NodeId>, generation: Option<Generation>) -> Self {
-        Self { node, generation, connected: false, since: Instant::now() }
-    }
-
-    fn now(&mut self, connected: bool) {
-        if self.connected != connected {
-            self.connected = connected;
-            self.since = Instant::now();
-        }
-    }
-}
 
 /// Where commands go.
 #[derive(Debug)]
@@ -127,7 +104,10 @@ impl Router {
                     }
                     taken?;
                 }
-                _ = retry.tick() => self.on_disk(Desired::retry).await.unwrap_or_default(),
+                _ = retry.tick() => {
+                    self.on_disk(Desired::retry).await;
+                    self.look_at_link();
+                }
             }
         }
         // Who waits for the reports' end waits for nobody who cannot report any more.
@@ -210,8 +190,12 @@ impl Router {
                 let identity = Identity { cluster: self.cluster.clone(), node: identity.id.clone() };
                 self.keep(move |store| store.keep_identity(identity)).await;
             }
-            Command::Connected => self.connected(true),
-            Command::Disconnected => self.connected(false),
+            Command::Connected => self.connected(),
+            Command::Disconnected(reason) => self.disconnected(reason),
+            Command::Trouble(error) => {
+                self.link.send_modify(|link| link.last_error.clone_from(error));
+                return Ok(());
+            }
             Command::Deploy(..)
             | Command::Delete(..)
             | Command::Subnet(_)
@@ -221,12 +205,26 @@ impl Router {
         Ok(self.net.deliver(command).await?)
     }
 
-    fn connected(&mut self, connected: bool) {
-        if self.link.borrow().connected != connected {
-            let kind = if connected { EventKind::ClusterConnected } else { EventKind::ClusterLost };
-            self.events.say(kind, self.cluster.clone(), "");
+    fn connected(&self) {
+        let mut news = false;
+        self.link.send_modify(|link| news = link.made(Instant::now()));
+        if news {
+            self.events.say(EventKind::ClusterConnected, self.cluster.clone(), "");
         }
-        self.link.send_modify(|link| link.now(connected));
+    }
+
+    fn disconnected(&self, reason: &str) {
+        let mut news = None;
+        self.link.send_modify(|link| news = link.lost(reason, Instant::now()));
+        if let Some(detail) = news {
+            self.events.say(EventKind::ClusterLost, self.cluster.clone(), detail);
+        }
+    }
+
+    fn look_at_link(&self) {
+        if self.link.send_if_modified(|link| link.lasts(Instant::now())) {
+            self.events.say(EventKind::ClusterConnected, self.cluster.clone(), "it lasts again");
+        }
     }
 
     /// A control plane that has ended hears nothing more, and the supervisor knows.

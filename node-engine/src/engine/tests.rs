@@ -225,6 +225,14 @@ fn runtime() -> Arc<MemoryRuntime> {
 
 const WEB: &str = "app.default.web.default.instance.0";
 
+#[test]
+fn an_uninstall_says_that_the_state_stays_and_what_removes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let stays = remove::remainder(dir.path());
+    assert!(stays.contains(dir.path().to_str().unwrap()) && stays.contains("uninstall --purge"), "{stays}");
+    assert_eq!(remove::remainder(&dir.path().join("gone")), "its binary and configuration");
+}
+
 #[tokio::test]
 async fn a_deploy_is_carried_out_reported_and_shown() {
     let dir = tempfile::tempdir().unwrap();

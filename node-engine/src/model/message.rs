@@ -17,8 +17,10 @@ pub enum Command {
     Registered(NodeIdentity),
     /// The connection to the broker stands (again): whatever may have been missed is asked for anew.
     Connected,
-    /// The connection to the broker is lost; nothing stops because of it.
-    Disconnected,
+    /// The connection to the broker is lost, and why; nothing stops because of it.
+    Disconnected(String),
+    /// What is in the way of a connection, where that is something else than before.
+    Trouble(String),
     /// Answer to `Report::SubnetRequest`.
     Subnet(Subnet),
     /// Answer to `Report::TableQuery`, or unasked.

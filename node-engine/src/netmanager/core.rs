@@ -298,7 +298,7 @@ impl Core {
                 self.pursue(outcomes, out);
                 self.inquire(out);
             }
-            Command::Disconnected => {
+            Command::Disconnected(_) => {
                 self.connected = false;
                 self.home.set_connected(false);
                 self.interests.disconnected();
@@ -312,8 +312,8 @@ impl Core {
                 let outcomes = self.interests.changed(&service, self.now);
                 self.pursue(outcomes, out);
             }
-            // The workload manager's.
-            Command::Deploy(..) | Command::Delete(..) => {}
+            // Of others.
+            Command::Deploy(..) | Command::Delete(..) | Command::Trouble(_) => {}
         }
     }
 

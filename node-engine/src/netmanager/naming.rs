@@ -129,7 +129,7 @@ mod tests {
         let Lookup::Known(named) = &settled[0].1 else { panic!("{settled:?}") };
         let labels: Vec<&str> = named.addresses.iter().map(|(label, _)| label.as_str()).collect();
         assert_eq!((&named.service, labels), (&name(), vec!["rr", "instance-7"]));
-        core.handle(Event::Command(Command::Disconnected), at(2));
+        core.handle(Event::Command(Command::Disconnected(String::new())), at(2));
         assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(3), at(2))), "known", "what is known stays known");
         assert_eq!(naming.count, 0);
     }
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(naming.expire(at(2)), []);
         assert_eq!(naming.expire(at(3)), [(Waiter(2), Lookup::Unreachable)]);
         assert_eq!(naming.answered(&core, &[name()]), [], "answered once");
-        core.handle(Event::Command(Command::Disconnected), at(4));
+        core.handle(Event::Command(Command::Disconnected(String::new())), at(4));
         assert_eq!(asked(naming.look_up(&mut core, name(), Waiter(3), at(4))), "unreachable");
         assert_eq!(naming.count, 0);
     }

@@ -18,6 +18,7 @@ use super::client::{COMMAND, Heard, RESULT, Said};
 use super::core::{Core, Table};
 use super::documents::{self, Moved, Order};
 use super::inventory::{Moment, NodeFacts};
+use super::keeping::{Due, Keeping, News};
 use super::saved::{self, SaveError, Saved};
 use super::{ClusterApi, ClusterApiError, Target, reports, views};
 
@@ -37,6 +38,7 @@ pub(super) enum Request {
     Order { order: Order, reply: oneshot::Sender<Result<Vec<InstanceId>, ClusterApiError>> },
     Nodes(oneshot::Sender<Vec<ClusterNode>>),
     Instances(oneshot::Sender<Vec<ClusterInstance>>),
+    Services(oneshot::Sender<Vec<ServiceName>>),
     Table { query: Query, reply: oneshot::Sender<Table> },
 }
 
@@ -102,16 +104,24 @@ impl ClusterApi for Manager {
     async fn deploy(
         &self,
         document: Vec<u8>,
-        replicas: u32,
+        replicas: Option<u32>,
         on: Option<String>,
     ) -> Result<Vec<InstanceId>, ClusterApiError> {
-        let order = match documents::order(&document, &self.cluster)? {
-            Order::Deploy { request, replicas: said, on: place } => {
-                Order::Deploy { request, replicas: replicas.max(said), on: on.or(place) }
-            }
-            other => other,
+        let refuse = |reason: String| ClusterApiError::Document { reason };
+        let other = |command: &str| refuse(format!("it orders to {command}, which `node-engine {command}` does"));
+        let (request, said, place) = match documents::order(&document, &self.cluster)? {
+            Order::Deploy { request, replicas, on } => (request, replicas, on),
+            Order::Delete(_) => return Err(other("delete")),
+            Order::Replicate { .. } => return Err(other("replicate")),
+            Order::Move { .. } => return Err(other("move")),
         };
-        self.order(order).await
+        let replicas = replicas.unwrap_or(said);
+        if replicas == 0 {
+            return Err(refuse(
+                "0 replicas are nothing to deploy; `node-engine replicate` takes instances away".into(),
+            ));
+        }
+        self.order(Order::Deploy { request, replicas, on: on.or(place) }).await
     }
 
     async fn delete(&self, target: Target) -> Result<Vec<InstanceId>, ClusterApiError> {
@@ -135,6 +145,11 @@ impl ClusterApi for Manager {
     async fn instances(&self) -> Result<Vec<ClusterInstance>, ClusterApiError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Request::Instances(reply), answer).await
+    }
+
+    async fn services(&self) -> Result<Vec<ServiceName>, ClusterApiError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Request::Services(reply), answer).await
     }
 }
 
@@ -162,15 +177,19 @@ struct Turn {
     waiting: VecDeque<Said>,
     dropped: u64,
     answers: Vec<Answer>,
-    /// The last save did not succeed; the next one is due even where nothing changed.
-    unsaved: bool,
+    keeping: Keeping,
 }
 
 impl Actor {
     /// Runs until the stop begins, and then keeps the state once more.
     pub(super) async fn run(mut self, stop: Drain) -> Result<(), SaveError> {
-        let mut turn =
-            Turn { started: Instant::now(), waiting: VecDeque::new(), dropped: 0, answers: Vec::new(), unsaved: true };
+        let mut turn = Turn {
+            started: Instant::now(),
+            waiting: VecDeque::new(),
+            dropped: 0,
+            answers: Vec::new(),
+            keeping: Keeping::new(),
+        };
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
         loop {
@@ -213,15 +232,10 @@ impl Actor {
     /// Saves, answers, and queues what is to be published, in this order: an id or a subnet that could be forgotten is not given.
     async fn settle(&mut self, turn: &mut Turn) {
         let effects = self.core.take_effects();
-        let mut kept = Ok(());
-        if effects.save || turn.unsaved {
-            kept = self.save().await;
-            turn.unsaved = kept.is_err();
-            if let Err(error) = &kept {
-                tracing::error!(error = error as &dyn std::error::Error, "the cluster's state cannot be kept");
-            }
+        if effects.save {
+            turn.keeping.changed();
         }
-        let kept = kept.map_err(Arc::new);
+        let kept = self.keep(turn).await;
         for answer in turn.answers.drain(..) {
             answer(kept.clone());
         }
@@ -232,6 +246,29 @@ impl Actor {
             let (topic, payload) = documents::publication(&message, self.core.cluster_id.as_str());
             turn.say(Said { topic, payload });
         }
+    }
+
+    /// Saves what is not on the disk, where it is time to. An error may be that of a try before.
+    async fn keep(&self, turn: &mut Turn) -> Result<(), Arc<SaveError>> {
+        match turn.keeping.due(!turn.answers.is_empty(), Instant::now()) {
+            Due::Nothing => return Ok(()),
+            Due::Wait(error) => return Err(error),
+            Due::Save => {}
+        }
+        let kept = self.save().await.map_err(Arc::new);
+        match (turn.keeping.tried(&kept, Instant::now()), &kept) {
+            (News::WorksAgain, _) => tracing::info!("the cluster's state is kept again"),
+            (News::Fails, Err(error)) => {
+                let error: &SaveError = error;
+                tracing::error!(
+                    error = error as &dyn std::error::Error,
+                    "the cluster's state cannot be kept, trying again for ever"
+                );
+            }
+            (News::Nothing, Err(error)) => tracing::debug!(%error, "the cluster's state cannot be kept"),
+            (News::Nothing | News::Fails, Ok(())) => {}
+        }
+        kept
     }
 
     async fn save(&self) -> Result<(), SaveError> {
@@ -283,6 +320,7 @@ impl Actor {
             }
             Request::Nodes(reply) => drop(reply.send(views::nodes(&self.core, turn.now()))),
             Request::Instances(reply) => drop(reply.send(views::instances(&self.core))),
+            Request::Services(reply) => drop(reply.send(self.core.services.keys().cloned().collect())),
             Request::Table { query, reply } => drop(reply.send(self.core.table(query))),
         }
     }

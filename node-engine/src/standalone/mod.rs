@@ -21,6 +21,7 @@ mod core;
 mod documents;
 mod http;
 mod inventory;
+mod keeping;
 mod reports;
 mod saved;
 mod schedule;
@@ -241,12 +242,13 @@ impl fmt::Debug for Standalone {
 /// What is asked of the cluster that this process is. The local API calls it for the command line.
 #[async_trait]
 pub trait ClusterApi: Send + Sync {
-    /// Deploys `replicas` instances of the service that the JSON document describes, on the named node or where there is room.
-    /// Instances of the service that exist already stay; the new ones get the next numbers. Returns the new instances.
+    /// Deploys `replicas` instances (or else as many as the document says, or one) of the service that the JSON document describes, on
+    /// the named node or where there is room. Instances of the service that exist already stay; the new ones get the next numbers.
+    /// Returns the new instances. A document that orders something else is an error.
     async fn deploy(
         &self,
         document: Vec<u8>,
-        replicas: u32,
+        replicas: Option<u32>,
         on: Option<String>,
     ) -> Result<Vec<InstanceId>, ClusterApiError>;
 
@@ -264,6 +266,9 @@ pub trait ClusterApi: Send + Sync {
     async fn nodes(&self) -> Result<Vec<ClusterNode>, ClusterApiError>;
 
     async fn instances(&self) -> Result<Vec<ClusterInstance>, ClusterApiError>;
+
+    /// Every service, also one without instances.
+    async fn services(&self) -> Result<Vec<ServiceName>, ClusterApiError>;
 }
 
 /// What is to be taken down.

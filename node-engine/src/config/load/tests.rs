@@ -1,5 +1,6 @@
 //! Layering, as rows of *given file, environment, flags → then this setting*.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use super::*;
@@ -31,6 +32,11 @@ fn stronger_sources_win() {
     let legacy: Pairs = &[("PUBLIC_WORKER_PORT", "1002")];
     let both: Pairs = &[("PUBLIC_WORKER_PORT", "1002"), ("NODE_ENGINE_TUNNEL_PORT", "1003")];
     let flag = [("network.tunnel_port", "1004")];
+    let docker = |config: &Config| config.runtime.docker_host.clone().unwrap_or_default();
+    let named = "[runtime]\ndocker_host = \"/file.sock\"";
+    check(named, &[("DOCKER_HOST", "/theirs.sock")], &[], docker, "/theirs.sock");
+    let both_hosts: Pairs = &[("DOCKER_HOST", "/theirs.sock"), ("NODE_ENGINE_DOCKER_HOST", "/ours.sock")];
+    check(named, both_hosts, &[], docker, "/ours.sock");
     check("", &[], &[], port, "50103");
     check(file, &[], &[], port, "1001");
     check(file, legacy, &[], port, "1002");
@@ -175,6 +181,23 @@ fn every_setting_is_read_from_the_file() {
     assert_eq!((config.runtime.process_user.as_str(), config.runtime.control_group.as_str()), ("web", "/edge"));
     assert_eq!((config.runtime.privileged.len(), config.runtime.volume_drivers.len()), (1, 1));
     assert_eq!((config.runtime.restarts.limit, config.runtime.restarts.window.as_secs()), (2, 90));
+}
+
+/// The file that is installed is where settings are looked up.
+#[test]
+fn the_skeleton_shows_every_setting_and_nothing_that_is_not_one() {
+    let skeleton = include_str!("../../../../scripts/config.toml");
+    let setting = |line: &'static str| line.strip_prefix("# ").filter(|rest| rest.contains(" = ")).unwrap_or(line);
+    let shown: String = skeleton.lines().map(setting).flat_map(|line| [line, "\n"]).collect();
+    let table: toml::Table = shown.parse().unwrap();
+    let keys = |(name, value): (&String, &toml::Value)| match value.as_table() {
+        Some(table) => table.keys().map(|key| format!("{name}.{key}")).collect::<Vec<_>>(),
+        None => vec![name.clone()],
+    };
+    let keys: BTreeSet<String> = table.iter().flat_map(keys).collect();
+    let known: BTreeSet<String> = SETTINGS.iter().map(|setting| setting.key.to_owned()).collect();
+    assert_eq!(keys, known);
+    load_text(&shown).unwrap();
 }
 
 #[test]

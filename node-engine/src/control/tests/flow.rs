@@ -151,7 +151,7 @@ async fn what_was_not_acknowledged_is_said_again_in_order() {
         assert_eq!(broker.status(NODE).await.1, "FAILED");
     }
     broker.hang_up();
-    running.disconnected().await;
+    assert_ne!(running.disconnected().await, "", "it is told why");
     running.say(status("c", Status::Creating)).await;
     running.say(Report::Node(Box::default())).await;
     running.say(status("c", Status::Created)).await;
@@ -216,6 +216,7 @@ async fn a_broker_that_refuses_is_tried_again() {
     let manager = Manager::start(broker.port, true).await;
     let mut running = start(config(manager.port));
     running.registered().await;
+    assert_ne!(running.trouble().await, "");
     running.say(status("web", Status::Dead)).await;
     broker.switches.refuse.store(false, Ordering::Relaxed);
     broker.connection().await;

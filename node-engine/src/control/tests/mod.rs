@@ -90,8 +90,22 @@ impl Running {
         self.hear("connected", |command| matches!(command, Command::Connected).then_some(())).await;
     }
 
-    pub(super) async fn disconnected(&mut self) {
-        self.hear("disconnected", |command| matches!(command, Command::Disconnected).then_some(())).await;
+    /// Waits until it is, and returns why.
+    pub(super) async fn disconnected(&mut self) -> String {
+        self.hear("disconnected", |command| match command {
+            Command::Disconnected(reason) => Some(reason),
+            _ => None,
+        })
+        .await
+    }
+
+    /// What is in the way of a connection.
+    pub(super) async fn trouble(&mut self) -> String {
+        self.hear("trouble", |command| match command {
+            Command::Trouble(error) => Some(error),
+            _ => None,
+        })
+        .await
     }
 
     pub(super) async fn deploy(&mut self) -> InstanceSpec {

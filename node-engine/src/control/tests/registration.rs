@@ -63,7 +63,10 @@ async fn a_refused_registration_is_tried_again() {
 #[tokio::test]
 async fn a_node_without_a_cluster_takes_reports_and_ends_when_told() {
     let unused = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
-    let running = start(config(unused));
+    let mut running = start(config(unused));
+    let trouble = running.trouble().await;
+    assert!(trouble.contains(&format!("no cluster manager at http://127.0.0.1:{unused}")), "{trouble}");
+    assert!(trouble.to_lowercase().contains("refused"), "{trouble}");
     for _ in 0..100 {
         running.say(status("a", Status::Creating)).await;
         running.say(Report::Node(Box::default())).await;

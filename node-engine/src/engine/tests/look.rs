@@ -154,6 +154,38 @@ async fn hardware_and_metrics_are_those_of_this_machine() {
     assert!(value("node_engine_process_cpu_seconds_total") > 0.0 && value("node_engine_process_open_fds") > 3.0);
 }
 
+#[tokio::test]
+async fn why_there_is_no_cluster_is_shown_and_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(dir.path(), runtime(), OnExit::Leave).await;
+    let client = Client::new(&dir.path().join("run/api.sock")).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    for (command, connected, error) in [
+        (Command::Trouble("no such host".into()), false, "no such host"),
+        (Command::Connected, true, "no such host"),
+        (Command::Disconnected("closed by peer".into()), false, "closed by peer"),
+    ] {
+        node.command(command).await;
+        loop {
+            let cluster = client.status().await.unwrap().cluster;
+            if (cluster.connected, cluster.last_error.as_str()) == (connected, error) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{cluster:?} and not {error}");
+        }
+    }
+    let events = happened(&client, &EventsQuery::default()).await;
+    let told: Vec<_> = events.iter().map(|event| (event.event.as_str(), event.detail.as_str())).collect();
+    assert_eq!(told, [("connected", ""), ("disconnected", "closed by peer")]);
+    while node.net.delivered.lock().unwrap().len() < 2 {
+        assert!(Instant::now() < deadline);
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(*node.net.delivered.lock().unwrap(), ["Connected", "Disconnected"], "trouble is not the network's");
+    node.drain.begin();
+    node.end().await.unwrap();
+}
+
 /// Everything a command says, and its code.
 async fn rest(output: &mut CommandOutput) -> (String, String, i64) {
     let (mut out, mut error) = (Vec::new(), Vec::new());

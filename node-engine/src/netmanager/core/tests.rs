@@ -321,7 +321,7 @@ fn new_address_is_announced_and_what_is_said_to_be_there_is_stale() {
 fn reconnection_repeats_everything_the_cluster_may_have_forgotten() {
     let mut lab = Lab::ready();
     lab.up(0);
-    lab.command(Command::Disconnected);
+    lab.command(Command::Disconnected(String::new()));
     let effects = lab.command(Command::Connected);
     assert_eq!(effects, ["report Deployed web.0 10.18.0.2", "report InterestAdd web", "report TableQuery Name web"]);
 }

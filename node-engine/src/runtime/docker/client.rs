@@ -31,13 +31,12 @@ pub(super) struct Client {
 }
 
 impl Client {
-    /// `host`, else `DOCKER_HOST`, else the first of the usual sockets that is there.
+    /// `host`, else the first of the usual sockets that is there.
     ///
     /// # Errors
     /// An address that is not a local socket: namespaces and cgroups of containers elsewhere are out of reach.
     pub(super) fn new(host: Option<&str>) -> Result<Self, RuntimeError> {
-        let environment = std::env::var("DOCKER_HOST").ok().filter(|host| !host.is_empty());
-        let host = host.map(str::to_owned).or(environment).unwrap_or_else(|| usual(&SOCKETS));
+        let host = host.map_or_else(|| usual(&SOCKETS), str::to_owned);
         let path = host.strip_prefix("unix://").unwrap_or(&host);
         if !path.starts_with('/') {
             let reason = format!("{host:?} is not a local socket; give unix:///path/to/docker.sock");

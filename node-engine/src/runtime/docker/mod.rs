@@ -72,8 +72,8 @@ struct Inner {
 }
 
 impl DockerRuntime {
-    /// The daemon at `host` (`unix:///path`), else at `DOCKER_HOST`, else at the platform's socket. It need not be there yet. Must be
-    /// called inside a tokio runtime.
+    /// The daemon at `host` (`unix:///path`), else at the platform's socket. It need not be there yet. Must be called inside a tokio
+    /// runtime.
     ///
     /// # Errors
     /// `Refused` for an address that is not a local socket.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::{ClusterApiError, Target};
 use super::worker::Worker;
 use super::{Started, WEB, config, http, start, until, web};
-use crate::model::InstanceId;
+use crate::model::{InstanceId, ServiceName};
 
 fn instance(number: u32) -> InstanceId {
     InstanceId { service: WEB.parse().unwrap(), number }
@@ -34,7 +34,7 @@ async fn the_whole_loop(cluster: Started) {
     let mut document: Value = serde_json::from_slice(&web()).unwrap();
     document["addresses"] = json!({ "rr_ip": "10.30.55.55" });
     document["sla_extra"] = json!("kept");
-    let deployed = api.deploy(document.to_string().into_bytes(), 1, Some("a".into())).await.unwrap();
+    let deployed = api.deploy(document.to_string().into_bytes(), None, Some("a".into())).await.unwrap();
     assert_eq!(deployed, [instance(0)]);
     let order = a.hears("control/deploy", |_| true).await;
     for (member, value) in [
@@ -146,7 +146,7 @@ async fn move_and_replicate_keep_a_row_all_the_while() {
     let b = Worker::start("b", cluster.standalone.http, &cluster.broker, true).await;
     let api = &cluster.standalone.cluster;
     until("fresh", async || api.nodes().await.unwrap().iter().all(|node| node.active)).await;
-    api.deploy(web(), 1, Some("a".into())).await.unwrap();
+    api.deploy(web(), None, Some("a".into())).await.unwrap();
     until("running", async || word(&cluster, 0).await == "RUNNING").await;
 
     let over = Arc::new(AtomicBool::new(false));
@@ -178,7 +178,7 @@ async fn a_failed_instance_is_deployed_again() {
     let state = tempfile::tempdir().unwrap();
     let cluster = start(config(state.path())).await;
     let a = Worker::start("a", cluster.standalone.http, &cluster.broker, false).await;
-    cluster.standalone.cluster.deploy(web(), 1, None).await.unwrap();
+    cluster.standalone.cluster.deploy(web(), None, None).await.unwrap();
     a.hears("control/deploy", |_| true).await;
     a.say(
         "job",
@@ -187,6 +187,39 @@ async fn a_failed_instance_is_deployed_again() {
     .await;
     a.hears("control/delete", |_| true).await;
     until("again", async || a.count("control/deploy") == 2).await;
+    cluster.stop().await;
+}
+
+#[tokio::test]
+async fn a_deployment_is_of_as_many_as_was_said_last_and_nothing_else() {
+    let state = tempfile::tempdir().unwrap();
+    let cluster = start(config(state.path())).await;
+    let api = &cluster.standalone.cluster;
+    let order = |command: &str, replicas: u32| {
+        let job = json!({ "name": WEB, "image": "nginx", "technology": "docker", "replicas": replicas });
+        json!({ "command": command, "job": job, "worker": ["a"] }).to_string().into_bytes()
+    };
+    let deploy = async |document: Vec<u8>, replicas: Option<u32>| api.deploy(document, replicas, None).await;
+    // No node has registered: the place that a document names is unknown, and where there is none they wait.
+    assert!(matches!(deploy(order("deploy", 3), Some(2)).await, Err(ClusterApiError::UnknownNode { .. })));
+    for command in ["delete", "replicate", "move"] {
+        let refused = deploy(order(command, 3), None).await.unwrap_err().to_string();
+        assert!(refused.contains(&format!("`node-engine {command}`")), "{refused}");
+    }
+    for (document, replicas) in [(order("deploy", 0), None), (web(), Some(0))] {
+        let refused = deploy(document, replicas).await.unwrap_err().to_string();
+        assert!(refused.contains("0 replicas"), "{refused}");
+    }
+    assert!(api.services().await.unwrap().is_empty());
+
+    let said = json!({ "command": "deploy", "job": { "name": WEB, "image": "nginx", "replicas": 3 } }).to_string();
+    assert_eq!(deploy(said.clone().into_bytes(), None).await.unwrap().len(), 3);
+    assert_eq!(deploy(said.into_bytes(), Some(2)).await.unwrap().len(), 2, "what is typed counts more");
+    assert_eq!(deploy(web(), None).await.unwrap().len(), 1);
+
+    let name: ServiceName = WEB.parse().unwrap();
+    assert!(api.replicate(name.clone(), 0).await.unwrap().is_empty());
+    assert_eq!(api.services().await.unwrap(), vec![name], "it can still be named");
     cluster.stop().await;
 }
 
@@ -285,7 +318,7 @@ async fn a_restart_keeps_ids_subnets_and_services() {
     let a = Worker::start("a", cluster.standalone.http, &cluster.broker, true).await;
     a.say("net/subnet", &json!({ "METHOD": "GET" })).await;
     let subnet = a.hears("subnetwork/result", |_| true).await;
-    cluster.standalone.cluster.deploy(web(), 1, None).await.unwrap();
+    cluster.standalone.cluster.deploy(web(), None, None).await.unwrap();
     until("running", async || word(&cluster, 0).await == "RUNNING").await;
     let (id, port) = (a.id.clone(), cluster.broker.1);
     cluster.stop().await;

@@ -83,7 +83,7 @@ async fn our_node_and_our_cluster_understand_each_other() {
     let subnet = node.hears(|command| if let Command::Subnet(subnet) = command { Some(subnet) } else { None }).await;
     assert_eq!(subnet, Subnet { v4: "10.18.0.0".parse().unwrap(), v6: "fc00::".parse().unwrap() });
 
-    cluster.standalone.cluster.deploy(web(), 1, None).await.unwrap();
+    cluster.standalone.cluster.deploy(web(), None, None).await.unwrap();
     let spec = node.hears(|command| if let Command::Deploy(spec, _) = command { Some(spec) } else { None }).await;
     assert_eq!(spec.id.to_string(), format!("{WEB}.instance.0"));
     let (instance, service) = (spec.id.clone(), spec.id.service.clone());
@@ -145,7 +145,7 @@ async fn our_node_registers_the_first_way_too() {
     let mut node = OurNode::join(&cluster, Some(Generation::G1)).await;
     let subnet = node.identity.subnet.expect("with the registration");
     assert_eq!(subnet.v4.to_string(), "10.18.0.0");
-    cluster.standalone.cluster.deploy(web(), 1, None).await.unwrap();
+    cluster.standalone.cluster.deploy(web(), None, None).await.unwrap();
     let spec = node.hears(|command| if let Command::Deploy(spec, _) = command { Some(spec) } else { None }).await;
     assert_eq!(spec.id.to_string(), format!("{WEB}.instance.0"));
     node.stop.begin();

@@ -114,7 +114,7 @@ impl Host {
             }
             Doing::Retain(numbers) => Event::Retain(numbers.into_iter().map(id).collect()),
             Doing::Reconnect => {
-                self.handle(Event::Command(Command::Disconnected));
+                self.handle(Event::Command(Command::Disconnected(String::new())));
                 Event::Command(Command::Connected)
             }
         };
