@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tracing::warn;
 
-use crate::model::{Generation, InstanceId, NodeId, NodeUsage, Purpose, Report, Status};
+use crate::model::{Generation, InstanceId, NodeId, NodeUsage, Purpose, Query, Report, Status};
 use crate::wire::{FromNode, node, sensor, sensor_topic, status, table};
 
 /// Jobs remembered for a first-generation cluster.
@@ -90,7 +90,12 @@ impl Encoder {
             Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
             Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
             Report::InterestAdd(_) | Report::Address(_) | Report::Sensor(_) | Report::Stored(_) => Vec::new(),
-            Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
+            // A service manager that was restarted meanwhile knows of no interest of this node, and dies of the end of one. A question is
+            // the beginning of one, and what follows on it is heard after it.
+            Report::InterestRemove(service) => vec![
+                (FromNode::TableQuery, table::table_query(&Query::Name(service.clone()))),
+                (FromNode::InterestRemove, table::interest_remove(service)),
+            ],
             Report::Node(usage) => {
                 vec![(FromNode::Information, self.information(usage))]
             }
@@ -162,6 +167,21 @@ mod tests {
         }
         encoder.deleting(&instance);
         assert!(encoder.encode(&status(Status::Failed)).is_empty());
+    }
+
+    #[test]
+    fn an_interest_begins_before_it_ends() {
+        let mut encoder = Encoder::new(50103);
+        let remove = Report::InterestRemove("app.default.web.test".parse().unwrap());
+        for generation in [Generation::G2, Generation::G4] {
+            encoder.generation = generation;
+            let messages = encoder.encode(&remove);
+            assert_eq!(messages[0], (FromNode::TableQuery, r#"{"sname":"app.default.web.test","sip":""}"#.to_owned()));
+            assert_eq!(messages[1], (FromNode::InterestRemove, r#"{"appname":"app.default.web.test"}"#.to_owned()));
+            assert_eq!(messages.len(), 2);
+        }
+        encoder.generation = Generation::G1;
+        assert!(encoder.encode(&remove).is_empty());
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //!
 //! Status changes and notices wait for the broker's acknowledgement and survive a lost connection; what a newer report makes
 //! void is removed while it still waits. Questions are asked again by whoever asked once the connection stands, so they die
-//! with it. Telemetry is only worth its newest sample.
+//! with it. So does the end of an interest: who is there after it may know of no such interest, and dies of its end. Telemetry is only
+//! worth its newest sample.
 //!
 //! The bound is in bytes. Beyond it whatever is no status goes first, then a status that a later one of the same instance follows, then
 //! the answer to a delete, which the cluster does not wait for. The last status of an instance goes only where nothing else is left.
@@ -56,7 +57,7 @@ impl Outbox {
             Report::Node(_) | Report::Instances(_) | Report::Sensor(_) if !online => self.dropped += 1,
             Report::Node(_) => self.dropped += u64::from(self.node.replace(report).is_some()),
             Report::Instances(_) => self.dropped += u64::from(self.instances.replace(report).is_some()),
-            Report::TableQuery(_) if !online => self.dropped += 1,
+            Report::TableQuery(_) | Report::InterestRemove(_) if !online => self.dropped += 1,
             Report::Sensor(ref sample) => {
                 let (name, room) = (sample.device.clone(), self.sensors.len() < MAX_SENSORS);
                 if room || self.sensors.contains_key(&name) {
@@ -247,11 +248,12 @@ fn weight(report: &Report) -> usize {
 
 fn outlives_connection(report: &Report) -> bool {
     match report {
-        Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest | Report::InterestRemove(_) => true,
+        Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest => true,
         Report::Stored(_)
         | Report::Address(_)
         | Report::TableQuery(_)
         | Report::InterestAdd(_)
+        | Report::InterestRemove(_)
         | Report::Node(_)
         | Report::Instances(_)
         | Report::Sensor(_) => false,
@@ -362,7 +364,21 @@ mod tests {
         check(vec![Report::SubnetRequest, Report::SubnetRequest], false, &["subnet"]);
         check(vec![query("a"), query("a"), query("b")], true, &["query", "query"]);
         let service: crate::model::ServiceName = "a.b.c.d".parse().unwrap();
-        check(vec![Report::InterestRemove(service.clone()), Report::InterestAdd(service)], false, &["add"]);
+        check(vec![Report::InterestRemove(service.clone()), Report::InterestAdd(service)], true, &["add"]);
+    }
+
+    #[test]
+    fn an_interest_does_not_end_after_its_connection() {
+        let remove = || Report::InterestRemove("app.default.a.test".parse().unwrap());
+        check(vec![remove()], false, &[]);
+        let mut outbox = Outbox::default();
+        outbox.push(remove(), true);
+        assert_eq!(taken(&mut outbox).len(), 1);
+        outbox.push(Report::InterestRemove("app.default.b.test".parse().unwrap()), true);
+        // Neither what was not acknowledged nor what was not sent.
+        outbox.lost();
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.dropped, 2);
     }
 
     #[test]
