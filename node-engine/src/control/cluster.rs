@@ -71,6 +71,8 @@ pub struct Node {
     pub usage: NodeUsage,
     /// This node's address as its peers see it; `None`: the one packets to the cluster leave from.
     pub address: Option<IpAddr>,
+    /// The overlay's address, for where `address` is not given and the cluster is on this machine.
+    pub overlay_address: Option<IpAddr>,
     pub tunnel_port: u16,
     /// The jobs of the instances that are here from an earlier run.
     pub jobs: Vec<(InstanceId, String)>,
@@ -112,6 +114,7 @@ impl ControlPlane for Cluster {
             cluster: self.config,
             facts: self.node.facts,
             public_address: self.node.address,
+            overlay_address: self.node.overlay_address,
             tunnel_port: self.node.tunnel_port,
         };
         let mut session = Session::new(registrar, self.node.usage, tls, self.silence);
@@ -454,6 +457,7 @@ impl Session {
         if self.registrar.public_address.is_some() {
             self.registrar.public_address = Some(address);
         }
+        self.registrar.overlay_address = Some(address);
         self.located(Some(address));
         self.encoder.address = Some(address);
         if self.link.is_some() {
@@ -633,9 +637,9 @@ mod tests {
 
     fn session() -> Session {
         let cluster = ClusterConfig { host: "h".into(), port: None, tls: false, generation: None, mqtt_tls: None };
-        let (facts, public_address) = (NodeFacts::default(), None);
+        let (facts, public_address, overlay_address) = (NodeFacts::default(), None, None);
         let http = http_client(false).expect("a client");
-        let registrar = Registrar { http, cluster, facts, public_address, tunnel_port: 50103 };
+        let registrar = Registrar { http, cluster, facts, public_address, overlay_address, tunnel_port: 50103 };
         Session { up_since: Some(Instant::now()), ..Session::new(registrar, NodeUsage::default(), None, SILENCE) }
     }
 

@@ -49,6 +49,35 @@ async fn a_configured_generation_is_not_asked_for() {
     running.end().await;
 }
 
+/// Where the cluster is on the node's machine, and peers are not.
+#[tokio::test]
+async fn a_node_beside_its_cluster_is_where_its_overlay_is() {
+    let mut broker = Broker::start().await;
+    let manager = Manager::start(broker.port, true).await;
+    let overlay = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    let mut running =
+        run(Cluster::new(config(manager.port), Node { overlay_address: Some(overlay("192.0.2.7")), ..node() }));
+    running.connected().await;
+    let addresses = Addresses { v4: "10.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() };
+    running.say(Report::Deployed { instance: instance("web"), addresses }).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/net/service/deployed").await;
+    assert!(text.contains(r#""host_ip":"192.0.2.7""#), "{text}");
+    running.say(status("web", Status::Created)).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/job").await;
+    assert!(text.contains(r#""publicip":"192.0.2.7""#), "{text}");
+
+    running.say(Report::Address(overlay("192.0.2.8"))).await;
+    running.registered().await;
+    running.connected().await;
+    running.say(status("web", Status::Running)).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/job").await;
+    assert!(text.contains(r#""publicip":"192.0.2.8""#), "{text}");
+    let bodies = manager.book.bodies.lock().unwrap().clone();
+    let said = ["192.0.2.7", "192.0.2.8"].map(|ip| format!(r#""ip":"{ip}""#));
+    assert!(bodies.iter().zip(&said).all(|(body, ip)| body.contains(ip)) && bodies.len() == 2, "{bodies:?}");
+    running.end().await;
+}
+
 #[tokio::test]
 async fn a_refused_registration_is_tried_again() {
     let broker = Broker::start().await;
