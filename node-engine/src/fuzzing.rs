@@ -106,8 +106,8 @@ fn deploys(bytes: &[u8]) {
 }
 
 fn orders(bytes: &[u8]) {
-    for topic in [OrderTopic::Deploy, OrderTopic::Delete] {
-        let _ = order(topic, bytes, Some(&this_node()));
+    for (topic, told) in [(OrderTopic::Deploy, false), (OrderTopic::Deploy, true), (OrderTopic::Delete, false)] {
+        let _ = order(topic, bytes, Some(&this_node()), &|_, _| told);
     }
 }
 

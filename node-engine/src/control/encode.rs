@@ -44,6 +44,11 @@ impl Encoder {
         self.jobs.insert(instance.clone(), job.to_owned());
     }
 
+    /// Does the cluster want this instance of this job already?
+    pub(super) fn knows(&self, instance: &InstanceId, job: &str) -> bool {
+        self.jobs.get(instance).is_some_and(|known| known == job)
+    }
+
     /// The cluster wants this instance no longer.
     pub(super) fn deleting(&mut self, instance: &InstanceId) {
         self.jobs.remove(instance);

@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::deploy::{DeployFault, document, port_mappings};
-use super::order::{Order, OrderTopic, delete_message, order};
+use super::deploy::{DeployFault, deploy_next, document, port_mappings};
+use super::order::{Order, OrderTopic, delete_message};
 use super::{node, status, *};
 use crate::model::*;
 
@@ -47,6 +47,11 @@ fn service_of(text: &str) -> ServiceName {
 
 fn instance(number: u32) -> InstanceId {
     InstanceId { service: service_of("app.default.web.test"), number }
+}
+
+/// As the first that comes.
+fn order(topic: OrderTopic, bytes: &[u8], node: Option<&NodeId>) -> Result<Order, OrderError> {
+    super::order(topic, bytes, node, &|_, _| false)
 }
 
 #[test]
@@ -132,6 +137,25 @@ fn a_first_generation_document_means_our_instance_without_an_address() {
     }
     let deleted = order(OrderTopic::Delete, FIRST_GENERATION_JOB.as_bytes(), Some(&node("node1"))).unwrap();
     assert_eq!(deleted, Order::Delete(vec![instance(0), instance(2)]));
+}
+
+#[test]
+fn two_replicas_that_wait_for_an_address_are_two() {
+    let document = FIRST_GENERATION_JOB.replace("172.18.0.2", "");
+    let told = |of: &'static [u32]| {
+        let told =
+            move |id: &InstanceId, job: &str| job == "60c0aa" && of.iter().any(|number| *id == instance(*number));
+        deploy_next(document.as_bytes(), Some(&node("node1")), &told).unwrap().id.number
+    };
+    assert_eq!(told(&[]), 0);
+    assert_eq!(told(&[0]), 2, "the first is told of already, and its image is being pulled");
+    assert_eq!(told(&[2]), 0);
+    assert_eq!(told(&[0, 2]), 0, "nothing new is a repetition");
+    let known = deploy_next(FIRST_GENERATION_JOB.as_bytes(), Some(&node("node1")), &|_, _| true).unwrap();
+    assert_eq!(known.id, instance(2), "what has an address is never meant");
+    let anew = document.replace("60c0aa", "60c0ff");
+    let told = |_: &InstanceId, job: &str| job == "60c0aa";
+    assert_eq!(deploy_next(anew.as_bytes(), Some(&node("node1")), &told).unwrap().id.number, 0, "another job");
 }
 
 /// `JOB` with one member replaced.

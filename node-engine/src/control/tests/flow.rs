@@ -381,3 +381,24 @@ async fn a_first_generation_cluster_is_asked_over_http() {
     assert_eq!((answer.query, answer.service, answer.rows.len()), (Some(question), Some(service("web")), 1));
     running.end().await;
 }
+
+/// A first-generation order names no instance, and its document none that is being made ready.
+#[tokio::test]
+async fn two_orders_of_a_first_generation_cluster_are_two_instances() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::Polling, broker.port).await;
+    let node = Node { jobs: vec![(InstanceId { number: 1, ..instance("web") }, "60c0".into())], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    broker.connection().await;
+    running.connected().await;
+    let order = r#"{"_id":"60c0","job_name":"app.default.web.test","image":"nginx","image_runtime":"docker","port":"80",
+        "instance_list":[{"instance_number":0,"namespace_ip":"","worker_id":"node1"},
+                         {"instance_number":1,"namespace_ip":"","worker_id":"node1"},
+                         {"instance_number":2,"namespace_ip":"","worker_id":"node1"}]}"#;
+    // The last is a repetition; the second is wanted since an earlier run.
+    for number in [0, 2, 0] {
+        broker.publish("nodes/node1/control/deploy", order);
+        assert_eq!(running.deploy().await.id.number, number);
+    }
+    running.end().await;
+}
