@@ -76,6 +76,8 @@ pub struct Node {
     pub tunnel_port: u16,
     /// The jobs of the instances that are here from an earlier run.
     pub jobs: Vec<(InstanceId, String)>,
+    /// Those of them that it has connected, and told the cluster of.
+    pub announced: Vec<InstanceId>,
 }
 
 /// The control plane of a reference cluster of any generation.
@@ -122,6 +124,9 @@ impl ControlPlane for Cluster {
         session.encoder.compact = self.reports == ReportChoice::Changes;
         for (instance, job) in &self.node.jobs {
             session.encoder.deploying(instance, job);
+        }
+        for instance in &self.node.announced {
+            session.encoder.announced(instance);
         }
         session.sent = self.sent;
         session.run(commands, reports, stop).await;
@@ -537,6 +542,9 @@ impl Session {
         self.operations.clear();
         self.received.clear();
         self.subscribing = 0;
+        for report in self.outbox.in_flight() {
+            self.encoder.unheard(report);
+        }
         self.outbox.lost();
         if std::mem::take(&mut self.connected) {
             self.tell(Command::Disconnected);
@@ -565,6 +573,10 @@ impl Session {
             } else if let Some((ticket, report)) = self.outbox.take(self.subscribing == 0) {
                 let Some(node) = self.identity.as_ref().map(|identity| &identity.id) else { return };
                 let messages = self.encoder.messages(node, &report);
+                if messages.is_empty() {
+                    self.outbox.delivered(ticket);
+                    continue;
+                }
                 count(&self.sent, &messages);
                 let published: Result<Vec<_>, _> =
                     messages.into_iter().map(|message| link.publish(message.topic, message.text)).collect();

@@ -28,7 +28,15 @@ pub(super) struct Encoder {
     /// Say each thing under one name, and leave out what only people read.
     pub(super) compact: bool,
     /// First-generation clusters know an instance by the id of its job.
-    jobs: BTreeMap<InstanceId, String>,
+    jobs: BTreeMap<InstanceId, Job>,
+}
+
+#[derive(Debug)]
+struct Job {
+    id: String,
+    /// The cluster has been told where the instance is. It is not told which instance that is: said again, it would be about another one
+    /// of this job that has no address yet.
+    announced: bool,
 }
 
 impl Encoder {
@@ -36,17 +44,33 @@ impl Encoder {
         Self { generation: Generation::G4, address: None, tunnel_port, compact: false, jobs: BTreeMap::new() }
     }
 
-    /// The cluster wants an instance of this job.
+    /// The cluster wants an instance of this job, and has no address of it.
     pub(super) fn deploying(&mut self, instance: &InstanceId, job: &str) {
         if job.is_empty() || (self.jobs.len() >= MAX_JOBS && !self.jobs.contains_key(instance)) {
             return;
         }
-        self.jobs.insert(instance.clone(), job.to_owned());
+        self.jobs.insert(instance.clone(), Job { id: job.to_owned(), announced: false });
+    }
+
+    /// The cluster has been told where this instance is.
+    pub(super) fn announced(&mut self, instance: &InstanceId) {
+        if let Some(job) = self.jobs.get_mut(instance) {
+            job.announced = true;
+        }
+    }
+
+    /// This was said, and nobody knows whether it was heard.
+    pub(super) fn unheard(&mut self, report: &Report) {
+        if let Report::Deployed { instance, .. } = report
+            && let Some(job) = self.jobs.get_mut(instance)
+        {
+            job.announced = false;
+        }
     }
 
     /// Does the cluster want this instance of this job already?
     pub(super) fn knows(&self, instance: &InstanceId, job: &str) -> bool {
-        self.jobs.get(instance).is_some_and(|known| known == job)
+        self.jobs.get(instance).is_some_and(|known| known.id == job)
     }
 
     /// The cluster wants this instance no longer.
@@ -55,7 +79,7 @@ impl Encoder {
     }
 
     /// What goes where, and for what; nothing where this generation has no message for the report.
-    pub(super) fn messages(&self, node: &NodeId, report: &Report) -> Vec<Message> {
+    pub(super) fn messages(&mut self, node: &NodeId, report: &Report) -> Vec<Message> {
         if let Report::Sensor(sample) = report {
             let topic = sensor_topic(node, &sample.device);
             return vec![Message { topic, text: sensor(sample), purpose: Purpose::Sensors }];
@@ -66,7 +90,7 @@ impl Encoder {
     }
 
     /// The messages of a report; none where this generation has no message for it.
-    fn encode(&self, report: &Report) -> Vec<(FromNode, String)> {
+    fn encode(&mut self, report: &Report) -> Vec<(FromNode, String)> {
         match self.generation {
             Generation::G1 => self.first_generation(report).into_iter().collect(),
             Generation::G2 | Generation::G4 => self.current(report),
@@ -121,16 +145,18 @@ impl Encoder {
         }
     }
 
-    /// This generation hears of a job twice at most: that it is deployed, and that it failed.
-    fn first_generation(&self, report: &Report) -> Option<(FromNode, String)> {
-        let job = |instance| self.jobs.get(instance);
+    /// This generation hears of an instance twice at most: that it is deployed, and that it failed.
+    fn first_generation(&mut self, report: &Report) -> Option<(FromNode, String)> {
         match report {
             Report::Status { instance, status: Status::Failed | Status::Dead, detail } => {
-                Some((FromNode::Job, status::first_generation_failed(job(instance)?, detail)))
+                let job = self.jobs.get(instance)?;
+                Some((FromNode::Job, status::first_generation_failed(&job.id, detail)))
             }
             Report::Deployed { instance, addresses } => {
+                let job = self.jobs.get_mut(instance).filter(|job| !job.announced)?;
+                job.announced = true;
                 let address = IpAddr::V4(addresses.v4);
-                Some((FromNode::Job, status::first_generation_deployed(job(instance)?, address)))
+                Some((FromNode::Job, status::first_generation_deployed(&job.id, address)))
             }
             Report::Node(usage) => Some((FromNode::Information, self.information(usage))),
             Report::Status { .. }
@@ -172,6 +198,32 @@ mod tests {
         }
         encoder.deleting(&instance);
         assert!(encoder.encode(&status(Status::Failed)).is_empty());
+    }
+
+    #[test]
+    fn the_first_generation_hears_once_where_an_instance_is() {
+        let mut encoder = Encoder::new(50103);
+        encoder.generation = Generation::G1;
+        let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
+        let deployed = Report::Deployed {
+            instance: instance.clone(),
+            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        let mut said = |change: fn(&mut Encoder, &InstanceId, &Report)| {
+            change(&mut encoder, &instance, &deployed);
+            encoder.encode(&deployed).len()
+        };
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0aa")), 1);
+        assert_eq!(said(|_, _, _| {}), 0);
+        assert_eq!(said(|encoder, _, report| encoder.unheard(report)), 1, "it may not have come through");
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0aa")), 1, "it is asked for anew");
+        assert_eq!(said(|encoder, instance, _| encoder.deleting(instance)), 0);
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0bb")), 1);
+        let earlier = |encoder: &mut Encoder, instance: &InstanceId, _: &Report| {
+            encoder.deploying(instance, "60c0bb");
+            encoder.announced(instance);
+        };
+        assert_eq!(said(earlier), 0, "an earlier run has said it");
     }
 
     #[test]

@@ -178,6 +178,11 @@ impl Outbox {
         self.in_flight.retain(|(other, _)| *other != ticket);
     }
 
+    /// Those that the broker has not acknowledged.
+    pub(super) fn in_flight(&self) -> impl Iterator<Item = &Report> {
+        self.in_flight.iter().map(|(_, report)| report)
+    }
+
     /// The connection is lost: what was not acknowledged waits again, before everything younger.
     pub(super) fn lost(&mut self) {
         while let Some((ticket, report)) = self.in_flight.pop_back() {

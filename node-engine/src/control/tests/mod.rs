@@ -42,6 +42,7 @@ pub(super) fn node() -> Node {
         overlay_address: None,
         tunnel_port: 50103,
         jobs: Vec::new(),
+        announced: Vec::new(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Who takes a node in, and how.
 
+use std::sync::atomic::Ordering;
+
 use super::broker::Broker;
 use super::init::{Init, Manner};
 use super::manager::Manager;
@@ -127,6 +129,50 @@ async fn a_first_generation_cluster_hears_of_instances_of_an_earlier_run() {
     }
     let text = broker.message("nodes/node1/job").await;
     assert!(text.contains(r#""job_id":"60c0aa","status":"FAILED""#), "{text}");
+    running.end().await;
+}
+
+fn deployed(name: &str) -> Report {
+    let addresses = Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() };
+    Report::Deployed { instance: instance(name), addresses }
+}
+
+/// It takes an address for that of any instance of the job that has none yet.
+#[tokio::test]
+async fn a_first_generation_cluster_hears_once_where_an_instance_is() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::WebSocket, broker.port).await;
+    let jobs = ["old", "new"].map(|name| (instance(name), format!("60c0{name}")));
+    let node = Node { jobs: jobs.into(), announced: vec![instance("old")], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    running.connected().await;
+    broker.connection().await;
+    let job = "nodes/node1/job";
+    broker.switches.keep_acks.store(true, Ordering::Relaxed);
+    running.say(deployed("old")).await;
+    running.say(deployed("new")).await;
+    let expected = r#"{"job_id":"60c0new","status":"DEPLOYED","ns_ip":"172.18.0.2"}"#;
+    assert_eq!(broker.message(job).await, expected, "an earlier run has told of the other");
+    broker.hang_up();
+    running.disconnected().await;
+    broker.switches.keep_acks.store(false, Ordering::Relaxed);
+    broker.connection().await;
+    running.connected().await;
+    running.say(deployed("new")).await;
+    assert_eq!(broker.message(job).await, expected, "it was not acknowledged");
+    // This comes after the acknowledgement.
+    broker.publish("nodes/node1/control/deploy", super::job("after"));
+    running.deploy().await;
+    broker.hang_up();
+    running.disconnected().await;
+    broker.connection().await;
+    running.connected().await;
+    for name in ["old", "new"] {
+        running.say(deployed(name)).await;
+    }
+    running.say(status("new", Status::Failed)).await;
+    let text = broker.message(job).await;
+    assert!(text.contains("FAILED"), "{text}");
     running.end().await;
 }
 
