@@ -152,7 +152,7 @@ fn places(bytes: &[u8]) {
 }
 
 fn registrations(bytes: &[u8]) {
-    for generation in [Generation::G1, Generation::G2, Generation::G4] {
+    for generation in [Generation::G1, Generation::G1b, Generation::G2, Generation::G4] {
         let _ = register::read_answer(bytes, generation);
     }
     let _ = register::read_registration(bytes);

@@ -635,7 +635,7 @@ fn count(sent: &watch::Sender<Sent>, messages: &[Message]) {
 fn watches(generation: Generation) -> bool {
     match generation {
         Generation::G1 => false,
-        Generation::G2 | Generation::G4 => true,
+        Generation::G1b | Generation::G2 | Generation::G4 => true,
     }
 }
 

@@ -93,6 +93,7 @@ impl Encoder {
     fn encode(&mut self, report: &Report) -> Vec<(FromNode, String)> {
         match self.generation {
             Generation::G1 => self.first_generation(report).into_iter().collect(),
+            Generation::G1b => self.between(report),
             Generation::G2 | Generation::G4 => self.current(report),
         }
     }
@@ -153,10 +154,8 @@ impl Encoder {
                 Some((FromNode::Job, status::first_generation_failed(&job.id, detail)))
             }
             Report::Deployed { instance, addresses } => {
-                let job = self.jobs.get_mut(instance).filter(|job| !job.announced)?;
-                job.announced = true;
-                let address = IpAddr::V4(addresses.v4);
-                Some((FromNode::Job, status::first_generation_deployed(&job.id, address)))
+                let job = self.announce(instance)?;
+                Some((FromNode::Job, status::first_generation_deployed(job, Some(IpAddr::V4(addresses.v4)))))
             }
             Report::Node(usage) => Some((FromNode::Information, self.information(usage))),
             Report::Status { .. }
@@ -169,6 +168,35 @@ impl Encoder {
             | Report::Instances(_)
             | Report::Sensor(_) => None,
         }
+    }
+
+    /// Jobs as the first generation hears of them, everything else as the second does. The end of an interest nobody hears of yet.
+    fn between(&mut self, report: &Report) -> Vec<(FromNode, String)> {
+        match report {
+            Report::Status { .. } => self.first_generation(report).into_iter().collect(),
+            Report::Deployed { instance, .. } => {
+                let mut messages = self.current(report);
+                let job = self.announce(instance).map(|job| status::first_generation_deployed(job, None));
+                messages.extend(job.map(|text| (FromNode::Job, text)));
+                messages
+            }
+            Report::InterestRemove(_) => Vec::new(),
+            Report::Stored(_)
+            | Report::Address(_)
+            | Report::SubnetRequest
+            | Report::TableQuery(_)
+            | Report::InterestAdd(_)
+            | Report::Node(_)
+            | Report::Instances(_)
+            | Report::Sensor(_) => self.current(report),
+        }
+    }
+
+    /// The job of an instance of which the cluster has not been told yet; by now it is.
+    fn announce(&mut self, instance: &InstanceId) -> Option<&str> {
+        let job = self.jobs.get_mut(instance).filter(|job| !job.announced)?;
+        job.announced = true;
+        Some(&job.id)
     }
 }
 
@@ -237,8 +265,41 @@ mod tests {
             assert_eq!(messages[1], (FromNode::InterestRemove, r#"{"appname":"app.default.web.test"}"#.to_owned()));
             assert_eq!(messages.len(), 2);
         }
-        encoder.generation = Generation::G1;
-        assert!(encoder.encode(&remove).is_empty());
+        for generation in [Generation::G1, Generation::G1b] {
+            encoder.generation = generation;
+            assert!(encoder.encode(&remove).is_empty());
+        }
+    }
+
+    #[test]
+    fn between_the_generations_jobs_are_of_the_first_and_the_overlay_of_the_second() {
+        let mut encoder = Encoder::new(50103);
+        (encoder.generation, encoder.address) = (Generation::G1b, Some("192.0.2.1".parse().unwrap()));
+        let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
+        encoder.deploying(&instance, "60c0aa");
+        let deployed = Report::Deployed {
+            instance: instance.clone(),
+            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        let messages = encoder.encode(&deployed);
+        assert_eq!(messages[0].0, FromNode::Deployed);
+        assert!(messages[0].1.contains(r#""instance_number":2,"nsip":"172.18.0.2""#), "{}", messages[0].1);
+        let job = r#"{"job_id":"60c0aa","status":"DEPLOYED","status_detail":""}"#;
+        assert_eq!(messages[1..], [(FromNode::Job, job.to_owned())]);
+        assert_eq!(encoder.encode(&deployed), messages[..1], "the job is told once");
+
+        let status = |status| Report::Status { instance: instance.clone(), status, detail: String::new() };
+        let job = r#"{"job_id":"60c0aa","status":"FAILED","status_detail":""}"#;
+        for failed in [Status::Failed, Status::Dead] {
+            assert_eq!(encoder.encode(&status(failed)), [(FromNode::Job, job.to_owned())]);
+        }
+        for other in [Status::Creating, Status::Created, Status::Running, Status::Completed, Status::Undeployed] {
+            assert!(encoder.encode(&status(other)).is_empty());
+        }
+        let query = Report::TableQuery(Query::Name("app.default.web.test".parse().unwrap()));
+        for (report, kind) in [(query, FromNode::TableQuery), (Report::SubnetRequest, FromNode::Subnet)] {
+            assert_eq!(encoder.encode(&report)[0].0, kind);
+        }
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl Registrar {
     pub(super) async fn register(self, usage: NodeUsage) -> Result<Registration, RegisterError> {
         let address = self.own_address().await;
         let identity = match self.cluster.generation {
-            Some(Generation::G1) => self.by_socketio(&usage, address).await?,
+            Some(Generation::G1 | Generation::G1b) => self.by_socketio(&usage, address).await?,
             Some(known) => self.by_http(Some(known), &usage, address).await?,
             None => self.by_probing(&usage, address).await?,
         };
@@ -144,10 +144,11 @@ impl Registrar {
         };
         let mut identity = register::read_answer(answer.as_bytes(), Generation::G1)
             .map_err(|source| RegisterError::Malformed { url: base, source, body: excerpt(answer.as_bytes()) })?;
-        // Who assigns no subnet here has a service manager to ask: the generation between the first and the second, which
-        // differs from the second in this conversation alone.
+        // Who assigns no subnet here has a service manager to ask: the generation between the first and the second. At the second's
+        // own port it is the second, which has this conversation still.
         if identity.subnet.is_none() {
-            identity.generation = Generation::G2;
+            let second = self.cluster.port == Some(HTTP_PORT) && self.cluster.generation != Some(Generation::G1b);
+            identity.generation = if second { Generation::G2 } else { Generation::G1b };
         }
         Ok(identity)
     }

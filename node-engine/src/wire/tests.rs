@@ -603,6 +603,7 @@ fn memory_means_what_each_generation_thinks() {
         assert_eq!(document["ip"], "192.0.2.11");
     }
     assert_eq!(first["free_cores"], 3.5);
+    assert_eq!(read(Generation::G1b), old);
 }
 
 #[test]
@@ -610,7 +611,12 @@ fn information_is_only_what_changes_and_never_empty() {
     let mut broken = usage();
     broken.cpu_percent = f64::NAN;
     broken.gpus[0].temperature_celsius = f64::INFINITY;
-    for (generation, usage) in [(Generation::G1, usage()), (Generation::G2, broken.clone()), (Generation::G4, broken)] {
+    for (generation, usage) in [
+        (Generation::G1, usage()),
+        (Generation::G1b, broken.clone()),
+        (Generation::G2, broken.clone()),
+        (Generation::G4, broken),
+    ] {
         let text = node::information(generation, &usage, None);
         let document: serde_json::Value = serde_json::from_str(&text).unwrap();
         for (name, value) in document.as_object().unwrap() {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::broker::Broker;
+use super::broker::{Broker, Seen};
 use super::init::{Init, Manner};
 use super::manager::Manager;
 use super::*;
@@ -191,6 +191,36 @@ async fn a_first_generation_cluster_takes_a_node_in_over_a_websocket() {
     assert_eq!((identity.id.as_str(), identity.generation), ("node1", Generation::G1));
     assert_eq!(identity.subnet.unwrap().v4.to_string(), "172.18.0.64");
     the_conversation_was_right(&init.heard());
+}
+
+/// As it was for a few months.
+#[tokio::test]
+async fn a_cluster_between_the_generations_hears_of_jobs_as_the_first() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::Between, broker.port).await;
+    let node = Node { jobs: vec![(instance("web"), "60c0aa".into())], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    let identity = running.registered().await;
+    assert_eq!((identity.generation, identity.subnet), (Generation::G1b, None));
+    broker.subscription("nodes/node1/net/subnetwork/result").await;
+    running.connected().await;
+    running.say(Report::SubnetRequest).await;
+    broker.message("nodes/node1/net/subnet").await;
+    running.say(status("web", Status::Creating)).await;
+    running.say(deployed("web")).await;
+    let mut said = Vec::new();
+    broker
+        .see("both notices", |seen| {
+            if let Seen::Published { topic, payload } = seen {
+                said.push((topic, payload));
+            }
+            (said.len() == 2).then_some(())
+        })
+        .await;
+    assert_eq!(said[0].0, "nodes/node1/net/service/deployed");
+    let job = r#"{"job_id":"60c0aa","status":"DEPLOYED","status_detail":""}"#;
+    assert_eq!(said[1], ("nodes/node1/job".to_owned(), job.to_owned()));
+    running.end().await;
 }
 
 #[tokio::test]
