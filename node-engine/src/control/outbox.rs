@@ -57,7 +57,7 @@ impl Outbox {
             Report::Node(_) | Report::Instances(_) | Report::Sensor(_) if !online => self.dropped += 1,
             Report::Node(_) => self.dropped += u64::from(self.node.replace(report).is_some()),
             Report::Instances(_) => self.dropped += u64::from(self.instances.replace(report).is_some()),
-            Report::TableQuery(_) | Report::InterestRemove(_) if !online => self.dropped += 1,
+            Report::TableQuery(_) | Report::SubnetRequest | Report::InterestRemove(_) if !online => self.dropped += 1,
             Report::Sensor(ref sample) => {
                 let (name, room) = (sample.device.clone(), self.sensors.len() < MAX_SENSORS);
                 if room || self.sensors.contains_key(&name) {
@@ -253,9 +253,10 @@ fn weight(report: &Report) -> usize {
 
 fn outlives_connection(report: &Report) -> bool {
     match report {
-        Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest => true,
+        Report::Status { .. } | Report::Deployed { .. } => true,
         Report::Stored(_)
         | Report::Address(_)
+        | Report::SubnetRequest
         | Report::TableQuery(_)
         | Report::InterestAdd(_)
         | Report::InterestRemove(_)
@@ -366,24 +367,25 @@ mod tests {
         check(vec![status("a", Failed), status("a", Dead), status("a", Failed)], false, &["a:DEAD", "a:FAILED"]);
         check(vec![status("a", Creating), deployed("a"), status("a", Created)], false, &["a:net", "a:CREATED"]);
         check(vec![deployed("a"), deployed("b"), status("a", Failed)], false, &["b:net", "a:FAILED"]);
-        check(vec![Report::SubnetRequest, Report::SubnetRequest], false, &["subnet"]);
+        check(vec![Report::SubnetRequest, Report::SubnetRequest], true, &["subnet"]);
         check(vec![query("a"), query("a"), query("b")], true, &["query", "query"]);
         let service: crate::model::ServiceName = "a.b.c.d".parse().unwrap();
         check(vec![Report::InterestRemove(service.clone()), Report::InterestAdd(service)], true, &["add"]);
     }
 
     #[test]
-    fn an_interest_does_not_end_after_its_connection() {
-        let remove = || Report::InterestRemove("app.default.a.test".parse().unwrap());
-        check(vec![remove()], false, &[]);
+    fn questions_and_ends_of_interests_do_not_outlive_their_connection() {
+        let reports = || [query("a"), Report::SubnetRequest, Report::InterestRemove("a.b.c.d".parse().unwrap())];
+        check(reports().into(), false, &[]);
         let mut outbox = Outbox::default();
-        outbox.push(remove(), true);
-        assert_eq!(taken(&mut outbox).len(), 1);
-        outbox.push(Report::InterestRemove("app.default.b.test".parse().unwrap()), true);
+        let push = |outbox: &mut Outbox| reports().into_iter().for_each(|report| outbox.push(report, true));
+        push(&mut outbox);
+        assert_eq!(taken(&mut outbox).len(), 3);
+        push(&mut outbox);
         // Neither what was not acknowledged nor what was not sent.
         outbox.lost();
         assert!(outbox.is_empty());
-        assert_eq!(outbox.dropped, 2);
+        assert_eq!(outbox.dropped, 6);
     }
 
     #[test]
