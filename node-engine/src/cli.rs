@@ -60,7 +60,7 @@ pub struct DaemonArgs {
     /// The cluster manager this node belongs to
     #[arg(long, value_name = "HOST[:PORT]")]
     cluster: Option<String>,
-    /// Generation of the cluster: auto, g1, g2, g4
+    /// Generation of the cluster: auto, g1, g1b, g2, g4
     #[arg(long)]
     generation: Option<String>,
     /// Name of this node [default: its host name]

@@ -106,8 +106,8 @@ fn deploys(bytes: &[u8]) {
 }
 
 fn orders(bytes: &[u8]) {
-    for topic in [OrderTopic::Deploy, OrderTopic::Delete] {
-        let _ = order(topic, bytes, Some(&this_node()));
+    for (topic, told) in [(OrderTopic::Deploy, false), (OrderTopic::Deploy, true), (OrderTopic::Delete, false)] {
+        let _ = order(topic, bytes, Some(&this_node()), &|_, _| told);
     }
 }
 
@@ -152,7 +152,7 @@ fn places(bytes: &[u8]) {
 }
 
 fn registrations(bytes: &[u8]) {
-    for generation in [Generation::G1, Generation::G2, Generation::G4] {
+    for generation in [Generation::G1, Generation::G1b, Generation::G2, Generation::G4] {
         let _ = register::read_answer(bytes, generation);
     }
     let _ = register::read_registration(bytes);

@@ -28,14 +28,15 @@ fn a_first_generation_cluster_is_joined_by_socket_io() {
     assert_ne!(subnets[0], subnets[1]);
 }
 
-/// As it was for a few months: Socket.IO registers, everything after it is of the second generation.
+/// As it was for a few months: Socket.IO registers, jobs are reported as to the first generation, the overlay is the second's. The
+/// embedded cluster does not read those reports; it goes by what the nodes list as running.
 #[test]
 #[ignore = "needs root"]
 fn a_cluster_between_the_generations_is_joined_by_socket_io() {
     let plan = Plan { options: &["--generation", "g1"], ..Plan::new(2, Datapath::Auto) };
     let lab = Lab::start(&plan).expect("a laboratory");
     for node in &lab.nodes {
-        assert_eq!(node.status().expect("it answers").cluster.generation, "g2");
+        assert_eq!(node.status().expect("it answers").cluster.generation, "g1b");
     }
     serves(&lab);
 }

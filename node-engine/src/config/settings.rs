@@ -350,9 +350,10 @@ fn generation(draft: &mut Draft, text: &str) -> Result<(), String> {
     draft.config.cluster.generation = match text.to_ascii_lowercase().as_str() {
         "auto" => None,
         "g1" | "1" => Some(Generation::G1),
+        "g1b" => Some(Generation::G1b),
         "g2" | "2" | "g3" | "3" => Some(Generation::G2),
         "g4" | "4" => Some(Generation::G4),
-        _ => return Err("is not one of auto, g1, g2, g4".into()),
+        _ => return Err("is not one of auto, g1, g1b, g2, g4".into()),
     };
     Ok(())
 }

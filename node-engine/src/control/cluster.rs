@@ -77,9 +77,13 @@ pub struct Node {
     pub usage: NodeUsage,
     /// This node's address as its peers see it; `None`: the one packets to the cluster leave from.
     pub address: Option<IpAddr>,
+    /// The overlay's address, for where `address` is not given and the cluster is on this machine.
+    pub overlay_address: Option<IpAddr>,
     pub tunnel_port: u16,
     /// The jobs of the instances that are here from an earlier run.
     pub jobs: Vec<(InstanceId, String)>,
+    /// Those of them that it has connected, and told the cluster of.
+    pub announced: Vec<InstanceId>,
 }
 
 /// The control plane of a reference cluster of any generation.
@@ -118,6 +122,7 @@ impl ControlPlane for Cluster {
             cluster: self.config,
             facts: self.node.facts,
             public_address: self.node.address,
+            overlay_address: self.node.overlay_address,
             tunnel_port: self.node.tunnel_port,
         };
         let mut session = Session::new(registrar, self.node.usage, tls, self.silence);
@@ -125,6 +130,9 @@ impl ControlPlane for Cluster {
         session.encoder.compact = self.reports == ReportChoice::Changes;
         for (instance, job) in &self.node.jobs {
             session.encoder.deploying(instance, job);
+        }
+        for instance in &self.node.announced {
+            session.encoder.announced(instance);
         }
         session.sent = self.sent;
         session.run(commands, reports, stop).await;
@@ -475,6 +483,7 @@ impl Session {
         if self.registrar.public_address.is_some() {
             self.registrar.public_address = Some(address);
         }
+        self.registrar.overlay_address = Some(address);
         self.located(Some(address));
         self.encoder.address = Some(address);
         if self.link.is_some() {
@@ -575,6 +584,9 @@ impl Session {
         self.operations.clear();
         self.received.clear();
         self.subscribing = 0;
+        for report in self.outbox.in_flight() {
+            self.encoder.unheard(report);
+        }
         self.outbox.lost();
         if std::mem::take(&mut self.connected) {
             head(reason, LONGEST_TROUBLE).clone_into(&mut self.trouble);
@@ -618,6 +630,10 @@ impl Session {
             } else if let Some((ticket, report)) = self.outbox.take(self.subscribing == 0) {
                 let Some(node) = self.identity.as_ref().map(|identity| &identity.id) else { return };
                 let messages = self.encoder.messages(node, &report);
+                if messages.is_empty() {
+                    self.outbox.delivered(ticket);
+                    continue;
+                }
                 count(&self.sent, &messages);
                 let published: Result<Vec<_>, _> =
                     messages.into_iter().map(|message| link.publish(message.topic, message.text)).collect();
@@ -676,7 +692,7 @@ fn count(sent: &watch::Sender<Sent>, messages: &[Message]) {
 fn watches(generation: Generation) -> bool {
     match generation {
         Generation::G1 => false,
-        Generation::G2 | Generation::G4 => true,
+        Generation::G1b | Generation::G2 | Generation::G4 => true,
     }
 }
 

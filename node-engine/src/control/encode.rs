@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use tracing::warn;
 
-use crate::model::{Generation, InstanceId, NodeId, NodeUsage, Purpose, Report, Status};
+use crate::model::{Generation, InstanceId, NodeId, NodeUsage, Purpose, Query, Report, Status};
 use crate::wire::{FromNode, node, sensor, sensor_topic, status, table};
 
 /// Jobs remembered for a first-generation cluster.
@@ -28,7 +28,15 @@ pub(super) struct Encoder {
     /// Say each thing under one name, and leave out what only people read.
     pub(super) compact: bool,
     /// First-generation clusters know an instance by the id of its job.
-    jobs: BTreeMap<InstanceId, String>,
+    jobs: BTreeMap<InstanceId, Job>,
+}
+
+#[derive(Debug)]
+struct Job {
+    id: String,
+    /// The cluster has been told where the instance is. It is not told which instance that is: said again, it would be about another one
+    /// of this job that has no address yet.
+    announced: bool,
 }
 
 impl Encoder {
@@ -36,12 +44,33 @@ impl Encoder {
         Self { generation: Generation::G4, address: None, tunnel_port, compact: false, jobs: BTreeMap::new() }
     }
 
-    /// The cluster wants an instance of this job.
+    /// The cluster wants an instance of this job, and has no address of it.
     pub(super) fn deploying(&mut self, instance: &InstanceId, job: &str) {
         if job.is_empty() || (self.jobs.len() >= MAX_JOBS && !self.jobs.contains_key(instance)) {
             return;
         }
-        self.jobs.insert(instance.clone(), job.to_owned());
+        self.jobs.insert(instance.clone(), Job { id: job.to_owned(), announced: false });
+    }
+
+    /// The cluster has been told where this instance is.
+    pub(super) fn announced(&mut self, instance: &InstanceId) {
+        if let Some(job) = self.jobs.get_mut(instance) {
+            job.announced = true;
+        }
+    }
+
+    /// This was said, and nobody knows whether it was heard.
+    pub(super) fn unheard(&mut self, report: &Report) {
+        if let Report::Deployed { instance, .. } = report
+            && let Some(job) = self.jobs.get_mut(instance)
+        {
+            job.announced = false;
+        }
+    }
+
+    /// Does the cluster want this instance of this job already?
+    pub(super) fn knows(&self, instance: &InstanceId, job: &str) -> bool {
+        self.jobs.get(instance).is_some_and(|known| known.id == job)
     }
 
     /// The cluster wants this instance no longer.
@@ -50,7 +79,7 @@ impl Encoder {
     }
 
     /// What goes where, and for what; nothing where this generation has no message for the report.
-    pub(super) fn messages(&self, node: &NodeId, report: &Report) -> Vec<Message> {
+    pub(super) fn messages(&mut self, node: &NodeId, report: &Report) -> Vec<Message> {
         if let Report::Sensor(sample) = report {
             let topic = sensor_topic(node, &sample.device);
             return vec![Message { topic, text: sensor(sample), purpose: Purpose::Sensors }];
@@ -61,9 +90,10 @@ impl Encoder {
     }
 
     /// The messages of a report; none where this generation has no message for it.
-    fn encode(&self, report: &Report) -> Vec<(FromNode, String)> {
+    fn encode(&mut self, report: &Report) -> Vec<(FromNode, String)> {
         match self.generation {
             Generation::G1 => self.first_generation(report).into_iter().collect(),
+            Generation::G1b => self.between(report),
             Generation::G2 | Generation::G4 => self.current(report),
         }
     }
@@ -90,7 +120,12 @@ impl Encoder {
             Report::SubnetRequest => vec![(FromNode::Subnet, table::SUBNET_REQUEST.to_owned())],
             Report::TableQuery(query) => vec![(FromNode::TableQuery, table::table_query(query))],
             Report::InterestAdd(_) | Report::Address(_) | Report::Sensor(_) | Report::Stored(_) => Vec::new(),
-            Report::InterestRemove(service) => vec![(FromNode::InterestRemove, table::interest_remove(service))],
+            // A service manager that was restarted meanwhile knows of no interest of this node, and dies of the end of one. A question is
+            // the beginning of one, and what follows on it is heard after it.
+            Report::InterestRemove(service) => vec![
+                (FromNode::TableQuery, table::table_query(&Query::Name(service.clone()))),
+                (FromNode::InterestRemove, table::interest_remove(service)),
+            ],
             Report::Node(usage) => {
                 vec![(FromNode::Information, self.information(usage))]
             }
@@ -111,16 +146,16 @@ impl Encoder {
         }
     }
 
-    /// This generation hears of a job twice at most: that it is deployed, and that it failed.
-    fn first_generation(&self, report: &Report) -> Option<(FromNode, String)> {
-        let job = |instance| self.jobs.get(instance);
+    /// This generation hears of an instance twice at most: that it is deployed, and that it failed.
+    fn first_generation(&mut self, report: &Report) -> Option<(FromNode, String)> {
         match report {
             Report::Status { instance, status: Status::Failed | Status::Dead, detail } => {
-                Some((FromNode::Job, status::first_generation_failed(job(instance)?, detail)))
+                let job = self.jobs.get(instance)?;
+                Some((FromNode::Job, status::first_generation_failed(&job.id, detail)))
             }
             Report::Deployed { instance, addresses } => {
-                let address = IpAddr::V4(addresses.v4);
-                Some((FromNode::Job, status::first_generation_deployed(job(instance)?, address)))
+                let job = self.announce(instance)?;
+                Some((FromNode::Job, status::first_generation_deployed(job, Some(IpAddr::V4(addresses.v4)))))
             }
             Report::Node(usage) => Some((FromNode::Information, self.information(usage))),
             Report::Status { .. }
@@ -133,6 +168,35 @@ impl Encoder {
             | Report::Instances(_)
             | Report::Sensor(_) => None,
         }
+    }
+
+    /// Jobs as the first generation hears of them, everything else as the second does. The end of an interest nobody hears of yet.
+    fn between(&mut self, report: &Report) -> Vec<(FromNode, String)> {
+        match report {
+            Report::Status { .. } => self.first_generation(report).into_iter().collect(),
+            Report::Deployed { instance, .. } => {
+                let mut messages = self.current(report);
+                let job = self.announce(instance).map(|job| status::first_generation_deployed(job, None));
+                messages.extend(job.map(|text| (FromNode::Job, text)));
+                messages
+            }
+            Report::InterestRemove(_) => Vec::new(),
+            Report::Stored(_)
+            | Report::Address(_)
+            | Report::SubnetRequest
+            | Report::TableQuery(_)
+            | Report::InterestAdd(_)
+            | Report::Node(_)
+            | Report::Instances(_)
+            | Report::Sensor(_) => self.current(report),
+        }
+    }
+
+    /// The job of an instance of which the cluster has not been told yet; by now it is.
+    fn announce(&mut self, instance: &InstanceId) -> Option<&str> {
+        let job = self.jobs.get_mut(instance).filter(|job| !job.announced)?;
+        job.announced = true;
+        Some(&job.id)
     }
 }
 
@@ -162,6 +226,80 @@ mod tests {
         }
         encoder.deleting(&instance);
         assert!(encoder.encode(&status(Status::Failed)).is_empty());
+    }
+
+    #[test]
+    fn the_first_generation_hears_once_where_an_instance_is() {
+        let mut encoder = Encoder::new(50103);
+        encoder.generation = Generation::G1;
+        let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
+        let deployed = Report::Deployed {
+            instance: instance.clone(),
+            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        let mut said = |change: fn(&mut Encoder, &InstanceId, &Report)| {
+            change(&mut encoder, &instance, &deployed);
+            encoder.encode(&deployed).len()
+        };
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0aa")), 1);
+        assert_eq!(said(|_, _, _| {}), 0);
+        assert_eq!(said(|encoder, _, report| encoder.unheard(report)), 1, "it may not have come through");
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0aa")), 1, "it is asked for anew");
+        assert_eq!(said(|encoder, instance, _| encoder.deleting(instance)), 0);
+        assert_eq!(said(|encoder, instance, _| encoder.deploying(instance, "60c0bb")), 1);
+        let earlier = |encoder: &mut Encoder, instance: &InstanceId, _: &Report| {
+            encoder.deploying(instance, "60c0bb");
+            encoder.announced(instance);
+        };
+        assert_eq!(said(earlier), 0, "an earlier run has said it");
+    }
+
+    #[test]
+    fn an_interest_begins_before_it_ends() {
+        let mut encoder = Encoder::new(50103);
+        let remove = Report::InterestRemove("app.default.web.test".parse().unwrap());
+        for generation in [Generation::G2, Generation::G4] {
+            encoder.generation = generation;
+            let messages = encoder.encode(&remove);
+            assert_eq!(messages[0], (FromNode::TableQuery, r#"{"sname":"app.default.web.test","sip":""}"#.to_owned()));
+            assert_eq!(messages[1], (FromNode::InterestRemove, r#"{"appname":"app.default.web.test"}"#.to_owned()));
+            assert_eq!(messages.len(), 2);
+        }
+        for generation in [Generation::G1, Generation::G1b] {
+            encoder.generation = generation;
+            assert!(encoder.encode(&remove).is_empty());
+        }
+    }
+
+    #[test]
+    fn between_the_generations_jobs_are_of_the_first_and_the_overlay_of_the_second() {
+        let mut encoder = Encoder::new(50103);
+        (encoder.generation, encoder.address) = (Generation::G1b, Some("192.0.2.1".parse().unwrap()));
+        let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
+        encoder.deploying(&instance, "60c0aa");
+        let deployed = Report::Deployed {
+            instance: instance.clone(),
+            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
+        };
+        let messages = encoder.encode(&deployed);
+        assert_eq!(messages[0].0, FromNode::Deployed);
+        assert!(messages[0].1.contains(r#""instance_number":2,"nsip":"172.18.0.2""#), "{}", messages[0].1);
+        let job = r#"{"job_id":"60c0aa","status":"DEPLOYED","status_detail":""}"#;
+        assert_eq!(messages[1..], [(FromNode::Job, job.to_owned())]);
+        assert_eq!(encoder.encode(&deployed), messages[..1], "the job is told once");
+
+        let status = |status| Report::Status { instance: instance.clone(), status, detail: String::new() };
+        let job = r#"{"job_id":"60c0aa","status":"FAILED","status_detail":""}"#;
+        for failed in [Status::Failed, Status::Dead] {
+            assert_eq!(encoder.encode(&status(failed)), [(FromNode::Job, job.to_owned())]);
+        }
+        for other in [Status::Creating, Status::Created, Status::Running, Status::Completed, Status::Undeployed] {
+            assert!(encoder.encode(&status(other)).is_empty());
+        }
+        let query = Report::TableQuery(Query::Name("app.default.web.test".parse().unwrap()));
+        for (report, kind) in [(query, FromNode::TableQuery), (Report::SubnetRequest, FromNode::Subnet)] {
+            assert_eq!(encoder.encode(&report)[0].0, kind);
+        }
     }
 
     #[test]

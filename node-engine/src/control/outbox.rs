@@ -1,8 +1,9 @@
 //! What is still to be told to the cluster. Pure: reports in, reports out in order, and a bound on everything.
 //!
-//! Status changes and notices wait for the broker's acknowledgement and survive a lost connection; what a newer report makes
-//! void is removed while it still waits. Questions are asked again by whoever asked once the connection stands, so they die
-//! with it. Telemetry is only worth its newest sample.
+//! Status changes wait for the broker's acknowledgement and survive a lost connection; what a newer report makes void is removed
+//! while it still waits. Questions are asked again by whoever asked once the connection stands, and instances are announced again,
+//! so these die with it. So does the end of an interest: who is there after it may know of no such interest, and dies of its end.
+//! Telemetry is only worth its newest sample.
 //!
 //! The bound is in bytes. Beyond it whatever is no status goes first, then a status that a later one of the same instance follows, then
 //! the answer to a delete, which the cluster does not wait for. The last status of an instance goes only where nothing else is left.
@@ -56,7 +57,11 @@ impl Outbox {
             Report::Node(_) | Report::Instances(_) | Report::Sensor(_) if !online => self.dropped += 1,
             Report::Node(_) => self.dropped += u64::from(self.node.replace(report).is_some()),
             Report::Instances(_) => self.dropped += u64::from(self.instances.replace(report).is_some()),
-            Report::TableQuery(_) if !online => self.dropped += 1,
+            Report::TableQuery(_) | Report::SubnetRequest | Report::Deployed { .. } | Report::InterestRemove(_)
+                if !online =>
+            {
+                self.dropped += 1;
+            }
             Report::Sensor(ref sample) => {
                 let (name, room) = (sample.device.clone(), self.sensors.len() < MAX_SENSORS);
                 if room || self.sensors.contains_key(&name) {
@@ -177,6 +182,11 @@ impl Outbox {
         self.in_flight.retain(|(other, _)| *other != ticket);
     }
 
+    /// Those that the broker has not acknowledged.
+    pub(super) fn in_flight(&self) -> impl Iterator<Item = &Report> {
+        self.in_flight.iter().map(|(_, report)| report)
+    }
+
     /// The connection is lost: what was not acknowledged waits again, before everything younger.
     pub(super) fn lost(&mut self) {
         while let Some((ticket, report)) = self.in_flight.pop_back() {
@@ -247,11 +257,14 @@ fn weight(report: &Report) -> usize {
 
 fn outlives_connection(report: &Report) -> bool {
     match report {
-        Report::Status { .. } | Report::Deployed { .. } | Report::SubnetRequest | Report::InterestRemove(_) => true,
+        Report::Status { .. } => true,
         Report::Stored(_)
+        | Report::Deployed { .. }
         | Report::Address(_)
+        | Report::SubnetRequest
         | Report::TableQuery(_)
         | Report::InterestAdd(_)
+        | Report::InterestRemove(_)
         | Report::Node(_)
         | Report::Instances(_)
         | Report::Sensor(_) => false,
@@ -357,12 +370,28 @@ mod tests {
             &["a:UNDEPLOYED", "a:CREATED"],
         );
         check(vec![status("a", Failed), status("a", Dead), status("a", Failed)], false, &["a:DEAD", "a:FAILED"]);
-        check(vec![status("a", Creating), deployed("a"), status("a", Created)], false, &["a:net", "a:CREATED"]);
-        check(vec![deployed("a"), deployed("b"), status("a", Failed)], false, &["b:net", "a:FAILED"]);
-        check(vec![Report::SubnetRequest, Report::SubnetRequest], false, &["subnet"]);
+        check(vec![status("a", Creating), deployed("a"), status("a", Created)], true, &["a:net", "a:CREATED"]);
+        check(vec![deployed("a"), deployed("b"), status("a", Failed)], true, &["b:net", "a:FAILED"]);
+        check(vec![Report::SubnetRequest, Report::SubnetRequest], true, &["subnet"]);
         check(vec![query("a"), query("a"), query("b")], true, &["query", "query"]);
         let service: crate::model::ServiceName = "a.b.c.d".parse().unwrap();
-        check(vec![Report::InterestRemove(service.clone()), Report::InterestAdd(service)], false, &["add"]);
+        check(vec![Report::InterestRemove(service.clone()), Report::InterestAdd(service)], true, &["add"]);
+    }
+
+    #[test]
+    fn what_others_say_again_does_not_outlive_its_connection() {
+        let remove = || Report::InterestRemove("a.b.c.d".parse().unwrap());
+        let reports = || [query("a"), deployed("b"), Report::SubnetRequest, remove()];
+        check(reports().into(), false, &[]);
+        let mut outbox = Outbox::default();
+        let push = |outbox: &mut Outbox| reports().into_iter().for_each(|report| outbox.push(report, true));
+        push(&mut outbox);
+        assert_eq!(taken(&mut outbox).len(), 4);
+        push(&mut outbox);
+        // Neither what was not acknowledged nor what was not sent.
+        outbox.lost();
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.dropped, 8);
     }
 
     #[test]
@@ -453,8 +482,8 @@ mod tests {
         outbox.push(status("d", Status::Dead), true);
         outbox.lost();
         let again: Vec<String> = taken(&mut outbox).into_iter().map(|(_, text)| text).collect();
-        assert_eq!(again, ["b:DEAD", "c:net", "d:DEAD"]);
-        assert_eq!(outbox.dropped, 2);
+        assert_eq!(again, ["b:DEAD", "d:DEAD"]);
+        assert_eq!(outbox.dropped, 3);
         assert!(!outbox.is_empty());
     }
 
@@ -478,7 +507,7 @@ mod tests {
             outbox.push(status(&format!("s{number}"), Failed), false);
             outbox.push(status(&format!("s{number}"), Dead), false);
             outbox.push(status(&format!("u{number}"), Undeployed), false);
-            outbox.push(deployed(&format!("n{number}")), false);
+            outbox.push(deployed(&format!("n{number}")), true);
         }
         let count = |outbox: &Outbox, word: &str| {
             outbox.waiting.iter().filter(|(_, report)| say(report).ends_with(word)).count()

@@ -62,6 +62,7 @@ pub(super) struct Registrar {
     pub(super) cluster: ClusterConfig,
     pub(super) facts: NodeFacts,
     pub(super) public_address: Option<IpAddr>,
+    pub(super) overlay_address: Option<IpAddr>,
     pub(super) tunnel_port: u16,
 }
 
@@ -69,7 +70,7 @@ impl Registrar {
     pub(super) async fn register(self, usage: NodeUsage) -> Result<Registration, RegisterError> {
         let address = self.own_address().await;
         let identity = match self.cluster.generation {
-            Some(Generation::G1) => self.by_socketio(&usage, address).await?,
+            Some(Generation::G1 | Generation::G1b) => self.by_socketio(&usage, address).await?,
             Some(known) => self.by_http(Some(known), &usage, address).await?,
             None => self.by_probing(&usage, address).await?,
         };
@@ -144,10 +145,11 @@ impl Registrar {
         };
         let mut identity = register::read_answer(answer.as_bytes(), Generation::G1)
             .map_err(|source| RegisterError::Malformed { url: base, source, body: excerpt(answer.as_bytes()) })?;
-        // Who assigns no subnet here has a service manager to ask: the generation between the first and the second, which
-        // differs from the second in this conversation alone.
+        // Who assigns no subnet here has a service manager to ask: the generation between the first and the second. At the second's
+        // own port it is the second, which has this conversation still.
         if identity.subnet.is_none() {
-            identity.generation = Generation::G2;
+            let second = self.cluster.port == Some(HTTP_PORT) && self.cluster.generation != Some(Generation::G1b);
+            identity.generation = if second { Generation::G2 } else { Generation::G1b };
         }
         Ok(identity)
     }
@@ -162,14 +164,22 @@ impl Registrar {
         format!("{}{path}", self.base(SOCKETIO_PORT))
     }
 
-    /// The configured address, or the one packets to the cluster leave from. Nothing is sent to find out.
+    /// The configured address, or the one packets to the cluster leave from. Nothing is sent to find out. Packets to a cluster on this
+    /// machine leave from where no peer gets to, and which the overlay does not take for its own.
     pub(super) async fn own_address(&self) -> Option<IpAddr> {
         if let Some(address) = self.public_address {
             return Some(address);
         }
         let found = lookup_host((self.cluster.host.as_str(), 0)).await.ok()?;
-        way_out(&by_preference(found.map(|address| address.ip()).collect())).await.map(|(_, own)| own)
+        let (cluster, own) = way_out(&by_preference(found.map(|address| address.ip()).collect())).await?;
+        let elsewhere = self.overlay_address.filter(|_| is_here(cluster, own));
+        Some(elsewhere.unwrap_or(own))
     }
+}
+
+/// Is this cluster, to which packets leave from `own`, on this very machine?
+fn is_here(cluster: IpAddr, own: IpAddr) -> bool {
+    own.is_loopback() || own == cluster
 }
 
 /// Of the cluster's addresses the one that a node speaks to; the first of them where there is a way to none.
@@ -277,7 +287,39 @@ mod tests {
         let host = "127.0.0.1".into();
         let cluster = ClusterConfig { host, port: Some(port), tls: false, generation, mqtt_tls: None };
         let (http, facts) = (http_client(false).unwrap(), NodeFacts::default());
-        let registrar = Registrar { http, cluster, facts, public_address: None, tunnel_port: 50103 };
+        let registrar =
+            Registrar { http, cluster, facts, public_address: None, overlay_address: None, tunnel_port: 50103 };
         registrar.register(NodeUsage::default()).await.unwrap_err().cause()
+    }
+
+    #[test]
+    fn a_cluster_on_this_machine_is_told_by_the_way_there() {
+        for (cluster, own, here) in [
+            ("127.0.0.1", "127.0.0.1", true),
+            ("127.0.0.2", "127.0.0.1", true),
+            ("::1", "::1", true),
+            ("192.0.2.7", "192.0.2.7", true),
+            ("2001:db8::7", "2001:db8::7", true),
+            ("192.0.2.1", "192.0.2.7", false),
+            ("2001:db8::1", "2001:db8::7", false),
+        ] {
+            assert_eq!(is_here(cluster.parse().unwrap(), own.parse().unwrap()), here, "{cluster} from {own}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cluster_on_this_machine_does_not_make_a_node_its_own_peer() {
+        let address = |text: &str| Some(text.parse::<IpAddr>().unwrap());
+        let of = async |host: &str, public_address: Option<IpAddr>, overlay_address: Option<IpAddr>| {
+            let cluster = ClusterConfig { host: host.into(), port: None, tls: false, generation: None, mqtt_tls: None };
+            let (http, facts) = (http_client(false).unwrap(), NodeFacts::default());
+            let registrar = Registrar { http, cluster, facts, public_address, overlay_address, tunnel_port: 50103 };
+            registrar.own_address().await
+        };
+        for host in ["127.0.0.1", "localhost"] {
+            assert_eq!(of(host, None, address("192.0.2.7")).await, address("192.0.2.7"), "{host}");
+        }
+        assert_eq!(of("127.0.0.1", address("192.0.2.9"), address("192.0.2.7")).await, address("192.0.2.9"));
+        assert_eq!(of("127.0.0.1", None, None).await, address("127.0.0.1"), "there is no better one");
     }
 }

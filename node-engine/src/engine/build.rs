@@ -160,14 +160,17 @@ async fn node(
 
     // Towards a cluster elsewhere the way there decides, anew at each registration; the way to one in this process leads nowhere.
     let fixed = standalone.is_some() || config.network.uplink.is_some() || config.network.public_ip.is_some();
-    let address = if fixed { net.status().await?.address } else { None };
+    let overlay = net.status().await?;
+    let address = overlay.address.filter(|_| fixed);
     let plan = plan(&desired);
     let told = Node {
         facts: facts.clone(),
         usage: usage.borrow().clone(),
         address,
+        overlay_address: overlay.address,
         tunnel_port: config.network.tunnel_port,
         jobs: plan.wanted.iter().map(|wanted| (wanted.spec.id.clone(), wanted.spec.job.clone())).collect(),
+        announced: overlay.leases.into_iter().map(|lease| lease.instance).collect(),
     };
     let (sending, sent) = watch::channel(Sent::default());
     let control = Box::new(Cluster::new(config.cluster.clone(), told).telling(config.telemetry.reports, sending));

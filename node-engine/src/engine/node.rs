@@ -210,6 +210,7 @@ impl NodeApi for NoNode {
 fn word(generation: Generation) -> &'static str {
     match generation {
         Generation::G1 => "g1",
+        Generation::G1b => "g1b",
         Generation::G2 => "g2",
         Generation::G4 => "g4",
     }

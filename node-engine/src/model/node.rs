@@ -56,6 +56,8 @@ pub struct NodeIdentity {
 pub enum Generation {
     /// Socket.IO registration on port 10000, subnet assigned with it, overlay questions by HTTP.
     G1,
+    /// Between the first and the second: registration and reports of jobs as in the first, everything else as in the second.
+    G1b,
     /// HTTP registration on port 10100, telemetry under the older names.
     G2,
     /// HTTP registration on port 10100, telemetry under the newer names.

@@ -10,7 +10,7 @@ use super::lease::KeptLease;
 use super::link::Veth;
 use super::table::Local;
 use super::{Attachment, Lease, NetError};
-use crate::model::{Addresses, FamilyPair, InstanceId, PortMapping, Report};
+use crate::model::{Addresses, FamilyPair, InstanceId, PortMapping};
 
 /// So long an instance waits for the node's subnet.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -315,15 +315,6 @@ impl Core {
         }
     }
 
-    /// Reports the instances whose network is up, and where.
-    pub(super) fn announce_all(&self, out: &mut Vec<Effect>) {
-        for (id, member) in self.members.iter().filter(|(_, member)| member.connected()) {
-            out.extend(
-                member.addresses.map(|addresses| Effect::Report(Report::Deployed { instance: id.clone(), addresses })),
-            );
-        }
-    }
-
     /// Connects anew what has lost its veth, has it under another index, or has it at no bridge, where it is still in the same
     /// namespace. `present` is what the last look found at the bridge.
     pub(super) fn repair(&mut self, present: &[(InstanceId, u32)], out: &mut Vec<Effect>) {
@@ -453,7 +444,7 @@ impl Core {
         let lease = Lease { instance: id.clone(), addresses };
         let waiters = std::mem::take(&mut member.waiters);
         out.extend(waiters.into_iter().map(|waiter| Effect::Attached(waiter, Ok(lease.clone()))));
-        out.push(Effect::Report(Report::Deployed { instance: id.clone(), addresses }));
+        self.announce_new(id, addresses, out);
         self.hold(id, out);
     }
 

@@ -2,6 +2,7 @@
 //! clock, no kernel and no cluster. Effects of one instance are one at a time, and all else that has an order is in the order of
 //! the effects.
 
+mod announce;
 mod exchange;
 mod peers;
 #[cfg(test)]
@@ -25,7 +26,9 @@ use super::memory::{Learned, Memory};
 use super::path::Paths;
 use super::table::{Figures, ServiceNets, ServiceTable, Way};
 use super::{Lease, NetStatus};
-use crate::model::{Addresses, Command, FamilyPair, InstanceId, NodeId, Query, Report, Subnet, TableAnswer};
+use crate::model::{
+    Addresses, Command, FamilyPair, InstanceId, NodeId, Query, Report, ServiceName, Subnet, TableAnswer,
+};
 
 pub(super) use self::exchange::{Effect, Event, Published, Waiter};
 
@@ -82,6 +85,8 @@ pub(super) struct Core {
     pub(super) members: BTreeMap<InstanceId, Member>,
     pub(super) table: ServiceTable,
     pub(super) interests: Interests,
+    /// Services whose instances are announced after the answer that is waited for, and until when.
+    unannounced: BTreeMap<ServiceName, Duration>,
     greetings: Greetings,
     figures: Figures,
     paths: Paths,
@@ -129,6 +134,7 @@ impl Core {
             members: BTreeMap::new(),
             table: ServiceTable::new(settings.nets, host).with_room(settings.capacity),
             interests: Interests::new(),
+            unannounced: BTreeMap::new(),
             greetings: Greetings::new(settings.secret, settings.framed_port),
             figures: Figures::default(),
             paths: Paths::new(settings.secret, settings.mtu),
@@ -293,13 +299,14 @@ impl Core {
                 self.home.set_connected(true);
                 self.ask_for_subnet(out);
                 // The cluster may have been restarted without its memory.
-                self.announce_all(out);
+                self.announce_after_answers();
                 let outcomes = self.interests.connected(self.now);
                 self.pursue(outcomes, out);
                 self.inquire(out);
             }
             Command::Disconnected(_) => {
                 self.connected = false;
+                self.unannounced.clear();
                 self.home.set_connected(false);
                 self.interests.disconnected();
             }
@@ -331,6 +338,7 @@ impl Core {
             self.interests.answered(answer, jitter, self.now, |address| table.serves(address.into()))
         };
         self.pursue(outcomes, out);
+        self.announce_answered(answer, out);
         self.dirty |= !self.held.is_empty();
         self.release_own_waits(answer, out);
         if self.adopted && self.table.unclaimed().is_empty() {
@@ -393,6 +401,7 @@ impl Core {
         let jitter = self.random();
         let outcomes = self.interests.tick(jitter, self.now);
         self.pursue(outcomes, out);
+        self.announce_unanswered(out);
         let delta = self.table.tick();
         self.project(delta, out);
         let left = self.table.left().into_iter().map(|peer| (peer, self.table.leaving_at(peer))).collect();
@@ -556,7 +565,7 @@ impl Core {
             self.host = host;
             let delta = self.table.set_node(host, self.home.subnet());
             self.project(delta, out);
-            self.announce_all(out);
+            self.announce(None, out);
         }
     }
 

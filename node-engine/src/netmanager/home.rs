@@ -14,8 +14,10 @@ use super::ipam::{Ipam, network};
 use super::table::ServiceNets;
 use crate::model::{NodeId, NodeIdentity, Subnet};
 
-/// So long an answer may take before the question is repeated.
-const RETRY: Duration = Duration::from_secs(5);
+/// So long an answer may take before the question is repeated, at first and at most: each question may take a subnet out of the
+/// cluster's stock for ever.
+const FIRST_WAIT: Duration = Duration::from_secs(10);
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Debug)]
 pub(super) struct Home {
@@ -25,7 +27,9 @@ pub(super) struct Home {
     assigned: Option<(NodeId, Subnet)>,
     ipam: Option<Ipam>,
     connected: bool,
+    /// When this node's question was asked last, and how long its answer is waited for.
     asked: Option<Duration>,
+    wait: Duration,
 }
 
 /// A subnet that cannot be a node's.
@@ -53,6 +57,7 @@ impl Home {
             ipam: subnet.map(Ipam::new),
             connected: false,
             asked: None,
+            wait: FIRST_WAIT,
         }
     }
 
@@ -80,16 +85,18 @@ impl Home {
         if self.has_own() || self.asked.is_none() { News::Nothing } else { self.assign(subnet, host) }
     }
 
+    /// An answer may be lost with the connection it was to come by, but a connection that comes and goes must not ask each time.
     pub(super) fn set_connected(&mut self, connected: bool) {
         self.connected = connected;
-        self.asked = None;
+        self.wait = FIRST_WAIT;
     }
 
     /// Is it time to ask for a subnet?
     pub(super) fn asks(&mut self, now: Duration) -> bool {
-        let waits = self.asked.is_some_and(|asked| now.saturating_sub(asked) < RETRY);
+        let waits = self.asked.is_some_and(|asked| now.saturating_sub(asked) < self.wait);
         let asks = self.connected && self.node.is_some() && !self.has_own() && !waits;
         if asks {
+            self.wait = if self.asked.is_some() { (self.wait * 2).min(LONGEST_WAIT) } else { FIRST_WAIT };
             self.asked = Some(now);
         }
         asks
@@ -149,14 +156,32 @@ mod tests {
         assert!(!home.asks(at(0)), "not before the broker is there");
         home.set_connected(true);
         assert!(home.asks(at(0)));
-        assert!(!home.asks(at(4)));
-        assert!(home.asks(at(5)));
+        assert!(!home.asks(at(9)));
+        assert!(home.asks(at(10)));
         assert_eq!(home.answered(subnet(0), HOST), News::Assigned(node("one"), subnet(0)));
         assert!(home.settle());
         assert_eq!(home.answered(subnet(64), HOST), News::Nothing, "the answer to the first request");
         assert!(!home.asks(at(100)));
         assert!(!home.settle());
         assert_eq!(home.subnet(), Some(subnet(0)));
+    }
+
+    #[test]
+    fn the_longer_nobody_answers_the_less_often_a_subnet_is_asked_for() {
+        let mut home = home(None, None);
+        home.registered(&identity("one", None), HOST);
+        home.set_connected(true);
+        let asked: Vec<u64> = (0..250).filter(|second| home.asks(at(*second))).collect();
+        assert_eq!(asked, [0, 10, 30, 70, 130, 190]);
+        let flapping = (250..400).filter(|second| {
+            home.set_connected(false);
+            home.set_connected(true);
+            home.asks(at(*second))
+        });
+        assert_eq!(flapping.take(4).collect::<Vec<_>>(), [250, 260, 270, 280], "no sooner over a new connection");
+        home.registered(&identity("two", None), HOST);
+        let asked: Vec<u64> = (281..330).filter(|second| home.asks(at(*second))).collect();
+        assert_eq!(asked, [281, 291, 311], "another node asks for its own");
     }
 
     #[test]

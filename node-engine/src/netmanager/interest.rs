@@ -200,8 +200,11 @@ impl Interests {
     /// The broker is there again: what may have been missed is asked for, and interests it may have lost are told again.
     pub fn connected(&mut self, now: Duration) -> Vec<Outcome> {
         self.connected = true;
-        let services: Vec<ServiceName> = self.watched.keys().cloned().collect();
-        let mut outcomes: Vec<_> = services.iter().cloned().map(Outcome::Add).collect();
+        // Services with an instance here first: it is announced after the answer.
+        let mut services: Vec<(bool, ServiceName)> =
+            self.watched.iter().map(|(service, watch)| (watch.local == 0, service.clone())).collect();
+        services.sort_unstable();
+        let mut outcomes: Vec<_> = services.iter().map(|(_, service)| Outcome::Add(service.clone())).collect();
         for open in self.open.values_mut() {
             (open.attempts, open.deadline) = (0, now + TIMEOUT);
         }
@@ -210,7 +213,7 @@ impl Interests {
             open.queued = true;
             self.queue.push(query.clone());
         }
-        for service in services {
+        for (_, service) in services {
             outcomes.extend(self.ask(Query::Name(service), now));
         }
         outcomes.extend(self.drain(now));

@@ -66,7 +66,7 @@ pub struct Telemetry {
 pub fn pace(generation: Option<Generation>) -> Duration {
     match generation {
         Some(Generation::G1) => Duration::from_secs(8),
-        Some(Generation::G2 | Generation::G4) | None => Duration::from_secs(2),
+        Some(Generation::G1b | Generation::G2 | Generation::G4) | None => Duration::from_secs(2),
     }
 }
 
@@ -278,9 +278,13 @@ mod tests {
 
     #[test]
     fn only_the_first_generation_is_slow() {
-        for (generation, seconds) in
-            [(None, 2), (Some(Generation::G1), 8), (Some(Generation::G2), 2), (Some(Generation::G4), 2)]
-        {
+        for (generation, seconds) in [
+            (None, 2),
+            (Some(Generation::G1), 8),
+            (Some(Generation::G1b), 2),
+            (Some(Generation::G2), 2),
+            (Some(Generation::G4), 2),
+        ] {
             assert_eq!(pace(generation), Duration::from_secs(seconds), "{generation:?}");
         }
     }

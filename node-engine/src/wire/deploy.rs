@@ -63,15 +63,27 @@ pub enum DeployFault {
 
 const MAX_PORTS: usize = 256;
 
+/// Has this node been told before to run this instance of the job of this id?
+pub type Told<'a> = &'a dyn Fn(&InstanceId, &str) -> bool;
+
 /// Reads a job document of any generation. `node` is this node's id, by which a first-generation document (which lists all
 /// instances and singles out none) says which instance is meant.
 ///
 /// # Errors
 /// Where a member that is acted on is missing or wrong; all others may be anything.
 pub fn deploy(bytes: &[u8], node: Option<&NodeId>) -> Result<InstanceSpec, DeployError> {
+    deploy_next(bytes, node, &|_, _| false)
+}
+
+/// The same for a node that was told of other instances before, which a first-generation document does not mean again.
+///
+/// # Errors
+/// The same.
+pub fn deploy_next(bytes: &[u8], node: Option<&NodeId>, told: Told<'_>) -> Result<InstanceSpec, DeployError> {
     let members = Members::parse(bytes, MAX_DOCUMENT).map_err(|error| DeployError::unnamed(error.into()))?;
     let service = service(&members, "job_name").map_err(DeployError::unnamed)?;
-    let number = match number(&members).and_then(|number| number.map_or_else(|| waiting(&members, node), Ok)) {
+    let meant = || waiting(&members, &service, node, told);
+    let number = match number(&members).and_then(|number| number.map_or_else(meant, Ok)) {
         Ok(number) => number,
         Err(reason) => return Err(DeployError::unnamed(reason)),
     };
@@ -145,17 +157,30 @@ pub(super) fn number(members: &Members<'_>) -> Result<Option<u32>, DeployFault> 
     number.try_into().map(Some).map_err(|_| DeployFault::Number(number))
 }
 
-/// The instance of a first-generation document that is ours and has no address yet.
-fn waiting(members: &Members<'_>, node: Option<&NodeId>) -> Result<u32, DeployFault> {
+/// The instance that a first-generation document means: ours, without an address yet, and not told of before. An instance has no address
+/// for as long as its image is pulled, and the order for another may come meanwhile. Where all such were told of it is a repetition.
+fn waiting(
+    members: &Members<'_>,
+    service: &ServiceName,
+    node: Option<&NodeId>,
+    told: Told<'_>,
+) -> Result<u32, DeployFault> {
     if !members.has("instance_list") {
         return Err(Malformed::Missing("instance_number").into());
     }
+    let job = job(members);
+    let mut repeated = None;
     for entry in members.objects("instance_list")? {
-        if is_ours(&entry, node)? && entry.said("namespace_ip")?.is_none() {
-            return number(&entry)?.ok_or_else(|| Malformed::Missing("instance_number").into());
+        if !is_ours(&entry, node)? || entry.said("namespace_ip")?.is_some() {
+            continue;
         }
+        let number = number(&entry)?.ok_or(Malformed::Missing("instance_number"))?;
+        if !told(&InstanceId { service: service.clone(), number }, &job) {
+            return Ok(number);
+        }
+        repeated = repeated.or(Some(number));
     }
-    Err(DeployFault::NotForThisNode)
+    repeated.ok_or(DeployFault::NotForThisNode)
 }
 
 /// Every instance of a first-generation document that is ours.

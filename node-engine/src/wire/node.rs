@@ -32,7 +32,7 @@ pub fn compact_information(generation: Generation, usage: &NodeUsage, ip: Option
     const NEWER: [&str; 4] = ["cpu_percent", "vcpus", "memory_percent", "memory"];
     const NEWER_GPUS: [&str; 6] = ["gpu_driver", "gpu_usage", "gpu_temp", "vgpus", "vram", "vram_percent"];
     let (names, gpus) = match generation {
-        Generation::G1 | Generation::G2 => (OLDER, OLDER_GPUS),
+        Generation::G1 | Generation::G1b | Generation::G2 => (OLDER, OLDER_GPUS),
         Generation::G4 => (NEWER, NEWER_GPUS),
     };
     let mut members = usage_members(generation, usage);
@@ -71,7 +71,7 @@ pub(super) fn usage_members(generation: Generation, usage: &NodeUsage) -> Value 
             put("memory_free_in_MB", available.into());
             return Value::Object(members);
         }
-        Generation::G2 => put("memory", memory.into()),
+        Generation::G1b | Generation::G2 => put("memory", memory.into()),
         Generation::G4 => put("memory", available.into()),
     }
     put("cpu_percent", cpu.into());
@@ -178,7 +178,7 @@ pub fn compact_resources(generation: Generation, usages: &[InstanceUsage]) -> Ve
         let memory = tenths(finite(usage.memory_percent)).to_string();
         let nothing = String::new;
         let (cpu_percent, memory_percent, cpu, memory) = match generation {
-            Generation::G1 | Generation::G2 => (nothing(), nothing(), cpu, memory),
+            Generation::G1 | Generation::G1b | Generation::G2 => (nothing(), nothing(), cpu, memory),
             Generation::G4 => (cpu, memory, nothing(), nothing()),
         };
         ServiceUsage { cpu_percent, memory_percent, cpu, memory, ..service_usage(usage) }

@@ -5,7 +5,7 @@
 
 use serde::Serialize;
 
-use super::deploy::{self, DeployError, DeployFault};
+use super::deploy::{self, DeployError, DeployFault, Told};
 use super::json::{MAX_DOCUMENT, Members, excerpt};
 use crate::model::{InstanceId, InstanceSpec, NodeId, Technology};
 
@@ -46,15 +46,15 @@ pub enum OrderTopic {
     Delete,
 }
 
-/// Reads what came on a control topic.
+/// Reads what came on a control topic. `told` says what came there before.
 ///
 /// # Errors
 /// Where it cannot be carried out; nothing about it is then done.
-pub fn order(topic: OrderTopic, bytes: &[u8], node: Option<&NodeId>) -> Result<Order, OrderError> {
+pub fn order(topic: OrderTopic, bytes: &[u8], node: Option<&NodeId>, told: Told<'_>) -> Result<Order, OrderError> {
     let common = Members::parse(bytes, MAX_DOCUMENT).ok().filter(|members| members.has("command"));
     match (common, topic) {
         (Some(members), _) => common_message(&members, node),
-        (None, OrderTopic::Deploy) => Ok(Order::Deploy(Box::new(deploy::deploy(bytes, node)?))),
+        (None, OrderTopic::Deploy) => Ok(Order::Deploy(Box::new(deploy::deploy_next(bytes, node, told)?))),
         (None, OrderTopic::Delete) => Ok(Order::Delete(delete(bytes, node).map_err(OrderError::Delete)?)),
     }
 }

@@ -36,17 +36,18 @@ struct FirstGenerationJob<'a> {
     status: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     ns_ip: Option<IpAddr>,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    status_detail: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status_detail: Option<&'a str>,
 }
 
-/// What a first-generation cluster hears of a job: that it is deployed, under which namespace address.
-pub fn first_generation_deployed(job: &str, namespace_address: IpAddr) -> String {
+/// What a first-generation cluster hears of a job: that it is deployed, under which namespace address. The next clusters hear of that
+/// elsewhere (`None`), and of details here.
+pub fn first_generation_deployed(job: &str, namespace_address: Option<IpAddr>) -> String {
     super::text(&FirstGenerationJob {
         job_id: job,
         status: "DEPLOYED",
-        ns_ip: Some(namespace_address),
-        status_detail: "",
+        ns_ip: namespace_address,
+        status_detail: namespace_address.is_none().then_some(""),
     })
 }
 
@@ -56,7 +57,7 @@ pub fn first_generation_failed(job: &str, detail: &str) -> String {
         job_id: job,
         status: "FAILED",
         ns_ip: None,
-        status_detail: head(detail, MAX_DETAIL),
+        status_detail: Some(head(detail, MAX_DETAIL)),
     })
 }
 
@@ -167,8 +168,12 @@ mod tests {
     #[test]
     fn first_generation_reports_name_the_job() {
         assert_eq!(
-            first_generation_deployed("60c0", "172.18.0.2".parse().unwrap()),
+            first_generation_deployed("60c0", Some("172.18.0.2".parse().unwrap())),
             r#"{"job_id":"60c0","status":"DEPLOYED","ns_ip":"172.18.0.2"}"#
+        );
+        assert_eq!(
+            first_generation_deployed("60c0", None),
+            r#"{"job_id":"60c0","status":"DEPLOYED","status_detail":""}"#
         );
         assert_eq!(
             first_generation_failed("60c0", "no image"),

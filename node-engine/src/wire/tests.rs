@@ -2,8 +2,8 @@
 
 use proptest::prelude::*;
 
-use super::deploy::{DeployFault, document, port_mappings};
-use super::order::{Order, OrderTopic, delete_message, order};
+use super::deploy::{DeployFault, deploy_next, document, port_mappings};
+use super::order::{Order, OrderTopic, delete_message};
 use super::{node, status, *};
 use crate::model::*;
 
@@ -47,6 +47,11 @@ fn service_of(text: &str) -> ServiceName {
 
 fn instance(number: u32) -> InstanceId {
     InstanceId { service: service_of("app.default.web.test"), number }
+}
+
+/// As the first that comes.
+fn order(topic: OrderTopic, bytes: &[u8], node: Option<&NodeId>) -> Result<Order, OrderError> {
+    super::order(topic, bytes, node, &|_, _| false)
 }
 
 #[test]
@@ -132,6 +137,25 @@ fn a_first_generation_document_means_our_instance_without_an_address() {
     }
     let deleted = order(OrderTopic::Delete, FIRST_GENERATION_JOB.as_bytes(), Some(&node("node1"))).unwrap();
     assert_eq!(deleted, Order::Delete(vec![instance(0), instance(2)]));
+}
+
+#[test]
+fn two_replicas_that_wait_for_an_address_are_two() {
+    let document = FIRST_GENERATION_JOB.replace("172.18.0.2", "");
+    let told = |of: &'static [u32]| {
+        let told =
+            move |id: &InstanceId, job: &str| job == "60c0aa" && of.iter().any(|number| *id == instance(*number));
+        deploy_next(document.as_bytes(), Some(&node("node1")), &told).unwrap().id.number
+    };
+    assert_eq!(told(&[]), 0);
+    assert_eq!(told(&[0]), 2, "the first is told of already, and its image is being pulled");
+    assert_eq!(told(&[2]), 0);
+    assert_eq!(told(&[0, 2]), 0, "nothing new is a repetition");
+    let known = deploy_next(FIRST_GENERATION_JOB.as_bytes(), Some(&node("node1")), &|_, _| true).unwrap();
+    assert_eq!(known.id, instance(2), "what has an address is never meant");
+    let anew = document.replace("60c0aa", "60c0ff");
+    let told = |_: &InstanceId, job: &str| job == "60c0aa";
+    assert_eq!(deploy_next(anew.as_bytes(), Some(&node("node1")), &told).unwrap().id.number, 0, "another job");
 }
 
 /// `JOB` with one member replaced.
@@ -593,6 +617,7 @@ fn memory_means_what_each_generation_thinks() {
         assert_eq!(document["ip"], "192.0.2.11");
     }
     assert_eq!(first["free_cores"], 3.5);
+    assert_eq!(read(Generation::G1b), old);
 }
 
 #[test]
@@ -600,7 +625,12 @@ fn information_is_only_what_changes_and_never_empty() {
     let mut broken = usage();
     broken.cpu_percent = f64::NAN;
     broken.gpus[0].temperature_celsius = f64::INFINITY;
-    for (generation, usage) in [(Generation::G1, usage()), (Generation::G2, broken.clone()), (Generation::G4, broken)] {
+    for (generation, usage) in [
+        (Generation::G1, usage()),
+        (Generation::G1b, broken.clone()),
+        (Generation::G2, broken.clone()),
+        (Generation::G4, broken),
+    ] {
         let text = node::information(generation, &usage, None);
         let document: serde_json::Value = serde_json::from_str(&text).unwrap();
         for (name, value) in document.as_object().unwrap() {

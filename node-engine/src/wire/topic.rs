@@ -51,10 +51,12 @@ impl ToNode {
         match generation {
             // A first-generation cluster has no overlay topics; it answers those questions over HTTP.
             Generation::G1 => vec![format!("nodes/{node}/control/+")],
-            Generation::G2 | Generation::G4 => [Self::Deploy, Self::Delete, Self::Error, Self::Subnet, Self::Table]
-                .iter()
-                .map(|kind| kind.topic(node))
-                .collect(),
+            Generation::G1b | Generation::G2 | Generation::G4 => {
+                [Self::Deploy, Self::Delete, Self::Error, Self::Subnet, Self::Table]
+                    .iter()
+                    .map(|kind| kind.topic(node))
+                    .collect()
+            }
         }
     }
 }

@@ -62,6 +62,27 @@ fn first_generation_variables_are_understood() {
 }
 
 #[test]
+fn generations_have_names() {
+    let names = [
+        ("auto", "None"),
+        ("g1", "Some(G1)"),
+        ("G1b", "Some(G1b)"),
+        ("g2", "Some(G2)"),
+        ("g3", "Some(G2)"),
+        ("g4", "Some(G4)"),
+    ];
+    for (name, generation) in names {
+        check(
+            "",
+            &[],
+            &[("cluster.generation", name)],
+            |config| format!("{:?}", config.cluster.generation),
+            generation,
+        );
+    }
+}
+
+#[test]
 fn a_host_brings_its_own_port_or_none() {
     let file = "[cluster]\nhost = \"a.example\"\nport = 10000";
     let seen = |config: &Config| format!("{} {:?} {}", config.cluster.host, config.cluster.port, config.cluster.tls);

@@ -82,7 +82,8 @@ impl Session {
 
     fn order(&mut self, topic: OrderTopic, payload: &[u8], node: &NodeId, receipt: Unacknowledged) -> Unacknowledged {
         let generation = generation(payload);
-        match order(topic, payload, Some(node)) {
+        let read = order(topic, payload, Some(node), &|instance, job| self.encoder.knows(instance, job));
+        match read {
             Ok(Order::Deploy(spec)) => {
                 self.encoder.deploying(&spec.id, &spec.job);
                 self.outbox.deploying(&spec.id);

@@ -4,9 +4,9 @@ use super::*;
 
 fn session() -> Session {
     let cluster = ClusterConfig { host: "h".into(), port: None, tls: false, generation: None, mqtt_tls: None };
-    let (facts, public_address) = (NodeFacts::default(), None);
+    let (facts, public_address, overlay_address) = (NodeFacts::default(), None, None);
     let http = http_client(false).expect("a client");
-    let registrar = Registrar { http, cluster, facts, public_address, tunnel_port: 50103 };
+    let registrar = Registrar { http, cluster, facts, public_address, overlay_address, tunnel_port: 50103 };
     Session { up_since: Some(Instant::now()), ..Session::new(registrar, NodeUsage::default(), None, SILENCE) }
 }
 

@@ -81,20 +81,20 @@ async fn reports_become_messages_that_harm_no_cluster() {
     running.say(Report::InterestAdd(service("web"))).await;
     broker.subscription("jobs/app.default.web.test/updates_available").await;
     running.say(Report::InterestRemove(service("web"))).await;
-    // Both happen, in either order.
-    let (mut unsubscribed, mut removed) = (false, false);
+    // The subscription ends, and the interest: a question before it makes sure that there is one.
+    let (mut unsubscribed, mut said) = (false, Vec::new());
     broker
         .see("the end of an interest", |seen| {
             match seen {
                 Seen::Unsubscribed(topics) => unsubscribed = topics == ["jobs/app.default.web.test/updates_available"],
-                Seen::Published { topic: on, payload } => {
-                    removed = on == topic("net/interest/remove") && payload == r#"{"appname":"app.default.web.test"}"#;
-                }
+                Seen::Published { topic, payload } => said.push((topic, payload)),
                 _ => {}
             }
-            (unsubscribed && removed).then_some(())
+            (unsubscribed && said.len() == 2).then_some(())
         })
         .await;
+    let question = (topic("net/tablequery/request"), r#"{"sname":"app.default.web.test","sip":""}"#.to_owned());
+    assert_eq!(said, [question, (topic("net/interest/remove"), r#"{"appname":"app.default.web.test"}"#.to_owned())]);
     let odd = NodeUsage { cpu_percent: f64::INFINITY, memory_percent: f64::NAN, ..NodeUsage::default() };
     running.say(Report::Node(Box::new(odd))).await;
     broker.message(&topic("information")).await;
@@ -181,6 +181,44 @@ async fn interests_are_subscribed_anew_after_every_reconnect() {
     running.connected().await;
     // A short outage is no reason to register again.
     assert_eq!(manager.registrations(), 1);
+    running.end().await;
+}
+
+/// The cluster may have been restarted meanwhile, and dies of the end of an interest that it does not know.
+#[tokio::test]
+async fn no_interest_ends_after_its_connection() {
+    let (mut broker, _manager, mut running) = online().await;
+    for name in ["sent", "unsent"] {
+        running.say(Report::InterestAdd(service(name))).await;
+        broker.subscription(&format!("jobs/app.default.{name}.test/updates_available")).await;
+    }
+    broker.switches.keep_acks.store(true, Ordering::Relaxed);
+    running.say(Report::InterestRemove(service("sent"))).await;
+    broker.message(&topic("net/interest/remove")).await;
+    broker.hang_up();
+    running.disconnected().await;
+    running.say(Report::InterestRemove(service("unsent"))).await;
+    running.say(status("web", Status::Dead)).await;
+    broker.switches.keep_acks.store(false, Ordering::Relaxed);
+    broker.connection().await;
+    running.connected().await;
+    let said = broker
+        .see("the first word on the new connection", |seen| match seen {
+            Seen::Published { topic, .. } => Some(topic),
+            _ => None,
+        })
+        .await;
+    assert_eq!(said, topic("job"));
+    running.say(status("web", Status::Undeployed)).await;
+    broker
+        .see("what is said after it", |seen| match seen {
+            Seen::Published { topic, payload } => {
+                assert!(!topic.contains("/net/"), "{topic} {payload}");
+                payload.contains("UNDEPLOYED").then_some(())
+            }
+            _ => None,
+        })
+        .await;
     running.end().await;
 }
 
@@ -342,5 +380,26 @@ async fn a_first_generation_cluster_is_asked_over_http() {
         })
         .await;
     assert_eq!((answer.query, answer.service, answer.rows.len()), (Some(question), Some(service("web")), 1));
+    running.end().await;
+}
+
+/// A first-generation order names no instance, and its document none that is being made ready.
+#[tokio::test]
+async fn two_orders_of_a_first_generation_cluster_are_two_instances() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::Polling, broker.port).await;
+    let node = Node { jobs: vec![(InstanceId { number: 1, ..instance("web") }, "60c0".into())], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    broker.connection().await;
+    running.connected().await;
+    let order = r#"{"_id":"60c0","job_name":"app.default.web.test","image":"nginx","image_runtime":"docker","port":"80",
+        "instance_list":[{"instance_number":0,"namespace_ip":"","worker_id":"node1"},
+                         {"instance_number":1,"namespace_ip":"","worker_id":"node1"},
+                         {"instance_number":2,"namespace_ip":"","worker_id":"node1"}]}"#;
+    // The last is a repetition; the second is wanted since an earlier run.
+    for number in [0, 2, 0] {
+        broker.publish("nodes/node1/control/deploy", order);
+        assert_eq!(running.deploy().await.id.number, number);
+    }
     running.end().await;
 }

@@ -15,6 +15,8 @@ const CONFIRMATION: &str = r#"40/init,{"sid":"weeVbizfpwE-68z-AAAB"}"#;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Manner {
     WebSocket,
+    /// Assigns no subnet: nodes ask its service manager for one.
+    Between,
     /// Offers no upgrade.
     Polling,
     /// Offers one and does not carry it out.
@@ -44,8 +46,8 @@ impl Init {
     pub(super) async fn start(manner: Manner, broker_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let document =
-            format!(r#"{{"id": "node1", "MQTT_BROKER_PORT": "{broker_port}", "SUBNETWORK": "172.18.0.64"}}"#);
+        let subnet = if manner == Manner::Between { "" } else { r#", "SUBNETWORK": "172.18.0.64""# };
+        let document = format!(r#"{{"id": "node1", "MQTT_BROKER_PORT": "{broker_port}"{subnet}}}"#);
         let state = Arc::new(State {
             manner,
             answer: format!("42/init,{}", serde_json::json!(["sc2", document])),

@@ -39,8 +39,10 @@ pub(super) fn node() -> Node {
         },
         usage: NodeUsage { cpus_logical: 4, memory_available_mib: 4000, ..NodeUsage::default() },
         address: None,
+        overlay_address: None,
         tunnel_port: 50103,
         jobs: Vec::new(),
+        announced: Vec::new(),
     }
 }
 

@@ -1,6 +1,8 @@
 //! Who takes a node in, and how.
 
-use super::broker::Broker;
+use std::sync::atomic::Ordering;
+
+use super::broker::{Broker, Seen};
 use super::init::{Init, Manner};
 use super::manager::Manager;
 use super::*;
@@ -46,6 +48,35 @@ async fn a_configured_generation_is_not_asked_for() {
     let manager = Manager::start(broker.port, false).await;
     let mut running = start(ClusterConfig { generation: Some(Generation::G4), ..config(manager.port) });
     assert_eq!(running.registered().await.generation, Generation::G4);
+    running.end().await;
+}
+
+/// Where the cluster is on the node's machine, and peers are not.
+#[tokio::test]
+async fn a_node_beside_its_cluster_is_where_its_overlay_is() {
+    let mut broker = Broker::start().await;
+    let manager = Manager::start(broker.port, true).await;
+    let overlay = |text: &str| text.parse::<std::net::IpAddr>().unwrap();
+    let mut running =
+        run(Cluster::new(config(manager.port), Node { overlay_address: Some(overlay("192.0.2.7")), ..node() }));
+    running.connected().await;
+    let addresses = Addresses { v4: "10.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() };
+    running.say(Report::Deployed { instance: instance("web"), addresses }).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/net/service/deployed").await;
+    assert!(text.contains(r#""host_ip":"192.0.2.7""#), "{text}");
+    running.say(status("web", Status::Created)).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/job").await;
+    assert!(text.contains(r#""publicip":"192.0.2.7""#), "{text}");
+
+    running.say(Report::Address(overlay("192.0.2.8"))).await;
+    running.registered().await;
+    running.connected().await;
+    running.say(status("web", Status::Running)).await;
+    let text = broker.message("nodes/6b034ec446528056c08b89ae/job").await;
+    assert!(text.contains(r#""publicip":"192.0.2.8""#), "{text}");
+    let bodies = manager.book.bodies.lock().unwrap().clone();
+    let said = ["192.0.2.7", "192.0.2.8"].map(|ip| format!(r#""ip":"{ip}""#));
+    assert!(bodies.iter().zip(&said).all(|(body, ip)| body.contains(ip)) && bodies.len() == 2, "{bodies:?}");
     running.end().await;
 }
 
@@ -104,6 +135,50 @@ async fn a_first_generation_cluster_hears_of_instances_of_an_earlier_run() {
     running.end().await;
 }
 
+fn deployed(name: &str) -> Report {
+    let addresses = Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() };
+    Report::Deployed { instance: instance(name), addresses }
+}
+
+/// It takes an address for that of any instance of the job that has none yet.
+#[tokio::test]
+async fn a_first_generation_cluster_hears_once_where_an_instance_is() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::WebSocket, broker.port).await;
+    let jobs = ["old", "new"].map(|name| (instance(name), format!("60c0{name}")));
+    let node = Node { jobs: jobs.into(), announced: vec![instance("old")], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    running.connected().await;
+    broker.connection().await;
+    let job = "nodes/node1/job";
+    broker.switches.keep_acks.store(true, Ordering::Relaxed);
+    running.say(deployed("old")).await;
+    running.say(deployed("new")).await;
+    let expected = r#"{"job_id":"60c0new","status":"DEPLOYED","ns_ip":"172.18.0.2"}"#;
+    assert_eq!(broker.message(job).await, expected, "an earlier run has told of the other");
+    broker.hang_up();
+    running.disconnected().await;
+    broker.switches.keep_acks.store(false, Ordering::Relaxed);
+    broker.connection().await;
+    running.connected().await;
+    running.say(deployed("new")).await;
+    assert_eq!(broker.message(job).await, expected, "it was not acknowledged");
+    // This comes after the acknowledgement.
+    broker.publish("nodes/node1/control/deploy", super::job("after"));
+    running.deploy().await;
+    broker.hang_up();
+    running.disconnected().await;
+    broker.connection().await;
+    running.connected().await;
+    for name in ["old", "new"] {
+        running.say(deployed(name)).await;
+    }
+    running.say(status("new", Status::Failed)).await;
+    let text = broker.message(job).await;
+    assert!(text.contains("FAILED"), "{text}");
+    running.end().await;
+}
+
 fn the_conversation_was_right(heard: &[String]) {
     assert_eq!(heard[0], "40/init,");
     let greeting = heard[1].strip_prefix("42/init,").unwrap();
@@ -119,6 +194,36 @@ async fn a_first_generation_cluster_takes_a_node_in_over_a_websocket() {
     assert_eq!((identity.id.as_str(), identity.generation), ("node1", Generation::G1));
     assert_eq!(identity.subnet.unwrap().v4.to_string(), "172.18.0.64");
     the_conversation_was_right(&init.heard());
+}
+
+/// As it was for a few months.
+#[tokio::test]
+async fn a_cluster_between_the_generations_hears_of_jobs_as_the_first() {
+    let mut broker = Broker::start().await;
+    let init = Init::start(Manner::Between, broker.port).await;
+    let node = Node { jobs: vec![(instance("web"), "60c0aa".into())], ..node() };
+    let mut running = run(Cluster::new(config(init.port), node));
+    let identity = running.registered().await;
+    assert_eq!((identity.generation, identity.subnet), (Generation::G1b, None));
+    broker.subscription("nodes/node1/net/subnetwork/result").await;
+    running.connected().await;
+    running.say(Report::SubnetRequest).await;
+    broker.message("nodes/node1/net/subnet").await;
+    running.say(status("web", Status::Creating)).await;
+    running.say(deployed("web")).await;
+    let mut said = Vec::new();
+    broker
+        .see("both notices", |seen| {
+            if let Seen::Published { topic, payload } = seen {
+                said.push((topic, payload));
+            }
+            (said.len() == 2).then_some(())
+        })
+        .await;
+    assert_eq!(said[0].0, "nodes/node1/net/service/deployed");
+    let job = r#"{"job_id":"60c0aa","status":"DEPLOYED","status_detail":""}"#;
+    assert_eq!(said[1], ("nodes/node1/job".to_owned(), job.to_owned()));
+    running.end().await;
 }
 
 #[tokio::test]

@@ -212,7 +212,10 @@ fn restart_adopts_leases_with_a_veth_and_removes_the_rest() {
     lab.effects(stepped(0, Step::Endpoint));
     let effects = lab.effects(stepped(0, Step::Carry));
     assert_eq!(effects, [] as [&str; 0], "waits for the publication under way");
-    assert_eq!(lab.effects(Event::Published(Ok(()))), ["report Deployed web.0 10.18.0.2"]);
+    assert_eq!(lab.effects(Event::Published(Ok(()))), [] as [&str; 0], "nobody is there to hear of it");
+    assert_eq!(lab.command(Command::Connected), ["report InterestAdd web", "report TableQuery Name web"]);
+    let answered = lab.command(Command::Table(answer(Some(Query::Name(name())), &[])));
+    assert_eq!(answered, ["report Deployed web.0 10.18.0.2"]);
     assert_eq!(lab.effects(Event::Retain(vec![]))[0], "publish ", "an instance that is not there any more goes");
 }
 
@@ -323,7 +326,50 @@ fn reconnection_repeats_everything_the_cluster_may_have_forgotten() {
     lab.up(0);
     lab.command(Command::Disconnected(String::new()));
     let effects = lab.command(Command::Connected);
-    assert_eq!(effects, ["report Deployed web.0 10.18.0.2", "report InterestAdd web", "report TableQuery Name web"]);
+    assert_eq!(effects, ["report InterestAdd web", "report TableQuery Name web"]);
+    let answered = answer(Some(Query::Name(name())), &[]);
+    assert_eq!(lab.command(Command::Table(answered.clone())), ["report Deployed web.0 10.18.0.2"]);
+    assert_eq!(lab.command(Command::Table(answered)), [] as [&str; 0], "once");
+}
+
+/// A service manager that was restarted knows no service before it is asked for it, and may die of a notice of one.
+#[test]
+fn instances_are_announced_after_the_answer_about_their_service() {
+    const DEPLOYED: &str = "report Deployed web.0 10.18.0.2";
+    let announces = |effects: &[String]| effects.iter().filter(|effect| *effect == DEPLOYED).count();
+    let reconnected = || {
+        let mut lab = Lab::ready();
+        lab.up(0);
+        lab.command(Command::Disconnected);
+        assert_eq!(announces(&lab.command(Command::Connected)), 0);
+        lab
+    };
+    // Also where the cluster knows no such service.
+    let mut lab = reconnected();
+    let nobody = TableAnswer { query: Some(Query::Name(name())), service: None, rows: vec![] };
+    assert_eq!(announces(&lab.command(Command::Table(nobody))), 1);
+
+    // And where it says nothing.
+    let mut lab = reconnected();
+    let at: Vec<u64> = (1..20).filter(|second| announces(&lab.at(*second, Event::Tick)) > 0).collect();
+    assert_eq!(at, [5]);
+
+    // An instance whose connection is renewed meanwhile is announced with the others.
+    let mut lab = reconnected();
+    lab.core.renew(&id(0), &mut Vec::new());
+    lab.effects(veth_made(0, 7));
+    lab.effects(stepped(0, Step::Endpoint));
+    assert_eq!(announces(&lab.effects(stepped(0, Step::Carry))), 0);
+    assert!(lab.core.members[&id(0)].up());
+    assert_eq!(announces(&lab.command(Command::Table(answer(Some(Query::Name(name())), &[])))), 1);
+
+    // What is not waited for any more is not announced, and nor is who has gone.
+    let mut lab = reconnected();
+    lab.command(Command::Disconnected);
+    assert_eq!((1..20).map(|second| announces(&lab.at(second, Event::Tick))).sum::<usize>(), 0);
+    let mut lab = reconnected();
+    lab.down(0);
+    assert_eq!(announces(&lab.command(Command::Table(answer(Some(Query::Name(name())), &[])))), 0);
 }
 
 #[test]

@@ -191,6 +191,20 @@ fn everything_is_asked_anew_on_reconnection() {
 }
 
 #[test]
+fn services_with_an_instance_here_are_asked_for_first() {
+    let mut interests = connected();
+    for number in 0..200u32 {
+        interests.recall(&name(&format!("s{number}")), at(0));
+    }
+    interests.hold(&name("web"), at(0));
+    interests.answered(&answer(Some(Query::Name(name("web"))), Some("web")), 0, at(1), |_| true);
+    interests.disconnected();
+    let outcomes = interests.connected(at(60));
+    let asked: Vec<_> = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Ask(_))).collect();
+    assert_eq!((asked[0], asked.len()), (&ask_name("web"), 100));
+}
+
+#[test]
 fn questions_are_rationed_and_none_is_lost() {
     let mut interests = connected();
     let asked = (0..500u32)

@@ -35,7 +35,15 @@ impl OurNode {
             ..NodeFacts::default()
         };
         let address = Some("192.0.2.7".parse().unwrap());
-        let node = Node { facts, usage: usage(), address, tunnel_port: 50103, jobs: Vec::new() };
+        let node = Node {
+            facts,
+            usage: usage(),
+            address,
+            overlay_address: None,
+            tunnel_port: 50103,
+            jobs: Vec::new(),
+            announced: Vec::new(),
+        };
         let (commands, mut received) = channel(64);
         let (reports, queue) = channel(64);
         let stop = Drain::new(Duration::from_secs(5));
