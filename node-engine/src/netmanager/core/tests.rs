@@ -340,7 +340,7 @@ fn instances_are_announced_after_the_answer_about_their_service() {
     let reconnected = || {
         let mut lab = Lab::ready();
         lab.up(0);
-        lab.command(Command::Disconnected);
+        lab.command(Command::Disconnected(String::new()));
         assert_eq!(announces(&lab.command(Command::Connected)), 0);
         lab
     };
@@ -365,7 +365,7 @@ fn instances_are_announced_after_the_answer_about_their_service() {
 
     // What is not waited for any more is not announced, and nor is who has gone.
     let mut lab = reconnected();
-    lab.command(Command::Disconnected);
+    lab.command(Command::Disconnected(String::new()));
     assert_eq!((1..20).map(|second| announces(&lab.at(second, Event::Tick))).sum::<usize>(), 0);
     let mut lab = reconnected();
     lab.down(0);
