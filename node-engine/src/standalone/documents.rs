@@ -210,7 +210,7 @@ fn spell_newest(document: &mut Map<String, Value>, spec: &crate::model::Instance
         document.insert("virtualization".into(), word.into());
     }
     document.insert("image".into(), written.image.into());
-    document.insert("cmd".into(), written.cmd.into());
+    document.insert("cmd".into(), spec.command.clone().into());
     document.insert("environment".into(), written.environment.into());
     document.insert("port".into(), written.port.into());
     document.insert("one_shot".into(), written.one_shot.into());
