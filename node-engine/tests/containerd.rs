@@ -241,7 +241,7 @@ fn id(number: u32) -> InstanceId {
 }
 
 fn shell(number: u32, script: &str) -> InstanceSpec {
-    let command = ["-c", script].map(str::to_owned).into();
+    let command = ["/bin/sh", "-c", script].map(str::to_owned).into();
     // Longer than a label may be.
     let document = format!("document of {number} {}", "x".repeat(5000)).into();
     let technology = Technology::Other("containerd".into());
