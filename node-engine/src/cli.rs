@@ -312,6 +312,8 @@ pub type Environment = BTreeMap<String, String>;
 /// are not text are nobody's setting.
 pub fn environment() -> Environment {
     let mut environment = config::environment_file(Path::new(config::ENVIRONMENT_FILE));
+    // What the daemon is to say is no matter of whoever asks it.
+    environment.remove(LOG);
     let own = std::env::vars_os();
     environment.extend(own.filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?))));
     environment

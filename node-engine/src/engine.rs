@@ -129,7 +129,7 @@ async fn operate(parts: Parts, drain: Drain) -> anyhow::Result<()> {
         notes: noting,
         restarts: config.runtime.restarts,
         devices: devices.clone(),
-        parse: |document| crate::wire::deploy(document.as_bytes(), None).ok(),
+        parse: |document| crate::wire::deploy::kept(document).ok(),
         drain: drain.clone(),
     });
     tasks.adopt("workload", working);
@@ -229,7 +229,7 @@ fn plan(desired: &Desired) -> Plan {
             Fate::Ended { document, status, detail } => (document, Some((*status, detail.clone()))),
             Fate::Deleted => return None,
         };
-        let spec = crate::wire::deploy(document.as_bytes(), None).ok().filter(|spec| spec.id == *instance)?;
+        let spec = crate::wire::deploy::kept(document).ok().filter(|spec| spec.id == *instance)?;
         Some(Wanted { spec, sequence: record.sequence, ended })
     });
     Plan { wanted: wanted.collect(), complete: desired.complete() }

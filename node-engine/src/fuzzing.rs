@@ -101,7 +101,7 @@ fn this_node() -> NodeId {
 fn deploys(bytes: &[u8]) {
     let Ok(spec) = deploy::deploy(bytes, Some(&this_node())) else { return };
     let kept = deploy::document(&spec);
-    let again = deploy::deploy(kept.as_bytes(), None).expect("what is kept is understood");
+    let again = deploy::kept(&kept).expect("what is kept is understood");
     assert_eq!(deploy::document(&again), kept);
 }
 

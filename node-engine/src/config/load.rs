@@ -83,12 +83,18 @@ pub enum ConfigError {
 /// Where the service's variables are, beside its configuration.
 pub const ENVIRONMENT_FILE: &str = "/etc/node-engine/environment";
 
+/// The variable that Docker's own client goes by. It is there for others as well, or in the shell of whoever removes a daemon that never
+/// saw it: the file counts more.
+const DOCKER_HOST: &str = "DOCKER_HOST";
+
 /// Applies the sources to the defaults.
 ///
 /// # Errors
 /// If a source cannot be read, or says what no setting can mean. Nothing is half-applied.
 pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
     let mut draft = Draft::new(host_name());
+    let mut warnings = unknown_variables(&sources.environment);
+    warnings.extend(apply_docker_host(&mut draft, &sources.environment));
     let path = sources.file.as_deref().unwrap_or(Path::new(DEFAULT_FILE));
     if let Some(text) = read(path, sources.file.is_some())? {
         apply_file(&mut draft, path, &text)?;
@@ -100,7 +106,7 @@ pub fn load(sources: &Sources) -> Result<Loaded, ConfigError> {
         }
     }
     let config = draft.finish().map_err(ConfigError::Conflict)?;
-    Ok(Loaded { config, warnings: unknown_variables(&sources.environment) })
+    Ok(Loaded { config, warnings })
 }
 
 /// What a configuration file of this text means, for the fuzzer.
@@ -175,6 +181,14 @@ fn apply_environment(draft: &mut Draft, environment: &BTreeMap<String, String>) 
         apply(draft, setting, &environment[*name], || Origin::Environment(name))?;
     }
     Ok(())
+}
+
+/// What of it cannot be used is said.
+fn apply_docker_host(draft: &mut Draft, environment: &BTreeMap<String, String>) -> Option<String> {
+    let value = environment.get(DOCKER_HOST).filter(|value| !value.is_empty())?;
+    let setting = SETTINGS.iter().find(|setting| setting.key == "runtime.docker_host")?;
+    let refused = apply(draft, setting, value, || Origin::Environment(DOCKER_HOST)).err()?;
+    Some(format!("left out: {refused}"))
 }
 
 fn apply(draft: &mut Draft, setting: &Setting, text: &str, origin: impl FnOnce() -> Origin) -> Result<(), ConfigError> {

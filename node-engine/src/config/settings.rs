@@ -169,7 +169,7 @@ pub(super) const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "runtime.docker_host",
-        environment: &["NODE_ENGINE_DOCKER_HOST", "DOCKER_HOST"],
+        environment: &["NODE_ENGINE_DOCKER_HOST"],
         set: |draft, text| docker_host(text).map(|host| draft.config.runtime.docker_host = Some(host)),
     },
     Setting {

@@ -1,9 +1,9 @@
 //! What is still to be told to the cluster. Pure: reports in, reports out in order, and a bound on everything.
 //!
-//! Status changes wait for the broker's acknowledgement and survive a lost connection; what a newer report makes void is removed
-//! while it still waits. Questions are asked again by whoever asked once the connection stands, and instances are announced again,
-//! so these die with it. So does the end of an interest: who is there after it may know of no such interest, and dies of its end.
-//! Telemetry is only worth its newest sample.
+//! Status changes and notices wait for the broker's acknowledgement and survive a lost connection; what a newer report makes
+//! void is removed while it still waits. Questions are asked again by whoever asked once the connection stands, so they die
+//! with it. So does the end of an interest: who is there after it may know of no such interest, and dies of its end. Telemetry is only
+//! worth its newest sample.
 //!
 //! The bound is in bytes. Beyond it whatever is no status goes first, then a status that a later one of the same instance follows, then
 //! the answer to a delete, which the cluster does not wait for. The last status of an instance goes only where nothing else is left.
@@ -46,7 +46,7 @@ pub(super) struct Outbox {
     /// Instances that the cluster has given up, and that have not ended yet.
     given_up: BTreeSet<InstanceId>,
     next: u64,
-    /// Telemetry that a newer sample or a lost connection made void, and what did not fit.
+    /// Telemetry that a newer sample or a lost connection made void, questions without a connection, and what did not fit.
     pub(super) dropped: u64,
 }
 
@@ -57,11 +57,7 @@ impl Outbox {
             Report::Node(_) | Report::Instances(_) | Report::Sensor(_) if !online => self.dropped += 1,
             Report::Node(_) => self.dropped += u64::from(self.node.replace(report).is_some()),
             Report::Instances(_) => self.dropped += u64::from(self.instances.replace(report).is_some()),
-            Report::TableQuery(_) | Report::SubnetRequest | Report::Deployed { .. } | Report::InterestRemove(_)
-                if !online =>
-            {
-                self.dropped += 1;
-            }
+            Report::TableQuery(_) | Report::SubnetRequest | Report::InterestRemove(_) if !online => self.dropped += 1,
             Report::Sensor(ref sample) => {
                 let (name, room) = (sample.device.clone(), self.sensors.len() < MAX_SENSORS);
                 if room || self.sensors.contains_key(&name) {
@@ -257,9 +253,8 @@ fn weight(report: &Report) -> usize {
 
 fn outlives_connection(report: &Report) -> bool {
     match report {
-        Report::Status { .. } => true,
+        Report::Status { .. } | Report::Deployed { .. } => true,
         Report::Stored(_)
-        | Report::Deployed { .. }
         | Report::Address(_)
         | Report::SubnetRequest
         | Report::TableQuery(_)
@@ -370,8 +365,8 @@ mod tests {
             &["a:UNDEPLOYED", "a:CREATED"],
         );
         check(vec![status("a", Failed), status("a", Dead), status("a", Failed)], false, &["a:DEAD", "a:FAILED"]);
-        check(vec![status("a", Creating), deployed("a"), status("a", Created)], true, &["a:net", "a:CREATED"]);
-        check(vec![deployed("a"), deployed("b"), status("a", Failed)], true, &["b:net", "a:FAILED"]);
+        check(vec![status("a", Creating), deployed("a"), status("a", Created)], false, &["a:net", "a:CREATED"]);
+        check(vec![deployed("a"), deployed("b"), status("a", Failed)], false, &["b:net", "a:FAILED"]);
         check(vec![Report::SubnetRequest, Report::SubnetRequest], true, &["subnet"]);
         check(vec![query("a"), query("a"), query("b")], true, &["query", "query"]);
         let service: crate::model::ServiceName = "a.b.c.d".parse().unwrap();
@@ -379,19 +374,18 @@ mod tests {
     }
 
     #[test]
-    fn what_others_say_again_does_not_outlive_its_connection() {
-        let remove = || Report::InterestRemove("a.b.c.d".parse().unwrap());
-        let reports = || [query("a"), deployed("b"), Report::SubnetRequest, remove()];
+    fn questions_and_ends_of_interests_do_not_outlive_their_connection() {
+        let reports = || [query("a"), Report::SubnetRequest, Report::InterestRemove("a.b.c.d".parse().unwrap())];
         check(reports().into(), false, &[]);
         let mut outbox = Outbox::default();
         let push = |outbox: &mut Outbox| reports().into_iter().for_each(|report| outbox.push(report, true));
         push(&mut outbox);
-        assert_eq!(taken(&mut outbox).len(), 4);
+        assert_eq!(taken(&mut outbox).len(), 3);
         push(&mut outbox);
         // Neither what was not acknowledged nor what was not sent.
         outbox.lost();
         assert!(outbox.is_empty());
-        assert_eq!(outbox.dropped, 8);
+        assert_eq!(outbox.dropped, 6);
     }
 
     #[test]
@@ -482,8 +476,8 @@ mod tests {
         outbox.push(status("d", Status::Dead), true);
         outbox.lost();
         let again: Vec<String> = taken(&mut outbox).into_iter().map(|(_, text)| text).collect();
-        assert_eq!(again, ["b:DEAD", "d:DEAD"]);
-        assert_eq!(outbox.dropped, 3);
+        assert_eq!(again, ["b:DEAD", "c:net", "d:DEAD"]);
+        assert_eq!(outbox.dropped, 2);
         assert!(!outbox.is_empty());
     }
 
@@ -507,7 +501,7 @@ mod tests {
             outbox.push(status(&format!("s{number}"), Failed), false);
             outbox.push(status(&format!("s{number}"), Dead), false);
             outbox.push(status(&format!("u{number}"), Undeployed), false);
-            outbox.push(deployed(&format!("n{number}")), true);
+            outbox.push(deployed(&format!("n{number}")), false);
         }
         let count = |outbox: &Outbox, word: &str| {
             outbox.waiting.iter().filter(|(_, report)| say(report).ends_with(word)).count()

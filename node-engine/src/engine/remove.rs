@@ -175,8 +175,12 @@ async fn stop(runtime: &dyn Runtime, held: Vec<Adopted>, left: &mut Vec<String>)
 
 fn directory(what: &str, path: &Path, left: &mut Vec<String>) {
     // What is removed with the directory is what is mounted in it, too: a volume is not ours.
-    if let Some(mounted) = mounted_below(path, &fs::read("/proc/self/mountinfo").unwrap_or_default()) {
-        return left.push(format!("{} (something is mounted at {})", path.display(), mounted.display()));
+    match fs::read("/proc/self/mountinfo").map(|mounts| mounted_below(path, &mounts)) {
+        Ok(None) => {}
+        Ok(Some(mounted)) => {
+            return left.push(format!("{} (something is mounted at {})", path.display(), mounted.display()));
+        }
+        Err(error) => return left.push(format!("{} (nobody says what is mounted there: {error})", path.display())),
     }
     match fs::remove_dir_all(path) {
         Ok(()) => say(format_args!("removed the {what} {}", path.display())),

@@ -63,8 +63,7 @@ pub(super) fn make(config: &Config, resolvers: Receiver<Resolvers>) -> Result<Ma
     let process = process(config, resolvers.clone());
     let (unikernel, wasm) = (unikernel(config), wasm(config));
     let furniture = Furniture::of(config)?;
-    // Where there is no Docker nothing can be held by it, and nobody should wait to hear so.
-    let has_docker = docker.is_installed() || Path::new(DOCKER_DATA).exists();
+    let has_docker = has_docker(&docker);
     let direct = by_containerd(config, has_docker, &resolvers)?;
     Ok(Made { docker, process, unikernel, wasm, direct, furniture, has_docker })
 }
@@ -109,9 +108,22 @@ pub(super) fn supervised(config: &Config) -> Result<Vec<Arc<dyn Runtime>>, Runti
     let mut made: Vec<Arc<dyn Runtime>> =
         vec![Arc::new(process(config, nobody.clone())), Arc::new(unikernel(config)), Arc::new(wasm(config))];
     if held_by_containerd(config) || config.runtime.containerd.socket().is_some_and(|socket| socket.exists()) {
-        made.extend(by_containerd(config, true, &nobody)?.into_iter().map(|one| Arc::new(one) as Arc<dyn Runtime>));
+        let docker = DockerRuntime::new(
+            config.runtime.docker_host.as_deref(),
+            nobody.clone(),
+            config.runtime.registries.clone(),
+        );
+        let has_docker = docker.is_ok_and(|docker| has_docker(&docker));
+        made.extend(
+            by_containerd(config, has_docker, &nobody)?.into_iter().map(|one| Arc::new(one) as Arc<dyn Runtime>),
+        );
     }
     Ok(made.into_iter().map(|runtime| furniture.given_to(runtime)).collect())
+}
+
+/// Where there is none nothing can be held by it, and nobody should wait to hear so.
+fn has_docker(docker: &DockerRuntime) -> bool {
+    docker.is_installed() || Path::new(DOCKER_DATA).exists()
 }
 
 /// What instances get from the node beside what their runtime makes.

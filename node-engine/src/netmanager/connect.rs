@@ -71,6 +71,8 @@ pub(super) struct Member {
     inode: u64,
     ports: Vec<PortMapping>,
     pub(super) addresses: Option<Addresses>,
+    /// The cluster was told, in this run or an earlier one.
+    pub(super) announced: bool,
     veth: Option<Veth>,
     /// The veth the datapath is attached to.
     carried: Option<Port>,
@@ -105,6 +107,7 @@ impl Member {
             inode: 0,
             ports,
             addresses: None,
+            announced: false,
             veth: None,
             carried: None,
             stage: Stage::Waiting { until: now + PATIENCE },
@@ -128,7 +131,7 @@ impl Member {
         let mut member = Self::new(lease.netns.clone(), lease.ports.clone(), Duration::ZERO);
         member.carried = Some(Port { name: veth.name.clone(), ifindex: veth.ifindex });
         (member.addresses, member.inode, member.veth) = (Some(lease.addresses), lease.inode, Some(veth));
-        (member.stage, member.done) = (Stage::Up, Step::ALL.to_vec());
+        (member.stage, member.done, member.announced) = (Stage::Up, Step::ALL.to_vec(), true);
         member
     }
 
@@ -444,7 +447,7 @@ impl Core {
         let lease = Lease { instance: id.clone(), addresses };
         let waiters = std::mem::take(&mut member.waiters);
         out.extend(waiters.into_iter().map(|waiter| Effect::Attached(waiter, Ok(lease.clone()))));
-        self.announce_new(id, addresses, out);
+        self.announce_one(id, addresses, out);
         self.hold(id, out);
     }
 

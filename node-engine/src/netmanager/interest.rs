@@ -24,6 +24,8 @@ const IDLE: Duration = Duration::from_secs(10 * 60);
 const IDLE_REFRESH: u32 = 8;
 /// More idle services than this are not kept: those that were used longest ago go first.
 const MAX_IDLE: usize = 1_024;
+/// Interests that end in one tick.
+const ENDS: usize = 8;
 /// Queries a second, and how many at once.
 const RATE: u32 = 50;
 const BURST: u32 = 100;
@@ -270,7 +272,8 @@ impl Interests {
         self.refused
     }
 
-    /// Idle services that are not worth keeping.
+    /// Idle services that are not worth keeping; those that were not used for longest go first, a few at a time, since the end of each
+    /// interest costs the cluster a question.
     fn surplus(&self, now: Duration) -> Vec<ServiceName> {
         let mut idle: Vec<(Duration, &ServiceName)> = self
             .watched
@@ -281,7 +284,7 @@ impl Interests {
         let kept = if self.watched.values().any(|watch| watch.local > 0) { MAX_IDLE } else { 0 };
         idle.sort_unstable();
         idle.truncate(idle.len().saturating_sub(kept));
-        idle.into_iter().map(|(_, service)| service.clone()).collect()
+        idle.into_iter().take(ENDS).map(|(_, service)| service.clone()).collect()
     }
 
     fn watch(&mut self, service: &ServiceName, now: Duration) -> Vec<Outcome> {

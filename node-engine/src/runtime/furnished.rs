@@ -122,7 +122,7 @@ impl Runtime for Furnished {
         let mut held = self.inner.adopt().await?;
         for instance in furnished {
             if held.iter().all(|adopted| adopted.instance != instance) {
-                held.push(Adopted { instance, document: "".into(), state: AdoptedState::Incomplete });
+                held.push(Adopted { instance, document: "".into(), state: AdoptedState::Left });
             }
         }
         Ok(held)
@@ -222,7 +222,7 @@ mod tests {
         // Ended between the removal of the container and that of its files.
         let (_, next) = furnished(dir.path(), &[]);
         let held = next.adopt().await.expect("adopted");
-        let expected = Adopted { instance: spec.id.clone(), document: "".into(), state: AdoptedState::Incomplete };
+        let expected = Adopted { instance: spec.id.clone(), document: "".into(), state: AdoptedState::Left };
         assert_eq!(held, [expected]);
         next.stop(&spec.id, Duration::ZERO).await.expect("stopped");
         assert!(next.adopt().await.expect("adopted").is_empty());

@@ -110,8 +110,10 @@ pub enum AdoptedState {
     Running(Sandbox),
     /// It ended while nobody watched.
     Exited(Exit),
-    /// Prepared and never started, or only half there: to be removed. Of what is left of one its description may not be part.
+    /// Prepared and never started, or only half there: to be removed.
     Incomplete,
+    /// The runtime has lost it, and what it got from the node is still there. Its document is lost as well.
+    Left,
 }
 
 /// The end of an instance's first process.

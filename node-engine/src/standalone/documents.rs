@@ -210,7 +210,11 @@ fn spell_newest(document: &mut Map<String, Value>, spec: &crate::model::Instance
         document.insert("virtualization".into(), word.into());
     }
     document.insert("image".into(), written.image.into());
-    document.insert("cmd".into(), spec.command.clone().into());
+    document.insert("cmd".into(), written.cmd.into());
+    // Nodes of other makes have it replaced all the same.
+    if let Some(true) = written.beside_entrypoint {
+        document.insert("beside_entrypoint".into(), true.into());
+    }
     document.insert("environment".into(), written.environment.into());
     document.insert("port".into(), written.port.into());
     document.insert("one_shot".into(), written.one_shot.into());

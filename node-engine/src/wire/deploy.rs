@@ -96,6 +96,21 @@ impl DeployError {
     }
 }
 
+/// Reads what [`document`] has written, in this version or an earlier one.
+///
+/// # Errors
+/// As for [`deploy`].
+pub fn kept(document: &str) -> Result<InstanceSpec, DeployError> {
+    let mut spec = deploy(document.as_bytes(), None)?;
+    let members =
+        Members::parse(document.as_bytes(), MAX_DOCUMENT).map_err(|error| DeployError::unnamed(error.into()))?;
+    if !spec.command.is_empty() && !members.has("beside_entrypoint") {
+        spec.beside_entrypoint = true;
+        spec.document = self::document(&spec).into();
+    }
+    Ok(spec)
+}
+
 /// Reads the description of an instance that is already known. Names are those of the document, first-generation ones, or
 /// those of the common message form.
 pub(super) fn read(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployError> {
@@ -106,9 +121,10 @@ pub(super) fn read(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec
 fn description(members: &Members<'_>, id: InstanceId) -> Result<InstanceSpec, DeployFault> {
     let technology = technology(members)?.unwrap_or(Technology::Container);
     let mut command = members.texts("cmd")?;
-    let beside_entrypoint = command.is_empty();
-    if beside_entrypoint {
+    let mut beside_entrypoint = members.flag("beside_entrypoint")?;
+    if command.is_empty() {
         command = first_generation_command(members)?;
+        beside_entrypoint = true;
     }
     if command.iter().any(|word| word.contains('\0')) {
         return Err(DeployFault::Nul("the command"));
@@ -396,7 +412,7 @@ fn limits(members: &Members<'_>) -> Result<Limits, DeployFault> {
     })
 }
 
-/// The members acted on, in the newest form: what [`deploy`] reads back into the same description.
+/// The members acted on, in the newest form: what [`kept`] reads back into the same description.
 pub fn document(spec: &InstanceSpec) -> String {
     super::text(&Document::from(spec))
 }
@@ -412,8 +428,9 @@ pub struct Document {
     pub image: String,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub cmd: Vec<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub commands: Vec<String>,
+    /// Ours: whether the command follows the image's entry point. An earlier version, which says nothing, let every command.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beside_entrypoint: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub environment: Vec<String>,
     #[serde(skip_serializing_if = "String::is_empty")]
@@ -457,8 +474,8 @@ impl From<&InstanceSpec> for Document {
             instance_number: spec.id.number,
             virtualization: spec.technology.to_string(),
             image: spec.image.clone(),
-            cmd: if spec.beside_entrypoint { Vec::new() } else { spec.command.clone() },
-            commands: if spec.beside_entrypoint { spec.command.clone() } else { Vec::new() },
+            cmd: spec.command.clone(),
+            beside_entrypoint: (!spec.command.is_empty()).then_some(spec.beside_entrypoint),
             environment: spec.environment.clone(),
             port: ports.join(";"),
             platform: spec.platform.clone(),

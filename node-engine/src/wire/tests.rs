@@ -109,6 +109,28 @@ fn what_an_instance_is_given_is_read_and_kept() {
 }
 
 #[test]
+fn a_command_takes_the_entry_points_place_unless_it_is_older() {
+    let read = |member: &str| {
+        let mut document: serde_json::Value = serde_json::from_str(JOB).unwrap();
+        document["cmd"] = serde_json::Value::Null;
+        document[member] = serde_json::json!(["serve", "-v"]);
+        deploy(document.to_string().as_bytes(), None).unwrap()
+    };
+    for (member, beside) in [("cmd", false), ("commands", true)] {
+        let spec = read(member);
+        assert_eq!((spec.command.len(), spec.beside_entrypoint), (2, beside), "{member}");
+        assert_eq!(deploy::kept(&spec.document).unwrap(), spec, "{member}");
+        // As an earlier version has kept it.
+        let mut older: serde_json::Value = serde_json::from_str(&spec.document).unwrap();
+        older.as_object_mut().unwrap().remove("beside_entrypoint");
+        assert_eq!(deploy::kept(&older.to_string()).unwrap(), read("commands"), "{member}");
+    }
+    let without = deploy(JOB.as_bytes(), None).unwrap();
+    assert!(!without.beside_entrypoint && !without.document.contains("entrypoint"), "{}", without.document);
+    assert_eq!(deploy::kept(&without.document).unwrap(), without);
+}
+
+#[test]
 fn a_process_needs_an_image_or_a_command() {
     let process = |image: &str, command: &str| {
         let mut document: serde_json::Value = serde_json::from_str(&job_with("virtualization", "\"process\"")).unwrap();

@@ -486,6 +486,9 @@ fn held(runtime: Option<Arc<dyn Runtime>>) -> Result<Arc<dyn Runtime>, RuntimeEr
 
 fn found(technology: &Technology, adopted: Adopted, parse: fn(&str) -> Option<InstanceSpec>) -> Found {
     let Adopted { instance, document, state } = adopted;
+    if state == AdoptedState::Left {
+        return Found { spec: nameless(instance, technology.clone(), document), state: FoundState::Left };
+    }
     match parse(&document).filter(|spec| spec.id == instance) {
         Some(spec) => {
             let state = match state {
@@ -493,7 +496,7 @@ fn found(technology: &Technology, adopted: Adopted, parse: fn(&str) -> Option<In
                 AdoptedState::Exited(Exit { code, out_of_memory, reason, .. }) => {
                     FoundState::Exited { code, out_of_memory, reason }
                 }
-                AdoptedState::Incomplete => FoundState::Incomplete,
+                AdoptedState::Incomplete | AdoptedState::Left => FoundState::Incomplete,
             };
             Found { spec: InstanceSpec { technology: technology.clone(), ..spec }, state }
         }

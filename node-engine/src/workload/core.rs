@@ -100,6 +100,8 @@ pub(super) enum FoundState {
     Incomplete,
     /// It runs or not, but its description cannot be read any more.
     Unreadable,
+    /// No more of it than what its node had given it.
+    Left,
 }
 
 /// Why a step did not succeed, and whether it may at another time.
@@ -180,6 +182,8 @@ pub(super) struct Core {
     complete: bool,
     pub(super) live: BTreeMap<InstanceId, Instance>,
     ended: VecDeque<Ended>,
+    /// What the node had given to instances that their runtimes have lost.
+    left: Vec<InstanceSpec>,
     draining: Option<Draining>,
 }
 
@@ -209,6 +213,7 @@ impl Core {
             complete: plan.complete,
             live: BTreeMap::new(),
             ended: VecDeque::new(),
+            left: Vec::new(),
             draining: None,
         };
         for wanted in plan.wanted {
@@ -443,6 +448,10 @@ impl Core {
         self.silent.remove(technology);
         for Found { spec, state } in found {
             let id = spec.id.clone();
+            if matches!(state, FoundState::Left) {
+                self.left.push(spec);
+                continue;
+            }
             if self.live.contains_key(&id) {
                 // A deployment that would not wait: its own prepare has removed what was found here.
                 continue;
@@ -456,10 +465,25 @@ impl Core {
         }
         self.reconcile(now, out);
         if self.unadopted.is_empty() {
+            self.clear_up(now, out);
             if !std::mem::replace(&mut self.complete, true) {
                 out.push(Effect::Keep(Note::LookedAround));
             }
             self.release(now, out);
+        }
+    }
+
+    /// Takes away what is left of instances that nobody has or wants. The cluster hears nothing of it: it may run them elsewhere.
+    fn clear_up(&mut self, now: Now, out: &mut Vec<Effect>) {
+        for spec in std::mem::take(&mut self.left) {
+            let id = spec.id.clone();
+            // Whoever has it, or brings it up, has taken over what is there.
+            let wanted = self.wishes.get(&id).is_some_and(|wish| wish.ended.is_none());
+            if wanted || self.live.contains_key(&id) {
+                continue;
+            }
+            self.live.insert(id.clone(), Instance::remains(Arc::new(spec), Cause::Replaced, None, now));
+            self.step(now, &id, out);
         }
     }
 
@@ -499,6 +523,7 @@ impl Core {
             FoundState::Running { .. }
             | FoundState::Exited { .. }
             | FoundState::Incomplete
+            | FoundState::Left
             | FoundState::Unreadable => Instance::remains(found, Cause::Replaced, Some(wish.spec.clone()), now),
         }
     }
@@ -666,6 +691,7 @@ impl Core {
 /// Whether two descriptions ask for the same. The document is not compared: it carries what the cluster knows about all instances
 /// at the moment, and that differs from message to message.
 fn same_request(a: &InstanceSpec, b: &InstanceSpec) -> bool {
-    let plain = |spec: &InstanceSpec| InstanceSpec { document: "".into(), ..spec.clone() };
+    // Nor is what an earlier version made of the same command: what runs by it is not ended for that.
+    let plain = |spec: &InstanceSpec| InstanceSpec { document: "".into(), beside_entrypoint: false, ..spec.clone() };
     plain(a) == plain(b)
 }

@@ -34,7 +34,9 @@ fn stronger_sources_win() {
     let flag = [("network.tunnel_port", "1004")];
     let docker = |config: &Config| config.runtime.docker_host.clone().unwrap_or_default();
     let named = "[runtime]\ndocker_host = \"/file.sock\"";
-    check(named, &[("DOCKER_HOST", "/theirs.sock")], &[], docker, "/theirs.sock");
+    check("", &[("DOCKER_HOST", "/theirs.sock")], &[], docker, "/theirs.sock");
+    check(named, &[("DOCKER_HOST", "/theirs.sock")], &[], docker, "/file.sock");
+    check(named, &[("DOCKER_HOST", "ssh://theirs")], &[], docker, "/file.sock");
     let both_hosts: Pairs = &[("DOCKER_HOST", "/theirs.sock"), ("NODE_ENGINE_DOCKER_HOST", "/ours.sock")];
     check(named, both_hosts, &[], docker, "/ours.sock");
     check("", &[], &[], port, "50103");

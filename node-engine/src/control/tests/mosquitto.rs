@@ -297,7 +297,7 @@ async fn a_broker_with_mutual_tls_lets_in_who_has_a_certificate() {
 #[ignore = "needs mosquitto and openssl"]
 async fn another_nodes_certificate_orders_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    certificates(directory.path(), &["broker", "cluster", "node", "rogue"]).await;
+    certificates(directory.path(), &["broker", "cluster_manager", "node", "rogue"]).await;
     let list = directory.path().join("list");
     std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/mosquitto.acl"), &list).unwrap();
     let setup = format!("use_identity_as_username true\nacl_file {}", list.display());
@@ -320,7 +320,7 @@ async fn another_nodes_certificate_orders_nothing() {
         }
     };
     order("rogue", "forged", 10_000).await;
-    order("cluster", "web", 1).await;
+    order("cluster_manager", "web", 1).await;
     assert_eq!(running.deploy().await.id, instance("web"), "the first order that was heard is the cluster's");
     // And what nodes say gets through.
     running.say(status("web", Status::Running)).await;

@@ -43,9 +43,12 @@ impl Core {
         }
     }
 
-    /// The instance is connected. Without a broker, and before the answer, it is announced with all others.
-    pub(in crate::netmanager) fn announce_new(&self, id: &InstanceId, addresses: Addresses, out: &mut Vec<Effect>) {
-        if self.connected && !self.unannounced.contains_key(&id.service) {
+    /// The instance is connected. What the cluster was told before is told again after the answer, with all others; what it was not told
+    /// has to reach it before the word that it runs, which may wait already.
+    pub(in crate::netmanager) fn announce_one(&mut self, id: &InstanceId, addresses: Addresses, out: &mut Vec<Effect>) {
+        let at_once = self.connected && !self.unannounced.contains_key(&id.service);
+        let Some(member) = self.members.get_mut(id) else { return };
+        if !std::mem::replace(&mut member.announced, true) || at_once {
             out.push(deployed(id, addresses));
         }
     }

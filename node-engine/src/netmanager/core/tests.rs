@@ -363,6 +363,16 @@ fn instances_are_announced_after_the_answer_about_their_service() {
     assert!(lab.core.members[&id(0)].up());
     assert_eq!(announces(&lab.command(Command::Table(answer(Some(Query::Name(name())), &[])))), 1);
 
+    // The first word of an instance waits for nothing: that it runs must not be heard before.
+    let mut lab = Lab::ready();
+    lab.command(Command::Disconnected(String::new()));
+    lab.effects(Event::Attach(Attachment { ports: vec![], ..attachment(0, "/ns/0") }, Waiter(0)));
+    lab.effects(veth_made(0, 7));
+    lab.effects(stepped(0, Step::Endpoint));
+    assert_eq!(announces(&lab.effects(stepped(0, Step::Carry))), 1);
+    lab.command(Command::Connected);
+    assert_eq!(announces(&lab.command(Command::Table(answer(Some(Query::Name(name())), &[])))), 1, "and again");
+
     // What is not waited for any more is not announced, and nor is who has gone.
     let mut lab = reconnected();
     lab.command(Command::Disconnected(String::new()));

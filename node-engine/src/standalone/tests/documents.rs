@@ -28,7 +28,7 @@ fn old_names_become_the_newest_and_the_rest_stays() {
     let request = request(document.to_string().as_bytes()).unwrap();
     let kept: Value = serde_json::from_str(&request.document).unwrap();
     assert_eq!(kept["virtualization"], "container");
-    assert_eq!(kept["cmd"], json!(["a", "b"]));
+    assert_eq!((&kept["cmd"], &kept["beside_entrypoint"]), (&json!(["a", "b"]), &json!(true)));
     assert_eq!(kept["port"], "8080:8080/tcp");
     assert_eq!(kept["x"], json!({ "y": 1 }));
     assert!(kept.get("_id").is_none() && kept.get("instance_list").is_none());
