@@ -27,7 +27,7 @@ fn a_container_without_docker_is_a_workload_like_any_other(datapath: Datapath) {
     let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
     let web = json!({
         "job_name": "app.default.web.default", "virtualization": "containerd", "image": image::PROBE,
-        "cmd": ["serve"], "environment": ["A=b"], "memory": 64, "vcpus": 1,
+        "cmd": ["/bin/probe", "serve"], "environment": ["A=b"], "memory": 64, "vcpus": 1,
     });
     lab.cluster.deploy_document(&web, "node-b").expect("deployed");
     let web = lab.cluster.running("web", 1).expect("it runs");
@@ -41,7 +41,7 @@ fn a_container_without_docker_is_a_workload_like_any_other(datapath: Datapath) {
     is_adopted(&mut lab, &client[0], to, datapath, which);
     if datapath == Datapath::Ebpf {
         let base = json!({"virtualization": "containerd", "image": image::PROBE});
-        limits_hold(&lab, &base, &["shell"], OUT_OF_MEMORY);
+        limits_hold(&lab, &base, &["/bin/probe", "shell"], OUT_OF_MEMORY);
         let full = document("full", &base, json!({"storage": 5}));
         lab.cluster.deploy_document(&full, "node-b").expect("deployed");
         let reason = lab.cluster.ended("full", "FAILED").expect("it is refused");

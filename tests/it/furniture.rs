@@ -23,7 +23,7 @@ fn volumes_files_and_privileges_are_given_by_the_node() {
     let deploy = |name: &str, script: &str, more: Value| {
         let mut document = json!({
             "job_name": format!("app.default.{name}.default"), "virtualization": "container", "image": PROBE,
-            "cmd": ["shell", script], "one_shot": true,
+            "cmd": ["/bin/probe", "shell", script], "one_shot": true,
         });
         document.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
         lab.cluster.deploy_document(&document, "node-a").expect("deployed");

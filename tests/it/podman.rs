@@ -40,7 +40,12 @@ fn containers_of_podman_are_like_those_of_docker() {
     assert_eq!(containers(&lab.nodes[1]).lines().count(), 2, "a sandbox and the workload");
     is_adopted(&mut lab, &client[0], to, Datapath::Auto, containers);
     let base = json!({"virtualization": "docker", "image": image::PROBE});
-    limits_hold(&lab, &base, &["shell"], "exit code 137: killed, maybe for want of memory, which Podman does not tell");
+    limits_hold(
+        &lab,
+        &base,
+        &["/bin/probe", "shell"],
+        "exit code 137: killed, maybe for want of memory, which Podman does not tell",
+    );
     for service in LIMITED.into_iter().chain(["web"]) {
         lab.cluster.delete(service).expect("deleted");
     }

@@ -57,7 +57,7 @@ fn a_killed_daemon_breaks_nothing(datapath: Datapath) {
     if datapath == Datapath::Ebpf {
         assert!(logs(&lab.nodes[1], "web#0").starts_with("serving as"));
         let base = json!({"virtualization": "container", "image": PROBE});
-        limits_hold(&lab, &base, &["shell"], OUT_OF_MEMORY);
+        limits_hold(&lab, &base, &["/bin/probe", "shell"], OUT_OF_MEMORY);
         for service in LIMITED {
             lab.cluster.delete(service).expect("deleted");
         }

@@ -175,7 +175,7 @@ impl Runtime for UnikernelRuntime {
         for one in adopted {
             let state = match one.state {
                 AdoptedState::Exited(exit) => AdoptedState::Exited(self.explained(exit).await),
-                state @ (AdoptedState::Running(_) | AdoptedState::Incomplete) => state,
+                state @ (AdoptedState::Running(_) | AdoptedState::Incomplete | AdoptedState::Left) => state,
             };
             explained.push(Adopted { state, ..one });
         }

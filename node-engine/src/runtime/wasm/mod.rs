@@ -187,7 +187,7 @@ impl Runtime for WasmRuntime {
         self.instances.keep_only(&adopted).await;
         let explain = |one: Adopted| match one.state {
             AdoptedState::Exited(exit) => Adopted { state: AdoptedState::Exited(self.explained(exit)), ..one },
-            AdoptedState::Running(_) | AdoptedState::Incomplete => one,
+            AdoptedState::Running(_) | AdoptedState::Incomplete | AdoptedState::Left => one,
         };
         Ok(adopted.into_iter().map(explain).collect())
     }
