@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::chance::Chance;
 use super::{Options, Report, check};
-use crate::cluster::Deploy;
+use crate::cluster::{Deploy, json};
 use crate::topology::{Lab, Plan};
 
 /// Effects in the order of a deployment, as the daemon names them; each before it is done, and done and not known to be.
@@ -144,7 +144,8 @@ fn interrupt(lab: &mut Lab, deletes: bool, moment: Duration, number: u32) -> Res
 }
 
 fn name(number: u32) -> String {
-    format!("step{number}")
+    // Of one length: none is part of another.
+    format!("step{number:03}")
 }
 
 /// How long it took until all was well.
@@ -211,6 +212,13 @@ fn amiss(lab: &Lab, name: &str, count: Option<usize>) -> Result<Vec<String>> {
     let settled = of_it.iter().all(|row| ["RUNNING", "FAILED", "DEAD"].contains(&row.status.as_str()));
     if !settled || count.is_some_and(|count| of_it.len() != count) {
         amiss.push(format!("the cluster has {of_it:?}"));
+    }
+    if count == Some(0) {
+        // What it goes on to do would meet the next fault.
+        let known: Vec<serde_json::Value> = json(lab.nodes[0].client()?.args(["ps", "--local", "--json"]))?;
+        amiss.extend(
+            known.iter().filter(|known| known.to_string().contains(name)).map(|known| format!("the node has {known}")),
+        );
     }
     Ok(amiss)
 }
