@@ -67,8 +67,8 @@ pub fn measure() -> Result<Vec<Program>> {
         Ok(Cost { packet, ns: (kernel.cost(program, frame, Some(REDIRECTED))? - nothing).max(0.0) })
     };
     let out = outbound(80);
-    let local = ethernet([0x08, 0], &packet(CLIENT.v4(), WEB_SERVICE.v4(), Payload::Tcp(40_000, 80)));
-    let reply = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Tcp(80, 40_000));
+    let local = ethernet([0x08, 0], &packet(CLIENT.v4(), WEB_SERVICE.v4(), Payload::Udp(40_000, 80)));
+    let reply = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Udp(80, 40_000));
     let costs = [
         (
             VETH,
@@ -192,8 +192,9 @@ impl Kernel {
     }
 }
 
+/// A datagram: what begins a connection is not decided by the row of one before it.
 fn outbound(port: u16) -> Vec<u8> {
-    ethernet([0x08, 0], &packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Tcp(40_000, port)))
+    ethernet([0x08, 0], &packet(CLIENT.v4(), DB_SERVICE.v4(), Payload::Udp(40_000, port)))
 }
 
 /// The first packet of the flow of this number.
