@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::furniture::{self, FileDocument, VolumeDocument};
-use super::json::{MAX_DOCUMENT, Malformed, Members, excerpt};
+use super::json::{LARGEST_WHOLE, MAX_DOCUMENT, Malformed, Members, excerpt};
 use super::service_name;
 use crate::model::{
     DeviceGrant, InstanceId, InstanceSpec, InvalidName, Limits, NodeId, PortMapping, Protocol, ServiceName, Technology,
@@ -397,10 +397,12 @@ fn directory(members: &Members<'_>) -> Result<Option<String>, DeployFault> {
 fn limits(members: &Members<'_>) -> Result<Limits, DeployFault> {
     let wishes = if members.has("vcpus") || members.has("memory") { None } else { members.object("requirements").ok() };
     let (vcpus, memory) = match wishes.flatten() {
-        // A share of a processor was a legal wish then; it is rounded up.
-        Some(wishes) => (wishes.number("cpu").ok().flatten().map(|cpus| cpus.max(0.0).ceil() as u64), {
-            wishes.number("memory").ok().flatten().map(|memory| memory.max(0.0).ceil() as u64)
-        }),
+        Some(wishes) => {
+            // A share of a processor was a legal wish then; it is rounded up. What is kept of it has to be a number that can be read.
+            let wish =
+                |member| wishes.number(member).ok().flatten().map(|wish| wish.clamp(0.0, LARGEST_WHOLE).ceil() as u64);
+            (wish("cpu"), wish("memory"))
+        }
         None => (members.whole("vcpus")?, members.whole("memory")?),
     };
     let narrow = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);

@@ -14,6 +14,9 @@ pub const MAX_MESSAGE: usize = 64 * 1024;
 /// acted on is skipped, never built, so a long document costs no more than its own length.
 pub const MAX_DOCUMENT: usize = 1024 * 1024;
 
+/// Up to 2^53 every whole f64 is exact; nothing a cluster counts is larger.
+pub(crate) const LARGEST_WHOLE: f64 = 9_007_199_254_740_992.0;
+
 const MAX_DEPTH: usize = 32;
 const MAX_MEMBERS: usize = 1024;
 const EXCERPT: usize = 120;
@@ -116,8 +119,7 @@ impl<'a> Members<'a> {
             return number.map(Some).map_err(|_| wrong(member, expected, text));
         }
         let number: f64 = self.read(member, expected)?.unwrap_or_default();
-        // Up to 2^53 every whole f64 is exact; nothing a cluster counts is larger.
-        if !(0.0..=9_007_199_254_740_992.0).contains(&number) || number.fract() != 0.0 {
+        if !(0.0..=LARGEST_WHOLE).contains(&number) || number.fract() != 0.0 {
             return Err(wrong(member, expected, text));
         }
         Ok(Some(number as u64))

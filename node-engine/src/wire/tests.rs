@@ -131,6 +131,14 @@ fn a_command_takes_the_entry_points_place_unless_it_is_older() {
 }
 
 #[test]
+fn what_the_first_generation_wished_for_can_be_read_again_however_much_it_is() {
+    let document = r#"{"job_name":"app.default.web.test","instance_number":0,"image":"i","requirements":{"cpu":0.5,"memory":1e60}}"#;
+    let spec = deploy(document.as_bytes(), None).unwrap();
+    assert_eq!((spec.limits.vcpus, spec.limits.memory_mib), (Some(1), Some(1 << 53)));
+    assert_eq!(deploy::kept(&spec.document).unwrap(), spec);
+}
+
+#[test]
 fn a_process_needs_an_image_or_a_command() {
     let process = |image: &str, command: &str| {
         let mut document: serde_json::Value = serde_json::from_str(&job_with("virtualization", "\"process\"")).unwrap();
