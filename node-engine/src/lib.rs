@@ -1,6 +1,7 @@
 //! The daemon on every machine of an edge cluster. Each module is one idea with one door; see ARCHITECTURE.md for the map.
 
 pub mod api;
+mod backoff;
 pub mod cli;
 pub mod config;
 pub mod control;

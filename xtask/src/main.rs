@@ -76,7 +76,7 @@ enum Task {
         #[arg(long, conflicts_with = "scenario")]
         unit: bool,
         /// Tests of faults at their full size (72 hours without a cluster, 200 power cuts, 10,000 damaged files, 5 minutes without a
-        /// broker): an hour
+        /// broker)
         #[arg(long, conflicts_with_all = ["scenario", "rung", "target"])]
         full: bool,
         /// The unit tests of another machine (armv7), in an emulator of its processor, without those that need root

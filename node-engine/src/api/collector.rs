@@ -6,9 +6,10 @@ use std::time::{Duration, SystemTime};
 
 use reqwest::Client;
 use reqwest::header::CONTENT_TYPE;
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::time::{Instant, MissedTickBehavior, timeout};
 
 use super::{NodeApi, NodeApiError};
+use crate::backoff::Complaints;
 use crate::drain::Drain;
 use crate::metrics::otlp;
 
@@ -34,7 +35,7 @@ impl<M: Fn(&str) -> Result<Client, String>> Collector<M> {
     async fn keep_told(mut self, node: Arc<dyn NodeApi>, every: Duration, drain: Drain) {
         let mut due = tokio::time::interval(every);
         due.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut complaint: Option<String> = None;
+        let mut complaints = Complaints::default();
         loop {
             let told = tokio::select! {
                 _ = drain.wait() => return,
@@ -46,14 +47,14 @@ impl<M: Fn(&str) -> Result<Client, String>> Collector<M> {
             let url = self.url.as_str();
             match told {
                 Ok(()) => {
-                    if complaint.take().is_some() {
+                    if complaints.settle() {
                         tracing::info!(url, "the collector takes metrics again");
                     }
                 }
-                Err(reason) if complaint.as_ref() == Some(&reason) => {}
                 Err(reason) => {
-                    tracing::warn!(url, reason, "the collector is told no metrics; it is offered the next ones");
-                    complaint = Some(reason);
+                    if complaints.is_new(&reason, Instant::now()) {
+                        tracing::warn!(url, reason, "the collector is told no metrics; it is offered the next ones");
+                    }
                 }
             }
         }

@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use super::few::Few;
 use super::routes::{Refused, within_time};
 use super::{Api, NodeApi};
+use crate::backoff::Complaints;
 use crate::drain::Drain;
 use crate::metrics::{self, Format};
 
@@ -28,11 +29,11 @@ pub(super) async fn metrics(State(api): State<Api>, headers: HeaderMap) -> Resul
 /// Answers scrapers at `address` until the drain begins. One that is taken, or not there yet, is tried again for ever: that nobody can
 /// scrape a node is no reason for it to end.
 pub async fn serve(address: SocketAddr, node: Arc<dyn NodeApi>, drain: Drain) {
-    let mut complaint: Option<String> = None;
+    let mut complaints = Complaints::default();
     while !drain.begun() {
         let served = match TcpListener::bind(address).await {
             Ok(listener) => {
-                if complaint.take().is_some() {
+                if complaints.settle() {
                     tracing::info!(%address, "metrics are served now");
                 }
                 answer(listener, node.clone(), drain.clone()).await
@@ -41,9 +42,8 @@ pub async fn serve(address: SocketAddr, node: Arc<dyn NodeApi>, drain: Drain) {
         };
         if let Err(error) = served {
             let reason = error.to_string();
-            if complaint.as_ref() != Some(&reason) {
+            if complaints.is_new(&reason, tokio::time::Instant::now()) {
                 tracing::warn!(%address, reason, "metrics cannot be served there, trying again for ever");
-                complaint = Some(reason);
             }
         }
         tokio::select! {

@@ -25,13 +25,13 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::ControlPlane;
-use super::backoff::{Backoff, Complaints, outline};
 use super::encode::{Encoder, Message};
 use super::exception::Exception;
 use super::mqtt::{Address, Link, LinkEvent, Outcome, SILENCE, Unacknowledged, WINDOW};
 use super::outbox::{Outbox, Ticket};
 use super::register::{RegisterError, Registrar, Registration, http_client};
 use super::tls::client_config;
+use crate::backoff::{Backoff, Complaints, outline};
 use crate::config::{ClusterConfig, ReportChoice};
 use crate::drain::Drain;
 use crate::model::{

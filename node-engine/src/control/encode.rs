@@ -206,15 +206,17 @@ mod tests {
     use super::*;
     use crate::model::Addresses;
 
+    fn deployed(instance: &InstanceId, v4: &str) -> Report {
+        let addresses = Addresses { v4: v4.parse().unwrap(), v6: "fc00::2".parse().unwrap() };
+        Report::Deployed { instance: instance.clone(), addresses }
+    }
+
     #[test]
     fn the_first_generation_hears_of_jobs_it_gave() {
         let mut encoder = Encoder::new(50103);
         encoder.generation = Generation::G1;
         let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
-        let deployed = Report::Deployed {
-            instance: instance.clone(),
-            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
-        };
+        let deployed = deployed(&instance, "172.18.0.2");
         let status = |status| Report::Status { instance: instance.clone(), status, detail: "why".into() };
         assert!(encoder.encode(&deployed).is_empty());
         encoder.deploying(&instance, "60c0aa");
@@ -234,10 +236,7 @@ mod tests {
         let mut encoder = Encoder::new(50103);
         encoder.generation = Generation::G1;
         let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
-        let deployed = Report::Deployed {
-            instance: instance.clone(),
-            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
-        };
+        let deployed = deployed(&instance, "172.18.0.2");
         let mut said = |change: fn(&mut Encoder, &InstanceId, &Report)| {
             change(&mut encoder, &instance, &deployed);
             encoder.encode(&deployed).len()
@@ -278,10 +277,7 @@ mod tests {
         (encoder.generation, encoder.address) = (Generation::G1b, Some("192.0.2.1".parse().unwrap()));
         let instance: InstanceId = "app.default.web.test.instance.2".parse().unwrap();
         encoder.deploying(&instance, "60c0aa");
-        let deployed = Report::Deployed {
-            instance: instance.clone(),
-            addresses: Addresses { v4: "172.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
-        };
+        let deployed = deployed(&instance, "172.18.0.2");
         let messages = encoder.encode(&deployed);
         assert_eq!(messages[0].0, FromNode::Deployed);
         assert!(messages[0].1.contains(r#""instance_number":2,"nsip":"172.18.0.2""#), "{}", messages[0].1);
@@ -307,10 +303,7 @@ mod tests {
     #[test]
     fn no_notice_without_an_address() {
         let mut encoder = Encoder::new(50103);
-        let deployed = Report::Deployed {
-            instance: "a.b.c.d.instance.0".parse().unwrap(),
-            addresses: Addresses { v4: "10.18.0.2".parse().unwrap(), v6: "fc00::2".parse().unwrap() },
-        };
+        let deployed = deployed(&"a.b.c.d.instance.0".parse().unwrap(), "10.18.0.2");
         assert!(encoder.encode(&deployed).is_empty());
         encoder.address = Some("192.0.2.1".parse().unwrap());
         assert_eq!(encoder.encode(&deployed).len(), 1);

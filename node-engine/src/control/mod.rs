@@ -1,7 +1,6 @@
 //! The wire to the cluster. A control plane is a pump between the cluster and two closed enums; it holds no state of instances
 //! or networks, decides nothing about them, and never ends because of what the cluster says.
 
-pub(crate) mod backoff;
 mod cluster;
 mod encode;
 mod exception;

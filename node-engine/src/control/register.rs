@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use tokio::net::{UdpSocket, lookup_host};
 use tracing::debug;
 
-use super::backoff::outline;
 use super::http::{self, HttpError, ask, authority};
 use super::socketio::{self, SocketIoError, TransportError};
+use crate::backoff::outline;
 use crate::config::ClusterConfig;
 use crate::model::{Generation, NodeFacts, NodeIdentity, NodeUsage};
 use crate::wire::json::{MAX_MESSAGE, Malformed, Members, excerpt};
@@ -259,8 +259,8 @@ mod tests {
         assert_eq!(preferred(both.clone()).await, Some(both[1]));
         assert_eq!(way_out(&by_preference(both.clone())).await, Some((both[1], both[1])));
         assert_eq!(preferred(of(&["::1"])).await, Some(both[0]));
-        // No way leads to either, from anywhere.
-        assert_eq!(preferred(of(&["ff00::", "255.255.255.255"])).await, of(&["255.255.255.255"]).pop());
+        // No way leads to either, from anywhere: the one is without its link, the other for who asks to broadcast.
+        assert_eq!(preferred(of(&["fe80::1", "255.255.255.255"])).await, of(&["255.255.255.255"]).pop());
         assert_eq!(preferred(Vec::new()).await, None);
     }
 

@@ -31,6 +31,7 @@ use super::outbox::Outbox;
 use super::table::Way;
 use super::view::{Choice, FlowView, Lookup, Page, ServiceView};
 use super::{Lease, NetError, NetStatus, Request, Setup, TUN_V4, TUN_V6};
+use crate::backoff::Complaints;
 use crate::config::DatapathChoice;
 use crate::fault;
 use crate::model::{Addresses, Command, InstanceId, Policy, Report, Subnet};
@@ -125,8 +126,8 @@ struct Actor {
     /// The newest leases, where they are not in the file yet.
     leases: Option<Leases>,
     writing: bool,
-    /// Why they could not be written the last time.
-    unkept: Option<String>,
+    /// Why they could not be written.
+    unkept: Complaints,
     moved: u32,
     failure: Option<anyhow::Error>,
 }
@@ -574,16 +575,15 @@ impl Actor {
         self.writing = false;
         match written {
             Ok(()) => {
-                if self.unkept.take().is_some() {
+                if self.unkept.settle() {
                     tracing::info!("leases are kept again");
                 }
                 self.write_leases();
             }
             Err((leases, reason)) => {
-                if self.unkept.as_ref() != Some(&reason) {
+                if self.unkept.is_new(&reason, tokio::time::Instant::now()) {
                     tracing::warn!(reason, "leases cannot be kept: a restart would connect instances anew");
                 }
-                self.unkept = Some(reason);
                 self.leases.get_or_insert(leases);
             }
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::saved::SaveError;
-use crate::control::backoff::{Backoff, Complaints};
+use crate::backoff::{Backoff, Complaints};
 
 /// The longest wait between two tries, in seconds.
 const LONGEST: u64 = 30;

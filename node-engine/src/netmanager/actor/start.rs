@@ -10,6 +10,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::{Actor, OVERHEAD_V4, OVERHEAD_V6, SMALLEST_MTU, Wish, known_veths, step, way};
+use crate::backoff::Complaints;
 use crate::netmanager::core::{Core, Remains, Settings};
 use crate::netmanager::datapath::{self, Datapath, DatapathError, Underlay};
 use crate::netmanager::framing;
@@ -115,7 +116,7 @@ pub(in crate::netmanager) async fn start(
         lease_file,
         leases: None,
         writing: false,
-        unkept: None,
+        unkept: Complaints::default(),
         moved: 0,
         failure: None,
     };

@@ -79,9 +79,9 @@ impl Complaints {
         true
     }
 
-    /// All is well: whatever comes next is news.
-    pub(crate) fn settle(&mut self) {
-        self.said.clear();
+    /// All is well: whatever comes next is news. Was something complained about?
+    pub(crate) fn settle(&mut self) -> bool {
+        !std::mem::take(&mut self.said).is_empty()
     }
 }
 
