@@ -247,7 +247,7 @@ mod tests {
         let mut out = outbound(80).split_off(14);
         assert_eq!(law(&mut SliceFrame::new(&mut out), &mut world, 1), Ok(Verdict::Send { peer: 1 }));
         assert_eq!(netmanager_common::testing::addresses(&out), (CLIENT_INSTANCE.v4(), DB0.v4()));
-        let mut back = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Tcp(80, 40_000));
+        let mut back = packet(DB0_INSTANCE.v4(), CLIENT.v4(), Payload::Udp(80, 40_000));
         let verdict = inbound(&mut SliceFrame::new(&mut back), &mut world, &OURS);
         assert!(matches!(verdict, Ok(Verdict::Local { .. })), "{verdict:?}");
         assert_eq!(netmanager_common::testing::addresses(&back).0, DB_SERVICE.v4(), "the reply regains the service");
