@@ -73,7 +73,13 @@ fi
 systemctl daemon-reload
 if [ "$start" = yes ]; then
     systemctl enable node-engine
-    systemctl restart node-engine
+    if grep -aq FDSTOREREMOVE=1 "$root/usr/local/bin/node-engine"; then
+        systemctl restart node-engine
+    else
+        # Over a restart systemd keeps what the version before reads from, and this one would find that in use.
+        systemctl stop node-engine
+        systemctl start node-engine
+    fi
     echo "started: \`node-engine status\` says how it is"
 elif systemctl is-active --quiet node-engine; then
     echo "the version before runs until: systemctl restart node-engine"

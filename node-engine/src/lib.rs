@@ -18,6 +18,7 @@ pub mod names;
 mod net_dev;
 pub mod netmanager;
 pub mod netns;
+pub mod notify;
 pub mod output;
 pub mod runtime;
 pub mod standalone;

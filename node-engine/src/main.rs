@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::Parser;
 use node_engine::cli::{Cli, LogChoice, Task, environment, shown_upgrade};
 use node_engine::config::{self, ConfigError, Loaded, Origin, Sources};
-use node_engine::{drain::Drain, engine, heap, output};
+use node_engine::{drain::Drain, engine, heap, notify, output};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
@@ -16,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 const QUIET: &str = "rumqttd=off,netlink_proto=error";
 
 fn main() -> ExitCode {
+    notify::take_over();
     let (task, log) = {
         let (cli, environment) = (Cli::parse(), environment());
         let log = cli.log(&environment);

@@ -1,9 +1,11 @@
 //! A daemon that dies breaks nothing: containers run on, open connections go on, and the next start takes everything over.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use lab::cluster::Deploy;
 use lab::image::PROBE;
+use lab::manager::ServiceManager;
 use lab::node::Datapath;
 use lab::topology::{Lab, Plan};
 use lab::traffic::Flows;
@@ -90,6 +92,50 @@ fn a_stopped_daemon_leaves_everything_running(datapath: Datapath) {
     lab.nodes[0].start_and_join().expect("back in the cluster");
     lab.cluster.running("web", 1).expect("reported again");
     assert_eq!(lab.nodes[0].container_pid(&web[0]).expect("a process"), before);
+}
+
+/// What comes while nobody reads waits in the descriptors that the service manager keeps: the device's, on the way out, and the tunnel's,
+/// on the way in.
+#[test]
+#[ignore = "needs root"]
+fn what_comes_meanwhile_waits_with_the_service_manager() {
+    let mut lab = Lab::start(&Plan::new(2, Datapath::Tun)).expect("a laboratory");
+    let client = lab.deploy(&Deploy { name: "client", on: Some("node-a"), ..Deploy::default() }, 1).expect("it runs");
+    let web = lab.deploy(&Deploy { name: "web", on: Some("node-b"), ..Deploy::default() }, 1).expect("it runs");
+    let to = web[0].service_address(false).expect("a service address");
+    let mut manager = None;
+    for number in 0..2 {
+        let node = &mut lab.nodes[number];
+        assert!(node.terminate().expect("it ends when told to").success());
+        let manager = manager.insert(ServiceManager::of(node).expect("a service manager"));
+        manager.start(node).expect("started under it");
+        node.joined().expect("back in the cluster");
+        let all = ["framed", "tun", "tunnel"];
+        lab::wait::until_true("all is kept", Duration::from_secs(5), || Ok(manager.names() == all)).expect("kept");
+
+        lab.within(&client[0], |client| client.get(to, 3)).expect("it is found");
+        let pings = ["ping", "-c", "15", "-i", "0.2", "-W", "8", &to.to_string()];
+        let begun = lab.within(&client[0], |client| Ok(client.command(&pings).stdout(Stdio::piped()).spawn()?));
+        let pings = begun.expect("pings");
+        std::thread::sleep(Duration::from_millis(500));
+        let node = &mut lab.nodes[number];
+        node.kill().expect("killed");
+        std::thread::sleep(Duration::from_millis(1_500));
+        manager.start(node).expect("started again");
+        let pings = pings.wait_with_output().expect("an end");
+        let said = String::from_utf8_lossy(&pings.stdout).into_owned();
+        assert!(said.contains("15 packets transmitted, 15 packets received"), "{said}\n{}", lab.nodes[number].log());
+        lab.nodes[number].joined().expect("back in the cluster");
+    }
+    // On eBPF the kernel takes framed packets itself, and the port has to be given up. (Here it is not free even so: the program that
+    // has entered the host for the daemon has got the descriptor, too.)
+    let (manager, node) = (manager.expect("the last"), &mut lab.nodes[1]);
+    node.kill().expect("killed");
+    node.set_datapath(Datapath::Ebpf);
+    manager.start(node).expect("started on eBPF");
+    node.joined().expect("back in the cluster");
+    assert_eq!(manager.names(), ["tun", "tunnel"], "{}", node.log());
+    lab.within(&client[0], |client| client.ping(to)).expect("it answers");
 }
 
 /// Docker takes ten seconds to end a program that does not listen; the daemon is stopped meanwhile, and what it did not get to is

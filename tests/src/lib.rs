@@ -13,6 +13,7 @@ pub mod host;
 pub mod image;
 pub mod lan;
 pub mod load;
+pub mod manager;
 pub mod node;
 pub mod process;
 pub mod relay;

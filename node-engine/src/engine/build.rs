@@ -9,7 +9,7 @@ use tokio::net::lookup_host;
 use tokio::sync::{mpsc, watch};
 
 use super::node::NoNode;
-use super::notify::Notify;
+
 use super::runtimes::{self, Runtimes};
 use super::tasks::Tasks;
 use super::{GRACE, LAST_MOMENT, Parts, checks, operate, plan, remove, serve, supervise};
@@ -23,6 +23,7 @@ use crate::model::{NodeFacts, Sent};
 use crate::names::Names;
 use crate::netmanager;
 use crate::netmanager::table::ServiceNets;
+use crate::notify::{FdStore, Notify};
 use crate::standalone::{Standalone, StandaloneConfig};
 use crate::store::{Desired, Store};
 use crate::telemetry;
@@ -122,6 +123,7 @@ async fn node(
         subnets,
         learns,
         leased,
+        kept: Arc::new(FdStore::from_environment()),
         drain: net_drain.clone(),
     });
     // An engine that does not answer keeps nobody's packets waiting.

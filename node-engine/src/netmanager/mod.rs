@@ -22,6 +22,7 @@ pub mod view;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -32,6 +33,7 @@ use self::view::{Choice, CounterView, FlowView, Lookup, Page, PeerView, ServiceV
 use crate::config::{DatapathChoice, NetworkConfig};
 use crate::drain::Drain;
 use crate::model::{Addresses, Command, InstanceId, NodeId, PortMapping, Report, ServiceName, Subnet};
+use crate::notify::FdStore;
 
 /// Requests that may wait for the task.
 const REQUESTS: usize = 256;
@@ -65,6 +67,8 @@ pub struct Setup {
     pub leased: watch::Sender<BTreeMap<InstanceId, Addresses>>,
     /// Told each subnet the cluster assigns, to be kept over reboots.
     pub subnets: mpsc::Sender<(NodeId, Subnet)>,
+    /// What the service manager has kept of an earlier run, and shall keep.
+    pub kept: Arc<FdStore>,
     /// To begin when the last workload has finished: until then instances come and go.
     pub drain: Drain,
 }

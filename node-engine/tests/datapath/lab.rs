@@ -351,7 +351,7 @@ impl Node {
             let main = || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
                 runtime.block_on(async {
-                    let datapath = match choose(choice, &underlay).await {
+                    let datapath = match choose(choice, &underlay, Arc::default()).await {
                         Ok(Chosen { datapath, .. }) => datapath,
                         Err(error) => return started.send(Err(error.to_string())).expect("the test waits"),
                     };

@@ -455,9 +455,9 @@ fn auto_falls_back_and_says_why() {
     let try_out = || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let refused = choose(Ebpf, &underlay).await.expect_err("there is no such uplink");
+            let refused = choose(Ebpf, &underlay, Arc::default()).await.expect_err("there is no such uplink");
             assert!(matches!(refused, DatapathError::Refused(_)), "{refused}");
-            let chosen = choose(DatapathChoice::Auto, &underlay).await.expect("TUN works");
+            let chosen = choose(DatapathChoice::Auto, &underlay, Arc::default()).await.expect("TUN works");
             assert_eq!((chosen.datapath.name(), chosen.reason), ("tun", refused.to_string()));
         });
         assert!(

@@ -161,6 +161,7 @@ impl Node {
             learns,
             leased,
             subnets,
+            kept: std::sync::Arc::default(),
             drain: drain.clone(),
         };
         let netns = self.netns();

@@ -175,7 +175,10 @@ impl Node {
         runtime.block_on(async {
             let underlay = self.underlay()?;
             let choice = if self.kind == Kind::Tun { DatapathChoice::Tun } else { DatapathChoice::Ebpf };
-            let datapath = datapath::choose(choice, &underlay).await.map_err(|error| anyhow!("{error}"))?.datapath;
+            let datapath = datapath::choose(choice, &underlay, std::sync::Arc::default())
+                .await
+                .map_err(|error| anyhow!("{error}"))?
+                .datapath;
             let _ = ip(&["-n", &side.node, "link", "set", TUN, "up"]);
             let _ = ip(&["-n", &side.node, "route", "add", "10.30.0.0/15", "dev", TUN]);
             if self.kind != Kind::Tun {

@@ -53,10 +53,11 @@ pub(in crate::netmanager) async fn start(
         xdp: config.xdp,
         table_dir: setup.run_dir.join("tables"),
     };
-    let chosen = datapath::choose(config.datapath, &underlay).await.map_err(|error| match error {
-        DatapathError::WentBack(_) => NetError::WentBack(error.to_string()),
-        _ => NetError::NoDatapath(error.to_string()),
-    })?;
+    let chosen =
+        datapath::choose(config.datapath, &underlay, Arc::clone(&setup.kept)).await.map_err(|error| match error {
+            DatapathError::WentBack(_) => NetError::WentBack(error.to_string()),
+            _ => NetError::NoDatapath(error.to_string()),
+        })?;
     let lease_file = setup.run_dir.join("leases");
     let memory = std::mem::take(&mut setup.memory);
     let remains = remains(&lease_file, &links, chosen.datapath.as_ref(), memory).await?;

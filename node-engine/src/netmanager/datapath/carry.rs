@@ -15,10 +15,10 @@ use netmanager_common::pipeline::{inbound, outbound};
 use netmanager_common::verdict::{DropReason, Miss, Verdict};
 use netmanager_common::{FRAMING_LEN, OUTER_LEN_V4};
 use tokio::sync::mpsc;
-use tun_rs::SyncDevice;
 
 use super::batch::Batch;
 use super::counters::{Count, Counters};
+use super::device::TunDevice;
 use super::flows::now;
 use super::fragments::{Fragments, is_fragment};
 use super::held::{Held, Outcome, Packet};
@@ -49,7 +49,7 @@ pub(super) enum Origin {
 /// Carries packets between the TUN device and the tunnel socket, by the tables.
 pub(super) struct Carrier<T> {
     pub(super) tables: T,
-    pub(super) device: SyncDevice,
+    pub(super) device: TunDevice,
     pub(super) socket: Arc<TunnelSocket>,
     pub(super) counters: Arc<Counters>,
     pub(super) events: mpsc::Sender<Event>,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::ladder::Ladder;
 use super::{Datapath, DatapathError, Underlay};
 use crate::config::DatapathChoice;
+use crate::notify::FdStore;
 
 /// A datapath at work.
 pub struct Chosen {
@@ -21,12 +22,12 @@ impl fmt::Debug for Chosen {
 }
 
 /// Starts the datapath that was asked for; with `Auto` the fastest that really loads and attaches. Packets flow as soon as tables are
-/// applied.
+/// applied. `kept`: what the service manager has kept of an earlier run, and shall keep for the next.
 ///
 /// # Errors
 /// The one asked for does not work here; with `Auto`, not even TUN does.
-pub async fn choose(choice: DatapathChoice, underlay: &Underlay) -> Result<Chosen, DatapathError> {
-    let ladder = Ladder::open(choice, underlay)?;
+pub async fn choose(choice: DatapathChoice, underlay: &Underlay, kept: Arc<FdStore>) -> Result<Chosen, DatapathError> {
+    let ladder = Ladder::open(choice, underlay, kept)?;
     let reason = ladder.standing().reason;
     Ok(Chosen { datapath: Arc::new(ladder), reason })
 }

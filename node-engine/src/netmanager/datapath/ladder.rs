@@ -23,12 +23,12 @@ use tokio::sync::{Mutex, mpsc};
 use super::any::AnyTables;
 use super::ebpf::{self, Hook, Kernel, KernelFlows, retire};
 use super::sheet;
-use super::socket::TunnelSocket;
 use super::tables::MemoryTables;
-use super::tun::{Ends, Proxied};
+use super::tun::{Ends, KEPT_DEVICE, KEPT_FRAMED, KEPT_TUNNEL, Proxied, kept_socket};
 use super::watch::{self, Gone};
 use super::{Datapath, DatapathError, Event, FlowRow, Port, Snapshot, Standing, TableDelta, Tally, Underlay};
 use crate::config::DatapathChoice;
+use crate::notify::FdStore;
 
 /// A program that has been put back and goes again within this time is not wanted there.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -71,6 +71,8 @@ impl Rung {
 #[derive(Debug)]
 pub struct Ladder {
     underlay: Underlay,
+    /// What is read from by the next start, too.
+    kept: Arc<FdStore>,
     proxied: Proxied,
     /// Whoever changes tables, hooks or rung, one at a time.
     state: Mutex<State>,
@@ -103,17 +105,21 @@ impl Ladder {
     ///
     /// # Errors
     /// None of them works; the error says why of each.
-    pub fn open(choice: DatapathChoice, underlay: &Underlay) -> Result<Self, DatapathError> {
+    pub fn open(choice: DatapathChoice, underlay: &Underlay, kept: Arc<FdStore>) -> Result<Self, DatapathError> {
         let (alarm, gone) = mpsc::channel(ALARMS);
         let mut refusals = Vec::new();
         // First: what programs leave alone while they are exchanged waits there.
-        let mut ends = Some(Ends::open(underlay)?);
+        let mut ends = Some(Ends::open(underlay, &kept)?);
         for rung in Rung::of(choice) {
             let (kernel, tables) = match rung {
                 Rung::Redirect | Rung::Plain => match begin(underlay, *rung == Rung::Plain) {
                     Ok((kernel, tables)) => (Some(Arc::new(kernel)), tables),
                     // Nothing else is tried over programs that work.
-                    Err(error @ DatapathError::WentBack(_)) => return Err(error),
+                    Err(error @ DatapathError::WentBack(_)) => {
+                        // The version before may not know that they are kept, and could not open them again.
+                        [KEPT_DEVICE, KEPT_TUNNEL, KEPT_FRAMED].iter().for_each(|name| kept.forget(name));
+                        return Err(error);
+                    }
                     Err(error) => {
                         refusals.push(error);
                         continue;
@@ -124,7 +130,13 @@ impl Ladder {
             let Some(ends) = ends.take() else { break };
             let proxied = Proxied::open(underlay, ends, tables)?;
             match &kernel {
-                Some(kernel) => watch::start(kernel, &alarm)?,
+                Some(kernel) => {
+                    watch::start(kernel, &alarm)?;
+                    // The kernel takes framed packets, by a device at this port.
+                    if kept.take(KEPT_FRAMED).is_some() {
+                        kept.forget(KEPT_FRAMED);
+                    }
+                }
                 // Programs of an earlier run would go on by tables that nobody keeps any more.
                 None => report(retire(&underlay.pin_dir)),
             }
@@ -135,6 +147,7 @@ impl Ladder {
             };
             return Ok(Self {
                 underlay: underlay.clone(),
+                kept,
                 proxied,
                 state: Mutex::new(State { uplinks: BTreeSet::from([underlay.uplink_ifindex]), ..State::default() }),
                 kernel: RwLock::new(kernel),
@@ -194,6 +207,12 @@ impl Ladder {
         forget_sheets(&self.underlay);
         if state.framed_here {
             self.proxied.frame(None).await?;
+            let kept = Arc::clone(&self.kept);
+            blocking("free the port of framed packets", move || {
+                kept.forget(KEPT_FRAMED);
+                Ok(())
+            })
+            .await?;
             state.framed_here = false;
         }
         watch::start(&kernel, &self.alarm)
@@ -240,7 +259,7 @@ impl Ladder {
     /// Takes framed packets by a socket of the proxy's, where somebody may send them.
     async fn listen(&self, state: &mut State) {
         let Some(port) = state.framed_port.filter(|_| !state.framed_here) else { return };
-        match TunnelSocket::open(port, true) {
+        match kept_socket(&self.kept, KEPT_FRAMED, port, true) {
             Ok(socket) => state.framed_here = self.proxied.frame(Some(socket)).await.is_ok(),
             Err(error) => tracing::warn!(%error, "framed packets are lost until peers know that none are taken"),
         }
@@ -366,7 +385,7 @@ impl Datapath for Ladder {
         let mut state = self.state.lock().await;
         state.framed_port = Some(port);
         if self.kernel().is_none() && !state.framed_here {
-            let socket = TunnelSocket::open(port, true)?;
+            let socket = kept_socket(&self.kept, KEPT_FRAMED, port, true)?;
             self.proxied.frame(Some(socket)).await?;
             state.framed_here = true;
         }

@@ -16,6 +16,7 @@ mod capacity;
 mod carry;
 mod choose;
 mod counters;
+mod device;
 mod ebpf;
 mod errors;
 mod flows;

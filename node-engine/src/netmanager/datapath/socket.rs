@@ -2,13 +2,13 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use netmanager_common::abi::Peer;
 use nix::cmsg_space;
 use nix::sys::socket::{
     AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrIn, SockaddrIn6,
-    SockaddrLike, SockaddrStorage, bind, recvmsg, sendmsg, setsockopt, socket, sockopt,
+    SockaddrLike, SockaddrStorage, bind, getsockname, getsockopt, recvmsg, sendmsg, setsockopt, socket, sockopt,
 };
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery, set_ip_mtu_discover, set_ipv6_mtu_discover};
 
@@ -53,6 +53,28 @@ impl TunnelSocket {
                 _ => format!("UDP port {port}: {error}"),
             },
         })
+    }
+
+    /// Goes on with the socket of an earlier run, in which datagrams wait.
+    ///
+    /// # Errors
+    /// It is none at this port, or not for the families that [`Self::open`] would take.
+    pub(super) fn adopt(fd: OwnedFd, port: u16, merged: bool) -> io::Result<Self> {
+        let at = getsockname::<SockaddrStorage>(fd.as_raw_fd())?;
+        let v4_alone = at.as_sockaddr_in().is_some();
+        let bound = at.as_sockaddr_in().map(|at| at.port()).or_else(|| at.as_sockaddr_in6().map(|at| at.port()));
+        let datagrams = getsockopt(&fd, sockopt::SockType)? == SockType::Datagram;
+        if !datagrams || bound != Some(port) {
+            return Err(io::Error::other("it is no socket at this port"));
+        }
+        let v6 = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0));
+        if v4_alone && Self::bind(AddressFamily::Inet6, &v6, merged).is_ok() {
+            return Err(io::Error::other("the kernel has IPv6 since"));
+        }
+        let family = if v4_alone { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let socket = Self { socket: UdpSocket::from(fd), family };
+        socket.merge(merged);
+        Ok(socket)
     }
 
     fn bind(family: AddressFamily, address: &dyn SockaddrLike, merged: bool) -> io::Result<Self> {

@@ -2,19 +2,19 @@
 //! carries between them. The whole datapath where there is no eBPF.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use netmanager_common::abi::{Flow, FlowKey};
 use netmanager_common::addr::Addr;
 use tokio::sync::{Mutex, mpsc, oneshot};
-use tun_rs::{DeviceBuilder, SyncDevice};
 
 use super::any::AnyTables;
 use super::batch::Batch;
 use super::carry::Carrier;
 use super::counters::{Count, Counters};
+use super::device::TunDevice;
 use super::ebpf::BpfTables;
 use super::fragments::Fragments;
 use super::held::Held;
@@ -25,9 +25,14 @@ use super::refusal::Limit;
 use super::socket::TunnelSocket;
 use super::tables::{MemoryTables, Rows};
 use super::{DatapathError, Event, FlowRow, Snapshot, TableDelta, Tally, Underlay};
+use crate::notify::FdStore;
 
 /// Requests that may wait for the proxy.
 const REQUESTS: usize = 64;
+/// Names of what the service manager keeps.
+pub(super) const KEPT_DEVICE: &str = "tun";
+pub(super) const KEPT_TUNNEL: &str = "tunnel";
+pub(super) const KEPT_FRAMED: &str = "framed";
 /// Events that may wait for whoever listens.
 const EVENTS: usize = 1024;
 
@@ -48,19 +53,53 @@ pub(super) struct Proxied {
 
 /// What the proxy reads. Packets wait in it from the moment that it is open, as many as the kernel's queues take.
 pub(super) struct Ends {
-    device: SyncDevice,
+    device: TunDevice,
     socket: TunnelSocket,
 }
 
 impl Ends {
-    /// Makes or adopts the TUN device, and binds the tunnel's port.
+    /// What an earlier run read from, where it was kept and is as wanted; else made anew, and kept from here on.
     ///
     /// # Errors
     /// `Unsupported` where there is no TUN driver or no permission for it.
-    pub(super) fn open(underlay: &Underlay) -> Result<Self, DatapathError> {
-        let device = open_device(underlay)?;
+    pub(super) fn open(underlay: &Underlay, kept: &FdStore) -> Result<Self, DatapathError> {
+        let adopted = |fd| TunDevice::adopt(fd, underlay).map_err(|error| error.to_string());
+        let device = match taken(kept, KEPT_DEVICE, adopted) {
+            Some(device) => device,
+            None => {
+                let device = TunDevice::open(underlay)?;
+                kept.keep(KEPT_DEVICE, device.as_fd());
+                device
+            }
+        };
         // Single datagrams as long as nobody knows who reads them first.
-        Ok(Self { device, socket: TunnelSocket::open(underlay.tunnel_port, false)? })
+        Ok(Self { device, socket: kept_socket(kept, KEPT_TUNNEL, underlay.tunnel_port, false)? })
+    }
+}
+
+/// A socket at this port that an earlier run has left under the name; else a new one, kept from here on.
+pub(super) fn kept_socket(kept: &FdStore, name: &str, port: u16, merged: bool) -> Result<TunnelSocket, DatapathError> {
+    let adopted = |fd| TunnelSocket::adopt(fd, port, merged).map_err(|error| error.to_string());
+    if let Some(socket) = taken(kept, name, adopted) {
+        return Ok(socket);
+    }
+    let socket = TunnelSocket::open(port, merged)?;
+    kept.keep(name, socket.as_fd());
+    Ok(socket)
+}
+
+/// What was kept, if it is of use; if not, it is kept no longer.
+fn taken<T>(kept: &FdStore, name: &str, adopt: impl FnOnce(OwnedFd) -> Result<T, String>) -> Option<T> {
+    match adopt(kept.take(name)?) {
+        Ok(adopted) => {
+            tracing::info!(name, "goes on with what the service manager has kept; what came meanwhile waits in it");
+            Some(adopted)
+        }
+        Err(reason) => {
+            tracing::info!(name, reason, "what the service manager has kept is of no use");
+            kept.forget(name);
+            None
+        }
     }
 }
 
@@ -73,7 +112,7 @@ impl Proxied {
         let Ends { device, socket } = ends;
         // Not where a program at the uplink reads datagrams first.
         socket.merge(matches!(tables, AnyTables::Memory { .. }));
-        let ifindex = device.if_index().map_err(|error| step("find TUN device", &error))?;
+        let ifindex = device.ifindex();
         let socket = Arc::new(socket);
         let counters = Arc::new(Counters::default());
         let (requests, inbox) = mpsc::channel(REQUESTS);
@@ -229,30 +268,6 @@ impl Drop for Proxied {
             let _ = thread.join();
         }
     }
-}
-
-/// Makes the device, or takes over the one of an earlier run: it is persistent, so that its index, addresses and routes outlive the
-/// process and a restart is a matter of opening it.
-fn open_device(underlay: &Underlay) -> Result<SyncDevice, DatapathError> {
-    let mtu = u16::try_from(underlay.mtu).map_err(|_| DatapathError::Step {
-        step: "make TUN device",
-        reason: format!("MTU {} is too large", underlay.mtu),
-    })?;
-    let builder = DeviceBuilder::new().name(&underlay.tun_name).mtu(mtu).enable(true).with(|options| {
-        options.offload(true);
-    });
-    let device = builder.build_sync().map_err(|error| DatapathError::Unsupported {
-        what: "make TUN device",
-        reason: match error.raw_os_error() {
-            _ if !Path::new("/dev/net/tun").exists() => "/dev/net/tun is missing: load the kernel module tun".into(),
-            Some(libc::EPERM) => "not permitted: CAP_NET_ADMIN is needed".into(),
-            Some(libc::EBUSY) => format!("{} is in use by another process", underlay.tun_name),
-            _ => format!("{}: {error}", underlay.tun_name),
-        },
-    })?;
-    device.persist().map_err(|error| step("keep TUN device", &error))?;
-    device.set_nonblocking(true).map_err(|error| step("read TUN device without waiting", &error))?;
-    Ok(device)
 }
 
 fn step(step: &'static str, error: &std::io::Error) -> DatapathError {

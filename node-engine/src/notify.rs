@@ -1,44 +1,42 @@
 //! Tells the service manager how the daemon fares, by systemd's notification protocol (sd_notify(3)): one datagram of `NAME=value`
 //! lines to the socket named in the environment. Without that variable nobody wants to know.
 
+mod fdstore;
+
 use std::ffi::OsStr;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+pub use fdstore::{FdStore, take_over};
+
 /// Where notifications go, if anywhere.
 #[derive(Debug)]
-pub(super) struct Notify {
+pub(crate) struct Notify {
     socket: Option<UnixDatagram>,
     /// The service manager ends a daemon that is silent for longer than twice this.
-    pub(super) heartbeat: Option<Duration>,
+    pub(crate) heartbeat: Option<Duration>,
 }
 
 impl Notify {
-    pub(super) fn from_environment() -> Self {
-        let socket = std::env::var_os("NOTIFY_SOCKET").and_then(|name| match connect(&name) {
-            Ok(socket) => Some(socket),
-            Err(error) => {
-                tracing::warn!(%error, socket = ?name, "the service manager cannot be notified");
-                None
-            }
-        });
+    pub(crate) fn from_environment() -> Self {
+        let socket = manager();
         let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
         let meant = number("WATCHDOG_PID").is_none_or(|pid| pid == u64::from(std::process::id()));
         let period = number("WATCHDOG_USEC").filter(|period| meant && *period > 1).map(Duration::from_micros);
         Self { heartbeat: period.filter(|_| socket.is_some()).map(|period| period / 2), socket }
     }
 
-    pub(super) fn ready(&self, status: &str) {
+    pub(crate) fn ready(&self, status: &str) {
         self.send(&format!("READY=1\nSTATUS={status}\n"));
     }
 
-    pub(super) fn stopping(&self) {
+    pub(crate) fn stopping(&self) {
         self.send("STOPPING=1\nSTATUS=stopping\n");
     }
 
-    pub(super) fn alive(&self) {
+    pub(crate) fn alive(&self) {
         self.send("WATCHDOG=1\n");
     }
 
@@ -48,6 +46,18 @@ impl Notify {
             && let Err(error) = socket.send(message.as_bytes())
         {
             tracing::debug!(%error, "the service manager does not listen");
+        }
+    }
+}
+
+/// The service manager's ear, if there is one.
+fn manager() -> Option<UnixDatagram> {
+    let name = std::env::var_os("NOTIFY_SOCKET")?;
+    match connect(&name) {
+        Ok(socket) => Some(socket),
+        Err(error) => {
+            tracing::warn!(%error, socket = ?name, "the service manager cannot be notified");
+            None
         }
     }
 }
