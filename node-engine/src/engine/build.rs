@@ -9,7 +9,6 @@ use tokio::net::lookup_host;
 use tokio::sync::{mpsc, watch};
 
 use super::node::NoNode;
-
 use super::runtimes::{self, Runtimes};
 use super::tasks::Tasks;
 use super::{GRACE, LAST_MOMENT, Parts, checks, operate, plan, remove, serve, supervise};

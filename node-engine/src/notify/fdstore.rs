@@ -88,6 +88,15 @@ impl FdStore {
         }
     }
 
+    /// Has nothing kept any more that was kept for this process and that nobody has taken.
+    pub fn forget_rest(&self) {
+        let names: Vec<String> = {
+            let given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+            given.keys().cloned().collect()
+        };
+        names.iter().for_each(|name| self.forget(name));
+    }
+
     /// A service manager that does not listen is no reason to fail.
     fn send(&self, message: &str, fd: Option<BorrowedFd<'_>>) {
         let Some(manager) = &self.manager else { return };
@@ -187,8 +196,9 @@ mod tests {
         assert_eq!(of(0, ""), []);
         assert_eq!(of(3, "tun:tunnel"), []);
         assert!(adopt((1_000_000, "closed".into())).is_none());
-        let store = FdStore::default();
-        store.forget("tun");
-        assert!(store.take("tun").is_none());
+        let fd = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let store = FdStore { manager: None, given: Mutex::new(BTreeMap::from([("framed".to_owned(), fd)])) };
+        store.forget_rest();
+        assert!(store.take("framed").is_none(), "nobody wanted it");
     }
 }

@@ -64,6 +64,8 @@ pub(in crate::netmanager) async fn start(
     links.adopt(&known_veths(&remains));
     let port = framed_port(config.tunnel_port).filter(|_| config.framing);
     let framed_port = framing::begin(&links, chosen.datapath.as_ref(), port, uplink.source).await;
+    // What another configuration, or another version, has read from.
+    setup.kept.forget_rest();
     let settings = Settings {
         nets: ServiceNets { v4: config.service_v4, v6: config.service_v6 },
         tunnel_port: config.tunnel_port,

@@ -132,10 +132,8 @@ impl Ladder {
             match &kernel {
                 Some(kernel) => {
                     watch::start(kernel, &alarm)?;
-                    // The kernel takes framed packets, by a device at this port.
-                    if kept.take(KEPT_FRAMED).is_some() {
-                        kept.forget(KEPT_FRAMED);
-                    }
+                    // The kernel takes framed packets, by a device at the port of the socket that took them on TUN.
+                    kept.forget_rest();
                 }
                 // Programs of an earlier run would go on by tables that nobody keeps any more.
                 None => report(retire(&underlay.pin_dir)),
